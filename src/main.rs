@@ -1,2 +1,47 @@
-//! .
-fn main() {}
+//! `cloze`: the command line and control plane. It starts in milliseconds and without libtorch; tensor work is done by `cloze-worker`.
+//!
+//! Exit codes: 0 done, 1 an unforeseen error, 2 wrong usage, and those of `FailureKind` (docs/OPERATIONS.md lists them).
+
+mod cli;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use cloze_recipes::failure::Failure;
+
+use cli::arguments::{Arguments, Command, DataCommand};
+use cli::{data, describe, run, worker_process};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    cli::start_logging();
+    match dispatch(arguments.command) {
+        Ok(code) => code,
+        Err(error) => {
+            // Nothing is left to tell where stderr itself is gone.
+            drop(writeln!(std::io::stderr(), "error: {}", cli::error_text(&error)));
+            ExitCode::from(error.downcast_ref::<Failure>().map_or(1, |failure| failure.kind.exit_code()))
+        }
+    }
+}
+
+fn dispatch(command: Command) -> Result<ExitCode> {
+    let mut stdout = std::io::stdout().lock();
+    match command {
+        Command::Check(arguments) => describe::check(&arguments, &mut stdout),
+        Command::Schema => describe::schema(&mut stdout),
+        Command::Data { command: DataCommand::Prepare(arguments) } => data::prepare(&arguments),
+        Command::Data { command: DataCommand::Inspect(arguments) } => data::inspect(&arguments, &mut stdout),
+        Command::Data { command: DataCommand::Verify(arguments) } => data::verify(&arguments),
+        Command::Data { command: DataCommand::Synth(arguments) } => data::synth(&arguments),
+        Command::Train(arguments) => run::train(&arguments),
+        Command::Resume(arguments) => run::resume(&arguments),
+        Command::Eval(arguments) => worker_process::eval(&arguments),
+        Command::Predict(arguments) => worker_process::predict(&arguments),
+        Command::Export(arguments) => worker_process::export(&arguments),
+        Command::Forward(arguments) => worker_process::forward(&arguments),
+        Command::Bench(arguments) => worker_process::bench(&arguments),
+    }
+}

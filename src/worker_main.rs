@@ -1,2 +1,211 @@
-//! .
-fn main() {}
+//! `cloze-worker`: everything with tensors. `cloze` starts it; its arguments are no public interface.
+
+mod batch_feed;
+mod bench;
+mod checkpoint;
+mod checkpointer;
+mod collective;
+mod device;
+mod eval;
+mod evaluate;
+mod export;
+mod forward;
+mod generation;
+mod model;
+mod optim;
+mod predict;
+mod torch;
+mod train;
+mod worker;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use cloze_recipes::recipe::ModelShape;
+use tch::Device;
+
+use bench::BenchOptions;
+use evaluate::EvaluateOptions;
+use forward::{ForwardExtras, ForwardFiles};
+use model::modernbert::Placement;
+use predict::PredictOptions;
+use worker::WorkerOptions;
+
+#[derive(Parser)]
+#[command(name = "cloze-worker", version, about = "The tensor half of cloze; use `cloze` instead")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Take part in a run.
+    Train(TrainArguments),
+    /// Score a model on a recipe's tasks.
+    Eval(EvalArguments),
+    /// Answer texts.
+    Predict(PredictArguments),
+    /// Write a model folder.
+    Export { run: PathBuf, output: PathBuf },
+    /// One forward pass from file to file.
+    Forward(ForwardArguments),
+    /// Time training steps on a workload file.
+    Bench(BenchArguments),
+}
+
+#[derive(Args)]
+struct TrainArguments {
+    #[arg(long)]
+    coordinator: String,
+    #[arg(long)]
+    run: PathBuf,
+    #[arg(long)]
+    worker: u32,
+    #[arg(long, default_value_t = 1)]
+    local_workers: u32,
+}
+
+#[derive(Args)]
+struct EvalArguments {
+    #[arg(long)]
+    recipe: PathBuf,
+    #[arg(long)]
+    run: Option<PathBuf>,
+    #[arg(long)]
+    model: Option<PathBuf>,
+    #[arg(long)]
+    output: PathBuf,
+}
+
+#[derive(Args)]
+struct PredictArguments {
+    #[arg(long)]
+    model: PathBuf,
+    #[arg(long, value_delimiter = ',')]
+    labels: Vec<String>,
+    #[arg(long)]
+    template: String,
+    #[arg(long)]
+    anchor: String,
+    #[arg(long)]
+    max_length: usize,
+    texts: Vec<String>,
+}
+
+#[derive(Args)]
+struct PlacementArguments {
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    #[arg(long)]
+    bfloat16: bool,
+}
+
+#[derive(Args)]
+struct ForwardArguments {
+    #[arg(long)]
+    model: PathBuf,
+    #[arg(long)]
+    input: PathBuf,
+    #[arg(long)]
+    output: PathBuf,
+    #[arg(long)]
+    gradients: bool,
+    #[arg(long, default_value_t = 0)]
+    steps: usize,
+    #[arg(long, default_value_t = 1e-3)]
+    learning_rate: f64,
+    #[command(flatten)]
+    placement: PlacementArguments,
+}
+
+#[derive(Args)]
+struct BenchArguments {
+    workload: PathBuf,
+    /// The model's shape as JSON.
+    #[arg(long)]
+    shape: String,
+    #[arg(long, default_value_t = 50_368)]
+    vocab_size: i64,
+    #[arg(long, default_value_t = 4096)]
+    batch_tokens: usize,
+    #[arg(long, default_value_t = 20)]
+    steps: usize,
+    #[arg(long, default_value_t = 5)]
+    warmup_steps: usize,
+    #[arg(long, default_value_t = 0)]
+    threads: u32,
+    #[command(flatten)]
+    placement: PlacementArguments,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let stderr = std::io::stderr;
+    let filter = tracing_subscriber::EnvFilter::try_from_env("CLOZE_LOG").unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr).with_target(false).with_ansi(false).init();
+    match run(arguments.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let failure = worker::as_failure(&error);
+            // Nothing is left to tell where stderr itself is gone.
+            drop(writeln!(stderr(), "error: {failure}"));
+            ExitCode::from(failure.kind.exit_code())
+        }
+    }
+}
+
+/// Environment variables are read here and nowhere else.
+fn run(command: Command) -> Result<()> {
+    let torch_folder = std::env::var_os(torch::cuda::TORCH_FOLDER_VARIABLE).map(PathBuf::from);
+    let mut stdout = std::io::stdout().lock();
+    match command {
+        Command::Train(a) => {
+            let token = std::env::var("CLOZE_TOKEN").context("read the run's token from CLOZE_TOKEN")?;
+            let TrainArguments { coordinator, run, worker, local_workers } = a;
+            worker::run(&WorkerOptions { coordinator, run, worker, local_workers, token, torch_folder })
+        }
+        Command::Eval(EvalArguments { recipe, run, model, output }) => {
+            evaluate::evaluate(&EvaluateOptions { recipe, run, model, output, torch_folder }, &mut stdout)
+        }
+        Command::Predict(PredictArguments { model, labels, template, anchor, max_length, texts }) => {
+            let options = PredictOptions { model, labels, template, anchor, max_length };
+            predict::predict(options, &texts, &mut std::io::stdin().lock(), &mut stdout)
+        }
+        Command::Export { run, output } => {
+            let url = export::export(&run, &output)?;
+            writeln!(std::io::stderr(), "exported {url} to {}", output.display()).context("report the export")
+        }
+        Command::Forward(a) => {
+            let files = ForwardFiles { model: &a.model, input: &a.input, output: &a.output };
+            let extras = ForwardExtras { gradients: a.gradients, steps: a.steps, learning_rate: a.learning_rate };
+            forward::forward(files, placement(&a.placement, torch_folder, false)?, extras)
+        }
+        Command::Bench(a) => {
+            torch::memory::keep_freed_memory();
+            device::set_threads(a.threads, 1);
+            let placement = placement(&a.placement, torch_folder, true)?;
+            let shape: ModelShape = serde_json::from_str(&a.shape).context("read the model's shape")?;
+            let options = BenchOptions {
+                shape,
+                vocab_size: a.vocab_size,
+                placement,
+                batch_tokens: a.batch_tokens,
+                steps: a.steps,
+                warmup_steps: a.warmup_steps,
+            };
+            writeln!(stdout, "{}", bench::bench(&a.workload, &options)?).context("print the figures")
+        }
+    }
+}
+
+fn placement(arguments: &PlacementArguments, torch_folder: Option<PathBuf>, trainable: bool) -> Result<Placement> {
+    let device = match arguments.device.as_str() {
+        "cuda" => torch::cuda::open(0, torch_folder.as_deref())?,
+        _ => Device::Cpu,
+    };
+    Ok(Placement { device, trainable, bfloat16: arguments.bfloat16 })
+}

@@ -1,3 +1,30 @@
-//! .
+//! The recipe: what a run is to do, as one YAML file.
+//!
+//! [`load`] reads a file (and the files that it `extends`), applies `--set` overrides, and answers with a checked
+//! [`recipe::Recipe`] or with one [`failure::Failure`] that lists every problem with its file, line and column.
+//! The way of a recipe through this crate:
+//!
+//! | step | module | in | out |
+//! |---|---|---|---|
+//! | parse | `tree` | YAML text | a tree in which every key and value knows its place |
+//! | compose | `compose` | a file, its bases, the overrides | one tree |
+//! | validate | `validate` | the tree, the JSON Schema | every unknown key, wrong type and broken bound |
+//! | check | `check` | the sections whose form is right | a checked recipe, or what contradicts itself in it |
+//! | render | `render` | a checked recipe | YAML that reads back to the same recipe, and its hash |
+
 pub mod failure;
+pub mod raw;
 pub mod recipe;
+
+mod check;
+mod compose;
+mod load;
+mod paths;
+mod problem;
+mod render;
+mod schema;
+mod tree;
+mod validate;
+
+pub use load::load;
+pub use schema::schema_json;

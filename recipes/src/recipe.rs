@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A checked recipe.
@@ -104,7 +105,7 @@ pub struct DataSource {
 }
 
 /// What happens to a sample longer than `max_length`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Truncation {
     /// Drop it, and count it.
@@ -131,7 +132,7 @@ pub struct ObjectiveRecipe {
 }
 
 /// Objective of the examples that are not answer-token prediction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Auxiliary {
     /// Every example predicts its answer token.
@@ -143,7 +144,7 @@ pub enum Auxiliary {
 }
 
 /// What a masked position of an auxiliary example holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Masking {
     /// Always the mask token.
     #[serde(rename = "all_mask")]
@@ -154,7 +155,7 @@ pub enum Masking {
 }
 
 /// How per-position losses become one number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LossNorm {
     /// Mean over all labelled positions of the global batch.
@@ -214,7 +215,7 @@ pub struct ScheduleRecipe {
 }
 
 /// Shape of the learning rate after the warm-up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ScheduleKind {
     /// Straight line to the end.
@@ -230,7 +231,7 @@ pub enum ScheduleKind {
 }
 
 /// Device of the tensors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Device {
     /// The host processor.
@@ -240,7 +241,7 @@ pub enum Device {
 }
 
 /// Precision of the forward and backward pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
     /// IEEE single precision throughout.

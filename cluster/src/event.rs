@@ -1,0 +1,193 @@
+//! Everything that happens in a run, as one closed list. Terminal, JSONL and `TensorBoard` read the same events.
+
+use cloze_recipes::failure::Failure;
+use serde::{Deserialize, Serialize};
+
+use crate::protocol::StepReport;
+
+/// One thing that happened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The controller starts or resumes a run.
+    RunStarted {
+        /// Name of the run.
+        name: String,
+        /// Hash of its recipe.
+        recipe_hash: String,
+        /// Number of workers.
+        workers: u32,
+        /// Steps of the whole run.
+        steps: u64,
+    },
+    /// A worker process exists.
+    WorkerStarted {
+        /// Its slot.
+        worker: u32,
+        /// Its process id.
+        process_id: u32,
+    },
+    /// A worker has joined the coordinator.
+    WorkerJoined {
+        /// Its slot.
+        worker: u32,
+        /// Its host.
+        host: String,
+    },
+    /// All workers are there and were told to start.
+    GenerationStarted {
+        /// Number of the generation, from 1.
+        generation: u64,
+        /// Number of its ranks.
+        world_size: u32,
+        /// Why now.
+        reason: String,
+    },
+    /// The generation has its state and trains from it.
+    Restored {
+        /// Number of the generation.
+        generation: u64,
+        /// Steps done at the restored state; 0 from scratch.
+        step: u64,
+        /// `scratch`, or the checkpoint's URL.
+        source: String,
+        /// Newer checkpoints that were passed over, each with its reason.
+        skipped: Vec<String>,
+    },
+    /// One optimizer step.
+    Step {
+        /// Number of the generation.
+        generation: u64,
+        /// Its numbers; they stand beside `generation` in the JSON.
+        #[serde(flatten)]
+        report: StepReport,
+    },
+    /// A checkpoint is complete and visible.
+    CheckpointSaved {
+        /// Steps done at the checkpoint.
+        step: u64,
+        /// Where it is.
+        url: String,
+        /// Bytes of all its files.
+        bytes: u64,
+        /// Seconds that the save took.
+        seconds: f64,
+    },
+    /// A worker's connection or heartbeat is gone.
+    WorkerLost {
+        /// Its slot.
+        worker: u32,
+        /// Its rank in the running generation; `None` while no generation runs.
+        rank: Option<u32>,
+        /// How it was noticed.
+        reason: String,
+    },
+    /// The generation cannot go on.
+    GenerationAborted {
+        /// Number of the generation.
+        generation: u64,
+        /// Why.
+        reason: String,
+        /// Last step that the leader reported.
+        step: u64,
+    },
+    /// A worker process takes the place of one that ended.
+    WorkerRestarted {
+        /// Its slot.
+        worker: u32,
+        /// Restarts of this slot so far, from 1.
+        attempt: u32,
+        /// Restarts that the run has left.
+        budget_left: u32,
+    },
+    /// A worker is done and leaves as it should.
+    WorkerFinished {
+        /// Its slot.
+        worker: u32,
+        /// Steps done.
+        step: u64,
+    },
+    /// Something that a user should know and that does not end the run.
+    Warning {
+        /// One sentence, lowercase.
+        message: String,
+    },
+    /// All steps are done and saved.
+    RunFinished {
+        /// Steps done.
+        step: u64,
+        /// Seconds since this controller started.
+        seconds: f64,
+    },
+    /// The run was asked to stop and its state is saved.
+    RunStopped {
+        /// Steps done at the last saved state.
+        step: u64,
+    },
+    /// The run failed.
+    RunFailed {
+        /// Why.
+        failure: Failure,
+    },
+}
+
+/// An event with the time at which it was recorded; one line of `events.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Recorded {
+    /// Unix time, in seconds.
+    pub time: f64,
+    /// What happened; its fields stand beside `time` in the JSON.
+    #[serde(flatten)]
+    pub event: Event,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cloze_recipes::failure::FailureKind;
+
+    fn step(loss: f64) -> Event {
+        Event::Step {
+            generation: 2,
+            report: StepReport {
+                step: 51,
+                loss,
+                learning_rate: 1e-3,
+                gradient_norm: 1.0,
+                examples: 8,
+                tokens: 100,
+                labels: 8,
+                seconds: 0.5,
+                examples_per_s: 16.0,
+                tokens_per_s: 200.0,
+            },
+        }
+    }
+
+    #[test]
+    fn a_line_is_flat() {
+        let line = serde_json::to_string(&Recorded { time: 12.5, event: step(0.1) }).unwrap();
+        assert_eq!(
+            line,
+            "{\"time\":12.5,\"event\":\"step\",\"generation\":2,\"step\":51,\"loss\":0.1,\"learning_rate\":0.001,\"gradient_norm\":1.0,\
+             \"examples\":8,\"tokens\":100,\"labels\":8,\"seconds\":0.5,\"examples_per_s\":16.0,\"tokens_per_s\":200.0}"
+        );
+    }
+
+    #[test]
+    fn lines_can_be_read_back_exactly() {
+        let events = [
+            step(0.1 + 0.2),
+            Event::WorkerLost { worker: 1, rank: Some(1), reason: "connection closed".to_owned() },
+            Event::WorkerLost { worker: 1, rank: None, reason: "connection closed".to_owned() },
+            Event::RunFailed { failure: Failure::new(FailureKind::Run, "restart budget spent").hint("look at the log") },
+            Event::Restored { generation: 1, step: 0, source: "scratch".to_owned(), skipped: Vec::new() },
+            Event::Warning { message: "disk is slow".to_owned() },
+        ];
+        for event in events {
+            let recorded = Recorded { time: 1_700_000_000.125, event };
+            let line = serde_json::to_string(&recorded).unwrap();
+            assert_eq!(serde_json::from_str::<Recorded>(&line).unwrap(), recorded, "{line}");
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! What to do about a worker process that ended, pure: facts and limits in; a decision and its reason out.
+
+use std::fmt;
+use std::time::Duration;
+
+use cloze_recipes::failure::FailureKind;
+
+/// Wait before a slot's first replacement.
+const FIRST_BACKOFF_MS: u64 = 200;
+
+/// Longest wait before a replacement.
+const LONGEST_BACKOFF_MS: u64 = 10_100;
+
+/// Doublings of the first wait after which it is above the longest: 200 ms · 2^6 = 12.8 s.
+const MAX_BACKOFF_DOUBLINGS: u32 = 6;
+
+/// Bounds of restarting.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct RestartLimits {
+    /// Replacements over the whole run.
+    pub max_restarts: u32,
+}
+
+/// What is known when a process has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ExitFacts {
+    /// Exit code; `None` after a signal.
+    pub code: Option<i32>,
+    /// The worker had said that it is done.
+    pub finished: bool,
+    /// The run is being stopped.
+    pub stopping: bool,
+    /// Replacements of the whole run so far.
+    pub restarts: u32,
+    /// Replacements of this slot so far.
+    pub slot_restarts: u32,
+}
+
+/// What to do about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum ExitDecision {
+    /// Nothing; the process was to end.
+    Expected,
+    /// Start a replacement.
+    Restart {
+        /// When, from now.
+        after: Duration,
+        /// Replacements that are left then.
+        budget_left: u32,
+    },
+    /// End the run.
+    GiveUp {
+        /// Kind of the run's failure.
+        kind: FailureKind,
+    },
+}
+
+/// Why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ExitReason {
+    /// It had finished.
+    Finished,
+    /// The run stops.
+    Stopping,
+    /// It ended early and can be replaced.
+    EndedEarly,
+    /// Its exit code names a failure that a replacement would meet again.
+    Incurable,
+    /// All replacements are used.
+    BudgetSpent {
+        /// How many that were.
+        max_restarts: u32,
+    },
+}
+
+/// Decides what to do about a process that ended.
+pub(super) fn decide_exit(exit: &ExitFacts, limits: &RestartLimits) -> (ExitDecision, ExitReason) {
+    if exit.finished {
+        return (ExitDecision::Expected, ExitReason::Finished);
+    }
+    if exit.stopping {
+        return (ExitDecision::Expected, ExitReason::Stopping);
+    }
+    if let Some(kind) = exit.code.and_then(incurable_kind) {
+        return (ExitDecision::GiveUp { kind }, ExitReason::Incurable);
+    }
+    let Some(budget_left) = limits.max_restarts.checked_sub(exit.restarts + 1) else {
+        return (ExitDecision::GiveUp { kind: FailureKind::Run }, ExitReason::BudgetSpent { max_restarts: limits.max_restarts });
+    };
+    (ExitDecision::Restart { after: backoff(exit.slot_restarts), budget_left }, ExitReason::EndedEarly)
+}
+
+/// Wait before a slot's next replacement: doubles with each, up to a bound.
+fn backoff(slot_restarts: u32) -> Duration {
+    let factor = 1 << slot_restarts.min(MAX_BACKOFF_DOUBLINGS);
+    Duration::from_millis((FIRST_BACKOFF_MS * factor).min(LONGEST_BACKOFF_MS))
+}
+
+/// Kinds of failure that depend on what the worker was given, not on chance.
+fn incurable_kind(code: i32) -> Option<FailureKind> {
+    [FailureKind::Recipe, FailureKind::Input, FailureKind::Environment, FailureKind::Damaged, FailureKind::Mismatch]
+        .into_iter()
+        .find(|kind| i32::from(kind.exit_code()) == code)
+}
+
+impl fmt::Display for ExitReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Finished => f.write_str("it had finished"),
+            Self::Stopping => f.write_str("the run stops"),
+            Self::EndedEarly => f.write_str("it ended early"),
+            Self::Incurable => f.write_str("a replacement would fail in the same way"),
+            Self::BudgetSpent { max_restarts: 0 } => f.write_str("no replacement is allowed (`cluster.max_restarts` is 0)"),
+            Self::BudgetSpent { max_restarts } => {
+                write!(f, "all {max_restarts} replacements of this run are used (`cluster.max_restarts`)")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn early(code: Option<i32>, restarts: u32, slot_restarts: u32) -> ExitFacts {
+        ExitFacts { code, finished: false, stopping: false, restarts, slot_restarts }
+    }
+
+    #[test]
+    fn exits() {
+        let restart = |after_ms, budget_left| ExitDecision::Restart { after: Duration::from_millis(after_ms), budget_left };
+        let give_up = |kind| ExitDecision::GiveUp { kind };
+        let cases = [
+            ("after its last words", ExitFacts { finished: true, ..early(Some(0), 0, 0) }, ExitDecision::Expected, ExitReason::Finished),
+            ("crash after its last words", ExitFacts { finished: true, ..early(None, 0, 0) }, ExitDecision::Expected, ExitReason::Finished),
+            ("while stopping", ExitFacts { stopping: true, ..early(Some(9), 0, 0) }, ExitDecision::Expected, ExitReason::Stopping),
+            ("killed", early(None, 0, 0), restart(200, 1), ExitReason::EndedEarly),
+            ("code 0 without last words", early(Some(0), 0, 0), restart(200, 1), ExitReason::EndedEarly),
+            ("second crash of one slot", early(Some(101), 1, 1), restart(400, 0), ExitReason::EndedEarly),
+            ("second crash, another slot", early(Some(101), 1, 0), restart(200, 0), ExitReason::EndedEarly),
+            ("third crash", early(Some(101), 2, 0), give_up(FailureKind::Run), ExitReason::BudgetSpent { max_restarts: 2 }),
+            ("no libtorch", early(Some(5), 0, 0), give_up(FailureKind::Environment), ExitReason::Incurable),
+            ("another recipe", early(Some(8), 0, 0), give_up(FailureKind::Mismatch), ExitReason::Incurable),
+            ("a bucket that is away", early(Some(6), 0, 0), restart(200, 1), ExitReason::EndedEarly),
+            ("a lost coordinator", early(Some(9), 0, 0), restart(200, 1), ExitReason::EndedEarly),
+        ];
+        for (name, facts, decision, reason) in cases {
+            assert_eq!(decide_exit(&facts, &RestartLimits { max_restarts: 2 }), (decision, reason), "{name}");
+        }
+    }
+
+    #[test]
+    fn no_budget_at_all() {
+        let (decision, reason) = decide_exit(&early(None, 0, 0), &RestartLimits { max_restarts: 0 });
+        assert_eq!(decision, ExitDecision::GiveUp { kind: FailureKind::Run });
+        assert_eq!(reason.to_string(), "no replacement is allowed (`cluster.max_restarts` is 0)");
+    }
+
+    #[test]
+    fn waits_double_up_to_a_bound() {
+        let waits: Vec<u128> = [0, 1, 2, 5, 6, 7, u32::MAX].into_iter().map(|restarts| backoff(restarts).as_millis()).collect();
+        assert_eq!(waits, [200, 400, 800, 6_400, 10_100, 10_100, 10_100]);
+    }
+}

@@ -1,0 +1,16 @@
+//! Readers of the event stream: the terminal, `events.jsonl` and `TensorBoard`.
+//!
+//! The launcher hands every event to [`Reporters`], which stamps it with the time once and gives it to each reader. A reader
+//! that cannot write ends the run with a failure of kind `Storage`.
+
+mod all;
+mod jsonl;
+mod numbers;
+mod tensorboard;
+mod terminal;
+
+pub use all::Reporters;
+pub(crate) use all::terminal;
+pub use jsonl::Jsonl;
+pub use tensorboard::TensorBoard;
+pub use terminal::{Terminal, TerminalStyle};

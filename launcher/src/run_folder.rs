@@ -1,0 +1,388 @@
+//! The folder of one run: its recipe, what it was started with, its events, logs and checkpoints.
+//!
+//! ```text
+//! NAME/
+//!   recipe.yaml     the checked recipe; the workers read it
+//!   run.json        hash, data, versions, command line, host, start
+//!   events.jsonl    everything that happened, one line each
+//!   tensorboard/    scalars
+//!   logs/           worker-N.log
+//!   checkpoints/    unless the recipe names another place
+//!   lock            held by the live controller, with its process id
+//! ```
+
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{Read, Seek as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use cloze_cluster::host::host_name;
+use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::recipe::Recipe;
+use serde::{Deserialize, Serialize};
+
+/// Name of the lock file; a folder that holds nothing else counts as empty.
+const LOCK_FILE: &str = "lock";
+
+/// Longest lock text that is read back, in bytes; a process id has at most ten digits.
+const MAX_LOCK_BYTES: u64 = 64;
+
+/// Longest wait for `git rev-parse`; a repository on a hanging network mount must not hold up a run.
+const GIT_TIMEOUT_MS: u64 = 1_500;
+
+/// Interval at which the end of `git rev-parse` is looked for.
+const GIT_POLL_MS: u64 = 5;
+
+/// What a new run is made of.
+#[derive(Clone, Debug)]
+pub struct NewRun<'a> {
+    /// Name of the run and of its folder; usually the recipe's name.
+    pub name: &'a str,
+    /// The checked recipe.
+    pub recipe: &'a Recipe,
+    /// Fingerprint of the prepared data.
+    pub data_fingerprint: String,
+    /// The command line, program first.
+    pub command_line: Vec<String>,
+    /// Build of the worker binary.
+    pub worker_build: String,
+}
+
+/// What `run.json` says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunInfo {
+    /// Name of the run.
+    pub name: String,
+    /// Hash of its recipe.
+    pub recipe_hash: String,
+    /// Fingerprint of its prepared data.
+    pub data_fingerprint: String,
+    /// Version of `cloze` that made the folder.
+    pub cloze_version: String,
+    /// Build of the worker binary.
+    pub worker_build: String,
+    /// Git revision of the folder in which the command ran; `None` outside a repository.
+    pub git_revision: Option<String>,
+    /// The command line, program first.
+    pub command_line: Vec<String>,
+    /// Host of the controller.
+    pub host: String,
+    /// Process id of the controller.
+    pub process_id: u32,
+    /// Unix time of the start, in seconds.
+    pub started: f64,
+}
+
+/// A run folder that this process controls: no other process can open it until this value is dropped.
+#[derive(Debug)]
+pub struct RunFolder {
+    path: PathBuf,
+    info: RunInfo,
+    /// The operating system releases the lock when the process ends, however it ends.
+    _lock: File,
+}
+
+impl RunFolder {
+    /// Makes `root/name`. Fails with kind `Recipe` when the folder holds a run or anything else, with kind `Run` when another
+    /// live process controls it, and with kind `Storage` when it cannot be written.
+    pub fn create(root: &Path, new: &NewRun<'_>) -> anyhow::Result<Self> {
+        let path = std::path::absolute(root.join(new.name)).context("find the run folder's absolute path")?;
+        fs::create_dir_all(&path).map_err(|error| storage("create the run folder", &path, &error))?;
+        // A folder that never held a run gets no lock file from us.
+        if let Some(entry) = first_entry(&path)?.filter(|_| !path.join(LOCK_FILE).exists()) {
+            return Err(taken(&path, &entry).into());
+        }
+        let lock = acquire_lock(&path)?;
+        if let Some(entry) = first_entry(&path)? {
+            return Err(taken(&path, &entry).into());
+        }
+        for folder in ["tensorboard", "logs", "checkpoints"] {
+            let folder = path.join(folder);
+            fs::create_dir_all(&folder).map_err(|error| storage("create a folder", &folder, &error))?;
+        }
+        let info = RunInfo {
+            name: new.name.to_owned(),
+            recipe_hash: new.recipe.hash(),
+            data_fingerprint: new.data_fingerprint.clone(),
+            cloze_version: env!("CARGO_PKG_VERSION").to_owned(),
+            worker_build: new.worker_build.clone(),
+            git_revision: git_revision(),
+            command_line: new.command_line.clone(),
+            host: host_name(),
+            process_id: std::process::id(),
+            started: SystemTime::now().duration_since(UNIX_EPOCH).context("read the time of day")?.as_secs_f64(),
+        };
+        let folder = Self { path, info, _lock: lock };
+        write_whole(&folder.recipe_path(), new.recipe.to_yaml().as_bytes())?;
+        // run.json comes last: a folder with it is complete.
+        write_whole(&folder.info_path(), &serde_json::to_vec_pretty(&folder.info).context("serialise run.json")?)?;
+        Ok(folder)
+    }
+
+    /// Opens an existing run to resume it. Fails with kind `Input` when there is none, with kind `Mismatch` when its recipe was
+    /// changed, and with kind `Run` when another live process controls it.
+    pub fn open(dir: &Path) -> anyhow::Result<(Self, Recipe)> {
+        let path = std::path::absolute(dir).context("find the run folder's absolute path")?;
+        let info_path = path.join("run.json");
+        let text = fs::read(&info_path).map_err(|error| {
+            Failure::new(FailureKind::Input, "this folder holds no run")
+                .at(info_path.display())
+                .because(error)
+                .hint("`cloze train RECIPE` starts a run and names its folder")
+        })?;
+        let info: RunInfo = serde_json::from_slice(&text)
+            .map_err(|error| Failure::new(FailureKind::Damaged, "run.json cannot be read").at(info_path.display()).because(error))?;
+        let lock = acquire_lock(&path)?;
+        let folder = Self { path, info, _lock: lock };
+        let recipe = cloze_recipes::load(&folder.recipe_path(), &[])?;
+        let hash = recipe.hash();
+        if hash != folder.info.recipe_hash {
+            return Err(Failure::new(FailureKind::Mismatch, "the run's recipe was changed after its start")
+                .at(folder.recipe_path().display())
+                .expected(format!("recipe hash {}", folder.info.recipe_hash))
+                .found(format!("recipe hash {hash}"))
+                .hint("put the old recipe.yaml back, or start a new run with the changed one")
+                .into());
+        }
+        for folder in ["tensorboard", "logs"].map(|name| folder.path.join(name)) {
+            fs::create_dir_all(&folder).map_err(|error| storage("create a folder", &folder, &error))?;
+        }
+        Ok((folder, recipe))
+    }
+
+    /// The folder, absolute.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What `run.json` says.
+    pub fn info(&self) -> &RunInfo {
+        &self.info
+    }
+
+    /// The checked recipe's file.
+    pub fn recipe_path(&self) -> PathBuf {
+        self.path.join("recipe.yaml")
+    }
+
+    /// The file that describes the run.
+    pub fn info_path(&self) -> PathBuf {
+        self.path.join("run.json")
+    }
+
+    /// The event log.
+    pub fn events_path(&self) -> PathBuf {
+        self.path.join("events.jsonl")
+    }
+
+    /// The folder of the `TensorBoard` files.
+    pub fn tensorboard_path(&self) -> PathBuf {
+        self.path.join("tensorboard")
+    }
+
+    /// The log of one worker slot.
+    pub fn log_path(&self, worker: u32) -> PathBuf {
+        self.path.join("logs").join(format!("worker-{worker}.log"))
+    }
+
+    /// The folder of the checkpoints, where the recipe names no other place.
+    pub fn checkpoints_path(&self) -> PathBuf {
+        self.path.join("checkpoints")
+    }
+}
+
+/// A failure of the run folder's disk.
+pub(crate) fn storage(operation: &str, path: &Path, error: &std::io::Error) -> Failure {
+    Failure::new(FailureKind::Storage, format!("failed to {operation}"))
+        .at(path.display())
+        .because(error)
+        .hint("is the disk full, or the folder not yours to write?")
+}
+
+fn taken(path: &Path, entry: &OsStr) -> Failure {
+    let is_run = path.join("run.json").exists();
+    let what = if is_run { "this run already exists" } else { "the run folder is not empty" };
+    let found = if is_run { "run.json of an earlier run".to_owned() } else { entry.display().to_string() };
+    let resume = format!("`cloze resume {}` goes on with it; `--run OTHER` starts a run of another name", path.display());
+    Failure::new(FailureKind::Recipe, what).at(path.display()).expected("an empty or missing folder").found(found).hint(if is_run {
+        resume
+    } else {
+        "`--run OTHER` starts a run of another name".to_owned()
+    })
+}
+
+/// Takes the folder's lock and writes this process's id into it.
+fn acquire_lock(folder: &Path) -> anyhow::Result<File> {
+    let path = folder.join(LOCK_FILE);
+    let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+    let mut file = opened.map_err(|error| storage("open the run folder's lock", &path, &error))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(held(folder, &mut file).into()),
+        Err(TryLockError::Error(error)) => return Err(storage("lock the run folder", &path, &error).into()),
+    }
+    let written = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
+    written.map_err(|error| storage("write the run folder's lock", &path, &error))?;
+    Ok(file)
+}
+
+fn held(folder: &Path, file: &mut File) -> Failure {
+    let mut text = String::new();
+    let owner = match Read::by_ref(file).take(MAX_LOCK_BYTES).read_to_string(&mut text) {
+        Ok(_) if !text.trim().is_empty() => format!("process {}", text.trim()),
+        // The owner has locked the file and not yet written its id.
+        _ => "another process".to_owned(),
+    };
+    Failure::new(FailureKind::Run, "another live process controls this run")
+        .at(folder.display())
+        .found(owner)
+        .hint("wait for it, or stop it with Ctrl-C in its terminal; `cloze resume` then goes on")
+}
+
+/// Some entry of the folder other than the lock.
+fn first_entry(path: &Path) -> anyhow::Result<Option<std::ffi::OsString>> {
+    let entries = fs::read_dir(path).map_err(|error| storage("list the run folder", path, &error))?;
+    for entry in entries {
+        let name = entry.map_err(|error| storage("list the run folder", path, &error))?.file_name();
+        if name != LOCK_FILE {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
+/// Writes a file so that it appears whole or not at all.
+fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let temporary = path.with_extension("partial");
+    let written = File::create(&temporary).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    });
+    written.map_err(|error| storage("write a file", path, &error).into())
+}
+
+/// The revision of the repository around the current folder, if git and a repository are there.
+fn git_revision() -> Option<String> {
+    let mut git = Command::new("git");
+    git.args(["rev-parse", "HEAD"]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = git.spawn().ok()?;
+    let deadline = Instant::now() + Duration::from_millis(GIT_TIMEOUT_MS);
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break status,
+            Ok(None) if Instant::now() < deadline => sleep(Duration::from_millis(GIT_POLL_MS)),
+            Ok(None) | Err(_) => {
+                // It may have ended by itself just now; either way it is gone after this.
+                let _ = child.kill();
+                let _ = child.wait();
+                return None;
+            }
+        }
+    };
+    let mut revision = String::new();
+    child.stdout.take()?.take(MAX_LOCK_BYTES).read_to_string(&mut revision).ok()?;
+    let revision = revision.trim();
+    (status.success() && !revision.is_empty()).then(|| revision.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample::recipe;
+
+    fn new_run(recipe: &Recipe) -> NewRun<'_> {
+        NewRun {
+            name: "first",
+            recipe,
+            data_fingerprint: "data".to_owned(),
+            command_line: vec!["cloze".to_owned(), "train".to_owned()],
+            worker_build: "build".to_owned(),
+        }
+    }
+
+    fn failure(result: anyhow::Result<RunFolder>) -> Failure {
+        result.unwrap_err().downcast().unwrap()
+    }
+
+    #[test]
+    fn a_new_folder_is_complete() {
+        let root = tempfile::tempdir().unwrap();
+        let recipe = recipe();
+        let folder = RunFolder::create(root.path(), &new_run(&recipe)).unwrap();
+        assert_eq!(folder.path(), root.path().join("first"));
+        let info: RunInfo = serde_json::from_slice(&fs::read(folder.info_path()).unwrap()).unwrap();
+        assert_eq!(&info, folder.info());
+        assert_eq!((info.name.as_str(), info.recipe_hash), ("first", recipe.hash()));
+        assert_eq!(info.process_id, std::process::id());
+        for path in [folder.recipe_path(), folder.tensorboard_path(), folder.path().join("logs"), folder.checkpoints_path()] {
+            assert!(path.exists(), "{}", path.display());
+        }
+        assert!(!folder.path().join("run.partial").exists());
+    }
+
+    #[test]
+    fn an_existing_run_is_not_overwritten() {
+        let root = tempfile::tempdir().unwrap();
+        let recipe = recipe();
+        drop(RunFolder::create(root.path(), &new_run(&recipe)).unwrap());
+        let failure = failure(RunFolder::create(root.path(), &new_run(&recipe)));
+        assert_eq!(failure.kind, FailureKind::Recipe);
+        assert_eq!(failure.what, "this run already exists");
+        assert!(failure.hint.unwrap().starts_with("`cloze resume "));
+    }
+
+    #[test]
+    fn a_folder_of_something_else_is_left_alone() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("first")).unwrap();
+        fs::write(root.path().join("first").join("thesis.tex"), "x").unwrap();
+        let failure = failure(RunFolder::create(root.path(), &new_run(&recipe())));
+        assert_eq!((failure.what.as_str(), failure.found.as_deref()), ("the run folder is not empty", Some("thesis.tex")));
+        assert_eq!(fs::read_dir(root.path().join("first")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_live_controller_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let recipe = recipe();
+        let folder = RunFolder::create(root.path(), &new_run(&recipe)).unwrap();
+        let failure = failure(RunFolder::create(root.path(), &new_run(&recipe)));
+        assert_eq!(failure.what, "another live process controls this run");
+        assert_eq!(failure.found, Some(format!("process {}", std::process::id())));
+        drop(folder);
+    }
+
+    #[test]
+    fn a_run_is_resumed_with_its_recipe() {
+        let root = tempfile::tempdir().unwrap();
+        let recipe = recipe();
+        let created = RunFolder::create(root.path(), &new_run(&recipe)).unwrap();
+        let (path, info) = (created.path().to_owned(), created.info().clone());
+        drop(created);
+        let (opened, read_back) = RunFolder::open(&path).unwrap();
+        assert_eq!((opened.info(), read_back), (&info, recipe));
+        drop(opened);
+
+        let recipe_path = path.join("recipe.yaml");
+        let changed = fs::read_to_string(&recipe_path).unwrap().replace("learning_rate: 0.001", "learning_rate: 0.002");
+        fs::write(&recipe_path, changed).unwrap();
+        let failure = failure(RunFolder::open(&path).map(|(folder, _)| folder));
+        assert_eq!((failure.kind, failure.expected), (FailureKind::Mismatch, Some(format!("recipe hash {}", info.recipe_hash))));
+    }
+
+    #[test]
+    fn a_folder_without_a_run_cannot_be_resumed() {
+        let root = tempfile::tempdir().unwrap();
+        let failure = failure(RunFolder::open(root.path()).map(|(folder, _)| folder));
+        assert_eq!((failure.kind, failure.what.as_str()), (FailureKind::Input, "this folder holds no run"));
+        fs::write(root.path().join("run.json"), "{").unwrap();
+        let failure = RunFolder::open(root.path()).unwrap_err().downcast::<Failure>().unwrap();
+        assert_eq!(failure.kind, FailureKind::Damaged);
+    }
+}

@@ -1,0 +1,332 @@
+//! From the raw types to the checked recipe: what two values together, or a value's text, can break.
+//!
+//! A section is checked when its form is right, so that one failure shows as many problems as can be told at once.
+
+mod data;
+mod evaluation;
+mod model;
+mod template;
+mod train;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde_json::{Value as Json, json};
+
+use crate::paths;
+use crate::problem::Problems;
+use crate::raw::{CheckpointRaw, ClusterRaw, DataRaw, EvaluationRaw, ModelRaw, ObjectiveRaw, TrainRaw, defaults};
+use crate::recipe::{Auxiliary, CheckpointRecipe, ClusterRecipe, DataRecipe, ModelRecipe, ObjectiveRecipe, Recipe, TrainRecipe};
+use crate::tree::Node;
+
+/// Longest name of a run or a task, in characters: it becomes a folder or a file.
+const MAX_NAME_CHARS: usize = 100;
+
+/// Checks the composed tree; `problems` holds what the schema found. Fails if anything is wrong.
+pub(crate) fn check(root: &Node, problems: Problems, current_folder: &Path) -> Result<Recipe, Problems> {
+    let mut context = Context { root, problems, current_folder };
+    let raw = RawSections::read(&mut context);
+
+    if let Some(name) = &raw.name {
+        context.name("name", name);
+    }
+    let model = raw.model.map(|section| model::check(&mut context, section));
+    let data = raw.data.map(|section| data::check(&mut context, section));
+    let train = raw.train.as_ref().map(|section| train::check(&mut context, section));
+    let objective = raw.objective.as_ref().map(checked_objective);
+    let checkpoint = raw.checkpoint.map(|section| checked_checkpoint(&mut context, section));
+    let cluster = raw.cluster.as_ref().map(checked_cluster);
+    let max_length = data.as_ref().map_or_else(defaults::max_length, |data| data.max_length);
+    let evaluation = raw.evaluation.map(|tasks| evaluation::check(&mut context, tasks, max_length));
+    check_lengths(&mut context, model.as_ref(), data.as_ref(), train.as_ref());
+
+    let (Some(version), Some(name), Some(seed)) = (raw.version, raw.name, raw.seed) else { return Err(context.problems) };
+    let (Some(model), Some(data), Some(objective), Some(train)) = (model, data, objective, train) else { return Err(context.problems) };
+    let (Some(checkpoint), Some(cluster), Some(evaluation)) = (checkpoint, cluster, evaluation) else { return Err(context.problems) };
+    if !context.problems.is_empty() {
+        return Err(context.problems);
+    }
+    Ok(Recipe { version, name, seed, model, data, objective, train, checkpoint, cluster, evaluation })
+}
+
+/// The sections whose form is right.
+struct RawSections {
+    version: Option<u32>,
+    name: Option<String>,
+    seed: Option<u64>,
+    model: Option<ModelRaw>,
+    data: Option<DataRaw>,
+    objective: Option<ObjectiveRaw>,
+    train: Option<TrainRaw>,
+    checkpoint: Option<CheckpointRaw>,
+    cluster: Option<ClusterRaw>,
+    evaluation: Option<Vec<EvaluationRaw>>,
+}
+
+impl RawSections {
+    fn read(context: &mut Context<'_>) -> Self {
+        Self {
+            version: context.section("version", Json::Null),
+            name: context.section("name", Json::Null),
+            seed: context.section("seed", defaults::seed().into()),
+            model: context.section("model", json!({})),
+            data: context.section("data", json!({})),
+            objective: context.section("objective", json!({})),
+            train: context.section("train", json!({})),
+            checkpoint: context.section("checkpoint", json!({})),
+            cluster: context.section("cluster", json!({})),
+            evaluation: context.section("evaluation", json!([])),
+        }
+    }
+}
+
+/// Without an auxiliary objective no example takes it, whatever the ratio says.
+fn checked_objective(raw: &ObjectiveRaw) -> ObjectiveRecipe {
+    ObjectiveRecipe {
+        auxiliary: raw.auxiliary,
+        auxiliary_ratio: if raw.auxiliary == Auxiliary::None { 0.0 } else { raw.auxiliary_ratio },
+        mask_probability: raw.mask_probability,
+        masking: raw.masking,
+        loss_norm: raw.loss_norm,
+    }
+}
+
+fn checked_checkpoint(context: &mut Context<'_>, raw: CheckpointRaw) -> CheckpointRecipe {
+    let CheckpointRaw { url, options, every_steps, keep_last } = raw;
+    let current_folder = context.current_folder;
+    let url = url.map(|url| context.url("checkpoint.url", &url, current_folder));
+    CheckpointRecipe { url, options, every_steps, keep_last }
+}
+
+fn checked_cluster(raw: &ClusterRaw) -> ClusterRecipe {
+    ClusterRecipe {
+        max_restarts: raw.max_restarts,
+        heartbeat_timeout_ms: raw.heartbeat_timeout_ms,
+        collective_timeout_ms: raw.collective_timeout_ms,
+    }
+}
+
+/// A sample must fit into a micro batch and into the positions of the model.
+fn check_lengths(context: &mut Context<'_>, model: Option<&ModelRecipe>, data: Option<&DataRecipe>, train: Option<&TrainRecipe>) {
+    let Some(data) = data else { return };
+    let max_length = data.max_length;
+    if let Some(train) = train
+        && train.micro_batch_tokens < max_length
+    {
+        let expected = format!("at least data.max_length, which is {max_length}");
+        context.mismatch("train.micro_batch_tokens", train.micro_batch_tokens, expected);
+    }
+    if let Some(shape) = model.and_then(|model| model.shape.as_ref())
+        && shape.max_position_embeddings < max_length
+    {
+        let expected = format!("at most the model's max_position_embeddings, which is {}", shape.max_position_embeddings);
+        context.mismatch("data.max_length", max_length, expected);
+    }
+}
+
+/// What the checks of all sections share.
+struct Context<'run> {
+    root: &'run Node,
+    problems: Problems,
+    current_folder: &'run Path,
+}
+
+impl Context<'_> {
+    /// The section, if the schema found nothing wrong in it; `absent` stands for one that is not there.
+    fn section<T: DeserializeOwned>(&mut self, name: &str, absent: Json) -> Option<T> {
+        if self.problems.touches(name) {
+            return None;
+        }
+        let value = self.root.get(name).map_or(absent, Node::json);
+        match serde_json::from_value(value) {
+            Ok(section) => Some(section),
+            Err(error) => {
+                // A required section may be absent because its key is misspelt, which is reported already.
+                if self.problems.is_empty() {
+                    self.problem(name, error.to_string());
+                }
+                None
+            }
+        }
+    }
+
+    /// Reports a problem at a dotted key path.
+    fn problem(&mut self, path: &str, message: impl Into<String>) {
+        self.problems.push(self.root.place_of(path), path, message);
+    }
+
+    /// Reports that one thing was found and another expected.
+    fn mismatch(&mut self, path: &str, found: impl fmt::Display, expected: impl fmt::Display) {
+        self.problem(path, format!("found {found}, expected {expected}"));
+    }
+
+    /// Checks a name that becomes a folder or a file.
+    fn name(&mut self, path: &str, name: &str) {
+        let allowed = |character: char| character.is_ascii_alphanumeric() || "-_.".contains(character);
+        if !name.chars().all(allowed) || name.starts_with('.') || name.len() > MAX_NAME_CHARS {
+            let expected = format!("at most {MAX_NAME_CHARS} letters, digits, `-`, `_` and `.`, the first not `.`");
+            self.mismatch(path, format!("`{}`", crate::tree::shortened(name)), expected);
+        }
+    }
+
+    /// A local path, absolute: relative to the folder of whoever states the value at `path`.
+    fn path(&mut self, path: &str, stated: &str) -> PathBuf {
+        let folder = self.root.place_of(path).folder();
+        self.path_in(path, stated, folder)
+    }
+
+    /// A local path, absolute: relative to `folder`.
+    fn path_in(&mut self, path: &str, stated: &str, folder: &Path) -> PathBuf {
+        if stated.contains("://") {
+            self.mismatch(path, format!("`{stated}`"), "a path on this machine, without a scheme");
+        }
+        paths::resolve(folder, stated)
+    }
+
+    /// A URL whose scheme is known, or a path made absolute in `folder`.
+    fn url(&mut self, path: &str, stated: &str, folder: &Path) -> String {
+        let Some((scheme, rest)) = stated.split_once("://") else {
+            // The folder is UTF-8 and so is the stated path: nothing is lost.
+            return paths::resolve(folder, stated).to_string_lossy().into_owned();
+        };
+        let known = match scheme {
+            "file" => rest.starts_with('/'),
+            "s3" => !rest.is_empty() && !rest.starts_with('/'),
+            _ => false,
+        };
+        if !known {
+            self.mismatch(path, format!("`{stated}`"), "`file:///path`, `s3://bucket/prefix` or a path");
+        }
+        stated.to_owned()
+    }
+
+    /// Checks that each text compiles as a regular expression.
+    fn regexes(&mut self, path: &str, patterns: &[String]) {
+        for (index, pattern) in patterns.iter().enumerate() {
+            if let Err(error) = regex::Regex::new(pattern) {
+                // The error draws the pattern over several lines; the last one says what is wrong.
+                let error = error.to_string();
+                let reason = error.lines().last().unwrap_or("").trim_start_matches("error: ");
+                self.mismatch(&format!("{path}.{index}"), format!("`{pattern}`"), format!("a regular expression ({reason})"));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::failure::Failure;
+    use crate::load;
+    use crate::recipe::Recipe;
+
+    const RECIPE: &str = "version: 1
+name: demo
+model: {preset: tiny, tokenizer: t}
+data: {sources: [{url: corpus}], output: out, max_length: 128}
+train: {steps: 10, batch_examples: 4, micro_batch_tokens: 256, learning_rate: 1e-3}
+";
+
+    fn loaded(overrides: &[&str]) -> anyhow::Result<Recipe> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("r.yaml");
+        std::fs::write(&path, RECIPE).unwrap();
+        load(&path, &overrides.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>())
+    }
+
+    /// The lines below the headline.
+    fn problems(overrides: &[&str]) -> Vec<String> {
+        let error = loaded(overrides).unwrap_err();
+        error.downcast_ref::<Failure>().unwrap().what.lines().skip(1).map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn each_contradiction_has_its_words() {
+        let evaluation = "evaluation=[{name: e, files: [f], labels: [{value: a}, {value: b, words: [a]}]}]";
+        let two_tasks =
+            "evaluation=[{name: e, files: [f], labels: [{value: a}, {value: b}]}, {name: e, files: [f], labels: [{value: a}, {value: b}]}]";
+        let table = [
+            ("name=a b", "name: found `a b`, expected at most 100 letters, digits, `-`, `_` and `.`, the first not `.`"),
+            ("model.path=m", "found `path` together with `preset` or `shape`, expected one source; unset the other with `null`"),
+            ("model.preset=", "model: found neither `path` nor `preset`, expected one source of the model"),
+            ("model.tokenizer=", "model: found no `tokenizer`, expected the folder with tokenizer.json: only a `path` brings its own"),
+            ("model.tokenizer=s3://b/t", "model.tokenizer: found `s3://b/t`, expected a path on this machine, without a scheme"),
+            ("model.shape.num_attention_heads=3", "found 3, expected a divisor of hidden_size, which is 128"),
+            ("model.shape.num_attention_heads=128", "found 128, which makes heads of width 1, expected an even head width"),
+            ("model.shape.local_attention=5", "found 5, expected an even number: half of it lies on each side"),
+            ("model.shape.max_position_embeddings=64", "found 128, expected at most the model's max_position_embeddings, which is 64"),
+            ("data.hold_out=[\"(\"]", "data.hold_out.0: found `(`, expected a regular expression (unclosed group)"),
+            ("data.template=\"{inputs}\"", "data.template: found `{target}` 0 times, expected it once"),
+            ("data.template=\"{target}\"", "data.template: found no `{inputs}`, expected it at least once"),
+            ("data.template=\"{inputs} {x} {target}\"", "data.template: found `{x}`, expected `{inputs}`, `{anchor}` or `{target}`"),
+            ("data.sources.0.url=gs://b", "data.sources.0.url: found `gs://b`, expected `file:///path`, `s3://bucket/prefix` or a path"),
+            ("checkpoint.url=s3://", "checkpoint.url: found `s3://`, expected `file:///path`, `s3://bucket/prefix` or a path"),
+            ("train.epochs=1", "found both `steps` and `epochs`, expected exactly one of them; unset the other with `null`"),
+            ("train.steps=", "train: found neither `steps` nor `epochs`, expected exactly one of them"),
+            ("train.betas=[0.9, 1]", "train.betas.1: found 1, expected a number of at least 0 and below 1"),
+            ("train.micro_batch_tokens=64", "found 64, expected at least data.max_length, which is 128"),
+            ("train.precision=bfloat16", "found `bfloat16` with `device: cpu`, expected `float32` on a cpu, or `device: cuda`"),
+            ("train.schedule.warmup_steps=11", "found 11, expected at most train.steps, which is 10"),
+            ("train.schedule={kind: wsd, decay_ratio: 1}", "found 1 after a warm-up of 0.05, expected both together at most 1"),
+            (evaluation, "evaluation.0.labels.1.words: found `a`, which already stands for `a`, expected words of one label only"),
+            (two_tasks, "evaluation.1.name: found `e` a second time, expected names that differ"),
+        ];
+        for (text, expected) in table {
+            let found = problems(&[text]);
+            assert_eq!(found.len(), 1, "{text}: {found:?}");
+            assert!(found[0].ends_with(expected), "{text}: {}", found[0]);
+        }
+    }
+
+    #[test]
+    fn two_ways_to_say_one_thing_are_refused() {
+        let table = [
+            ("data={cap_per_task: 3, wanted_total: 4}", "data.wanted_total: found both `cap_per_task` and `wanted_total`"),
+            (
+                "train.schedule={warmup_steps: 3, warmup_ratio: 0.1}",
+                "train.schedule.warmup_ratio: found both `warmup_steps` and `warmup_ratio`",
+            ),
+        ];
+        for (text, expected) in table {
+            let found = problems(&[text]);
+            assert!(found.len() == 1 && found[0].contains(expected), "{text}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn csv_columns_bound_the_prompt_and_the_answer() {
+        let task = "{name: e, files: [f], columns: [q, a], labels: [{value: x}, {value: y}]}";
+        let found = problems(&[&format!("evaluation=[{task}]")]);
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert!(found[0].ends_with("template: found `{inputs}`, expected `{anchor}`, `{mask}` or one of the columns q, a"), "{}", found[0]);
+        assert!(found[1].ends_with("answer_column: found `targets`, expected one of the columns q, a"), "{}", found[1]);
+    }
+
+    #[test]
+    fn sections_of_right_form_are_checked_beside_wrong_ones() {
+        let found = problems(&["train.lerning_rate=1", "data.cap_per_task=1", "data.wanted_total=1"]);
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert!(found[0].starts_with("--set train.lerning_rate=1: train.lerning_rate: unknown key"), "{}", found[0]);
+        assert!(found[1].starts_with("--set data.wanted_total=1: data.wanted_total: found both"), "{}", found[1]);
+    }
+
+    #[test]
+    fn a_misspelt_section_is_one_problem() {
+        let found = problems(&["train=", "trian={steps: 1}"]);
+        assert_eq!(found, ["--set trian={steps: 1}: trian: unknown key; did you mean `train`?"]);
+    }
+
+    #[test]
+    fn what_is_stated_replaces_the_default() {
+        let schedule = loaded(&["train.schedule.warmup_steps=3"]).unwrap().train.schedule;
+        assert_eq!((schedule.warmup_steps, schedule.warmup_ratio), (Some(3), None));
+        let objective = loaded(&["objective.auxiliary=none"]).unwrap().objective;
+        assert!(objective.auxiliary_ratio.abs() < f64::EPSILON, "no auxiliary objective, no share of it");
+        let shape = loaded(&["model.shape.num_hidden_layers=2"]).unwrap().model.shape.unwrap();
+        assert_eq!((shape.num_hidden_layers, shape.hidden_size), (2, 128));
+        let task = "evaluation=[{name: e, files: [f], labels: [{value: a}, {value: b, words: [c, d]}]}]";
+        let task = loaded(&[task]).unwrap().evaluation.remove(0);
+        assert_eq!(task.max_length, 128, "the length of the training data");
+        assert_eq!((task.labels[0].words.join(" "), task.labels[1].words.join(" ")), ("a".to_owned(), "c d".to_owned()));
+    }
+}

@@ -1,0 +1,240 @@
+//! From a file and overrides to a checked recipe, or to one failure with every problem.
+
+use std::path::Path;
+
+use anyhow::Context as _;
+
+use crate::problem::Problems;
+use crate::recipe::Recipe;
+use crate::{check, compose, paths, schema, validate};
+
+/// Reads, composes and checks a recipe.
+///
+/// `overrides` are `key.path=value` texts, applied in order after the file and its bases. In the checked recipe every path
+/// is absolute: those of the model, the tokenizer, the sources and the evaluation files start at the folder of the file that
+/// states them (at the current folder where an override does), `data.output` and `checkpoint.url` at the current folder.
+/// Nothing that a recipe points to is opened.
+///
+/// Fails with a [`Failure`](crate::failure::Failure) of kind `Recipe`: at once where a file cannot be read as YAML, else with
+/// one line for each problem.
+pub fn load(path: &Path, overrides: &[String]) -> anyhow::Result<Recipe> {
+    let current_folder = std::env::current_dir().context("find the current folder")?;
+    let current_folder = paths::canonical_folder(&current_folder)?;
+    let mut problems = Problems::default();
+    let root = compose::compose(path, overrides, &current_folder, &mut problems)?;
+    validate::validate(&root, &schema::schema(), &mut problems);
+    let shown = path.display().to_string();
+    check::check(&root, problems, &current_folder).map_err(|problems| problems.into_failure(&shown).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::failure::{Failure, FailureKind};
+
+    const RECIPE: &str = "version: 1
+name: demo
+model: {preset: tiny, tokenizer: t}
+data: {sources: [{url: corpus}], output: out, max_length: 128}
+train: {steps: 10, batch_examples: 4, micro_batch_tokens: 256, learning_rate: 1e-3}
+";
+
+    /// A temporary folder with one file, its path free of links.
+    fn written(name: &str, text: &str) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().canonicalize().unwrap().join(name);
+        std::fs::write(&path, text).unwrap();
+        (folder, path)
+    }
+
+    fn current_folder() -> PathBuf {
+        std::env::current_dir().unwrap().canonicalize().unwrap()
+    }
+
+    #[test]
+    fn the_problems_of_a_file_are_one_failure() {
+        let text = "version: 1
+name: demo
+model:
+  preset: tiny
+  tokenizer: tokenizer.json
+data:
+  sources:
+    - url: corpus
+  output: prepared
+train:
+  steps: 10
+  lerning_rate: 1e-3
+  micro_batch_tokens: 2048
+  batch_examples: -3
+";
+        let (_folder, path) = written("demo.yaml", text);
+        let error = load(&path, &[]).unwrap_err();
+        let failure = error.downcast_ref::<Failure>().unwrap();
+        assert_eq!(failure.kind, FailureKind::Recipe);
+        let expected = "2 problems in demo.yaml
+demo.yaml:12:3: train.lerning_rate: unknown key; did you mean `learning_rate`?
+demo.yaml:14:19: train.batch_examples: found -3, expected an integer from 1 to 1048576";
+        assert_eq!(failure.to_string().replace(&format!("{}/", path.parent().unwrap().display()), ""), expected);
+    }
+
+    #[test]
+    fn a_missing_file_and_broken_yaml_are_failures_with_a_place() {
+        let error = load(Path::new("/nowhere/r.yaml"), &[]).unwrap_err();
+        assert!(error.to_string().starts_with("cannot read the recipe\n  where: /nowhere/r.yaml\n  cause: "), "{error}");
+
+        let (_folder, path) = written("r.yaml", "version: 1\nname: [a\nmodel: x\n");
+        let failure = load(&path, &[]).unwrap_err().downcast::<Failure>().unwrap();
+        assert_eq!(failure.what, "cannot read the recipe as YAML");
+        assert!(failure.place.unwrap().starts_with(&format!("{}:", path.display())));
+    }
+
+    #[test]
+    fn a_short_recipe_is_filled_with_the_defaults() {
+        let (_folder, path) = written("r.yaml", RECIPE);
+        let text = load(&path, &[]).unwrap().to_yaml();
+        let text = text.replace(&path.parent().unwrap().display().to_string(), "/FOLDER");
+        assert_eq!(text.replace(&current_folder().display().to_string(), "/CURRENT"), DEFAULTS);
+    }
+
+    const DEFAULTS: &str = r#"version: 1
+name: demo
+seed: 42
+model:
+  path: null
+  tokenizer: /FOLDER/t
+  shape:
+    hidden_size: 128
+    intermediate_size: 192
+    num_hidden_layers: 4
+    num_attention_heads: 4
+    global_attn_every_n_layers: 3
+    local_attention: 128
+    global_rope_theta: 160000.0
+    local_rope_theta: 10000.0
+    max_position_embeddings: 8192
+  anchor_token: "[unused0]"
+data:
+  sources:
+    - url: /FOLDER/corpus
+      task: null
+      options: {}
+  output: /CURRENT/out
+  hold_out: []
+  cap_per_task: null
+  wanted_total: null
+  max_length: 128
+  truncate: prompt_keep_answer
+  template: "{inputs}\nAnswer: {anchor} {target}"
+  hold_out_templates: []
+objective:
+  auxiliary: dummy_mlm
+  auxiliary_ratio: 0.2
+  mask_probability: 0.3
+  masking: all_mask
+  loss_norm: token_mean
+train:
+  steps: 10
+  epochs: null
+  batch_examples: 4
+  micro_batch_tokens: 256
+  learning_rate: 0.001
+  betas:
+    - 0.9
+    - 0.999
+  epsilon: 1e-8
+  weight_decay: 0.01
+  clip_norm: 1.0
+  schedule:
+    kind: linear
+    warmup_steps: null
+    warmup_ratio: 0.05
+    end_ratio: 0.0
+    power: 1.0
+    decay_ratio: 0.1
+  device: cpu
+  precision: float32
+  threads: 0
+  log_every_steps: 1
+checkpoint:
+  url: null
+  options: {}
+  every_steps: 500
+  keep_last: 2
+cluster:
+  max_restarts: 3
+  heartbeat_timeout_ms: 2000
+  collective_timeout_ms: 60000
+evaluation: []
+"#;
+
+    #[test]
+    fn paths_start_where_they_are_stated() {
+        let (_folder, path) = written("r.yaml", RECIPE);
+        let folder = path.parent().unwrap();
+        let overrides = ["model.tokenizer=here/t", "checkpoint.url=saved", "data.sources.0.url=s3://bucket/corpus"];
+        let recipe = load(&path, &overrides.map(str::to_owned)).unwrap();
+        assert_eq!(recipe.model.tokenizer, current_folder().join("here/t"), "an override starts at the current folder");
+        assert_eq!(recipe.data.output, current_folder().join("out"), "outputs start at the current folder");
+        assert_eq!(recipe.checkpoint.url, Some(current_folder().join("saved").display().to_string()));
+        assert_eq!(recipe.data.sources[0].url, "s3://bucket/corpus");
+        let recipe = load(&path, &[]).unwrap();
+        assert_eq!(recipe.data.sources[0].url, folder.join("corpus").display().to_string());
+    }
+
+    #[test]
+    fn the_hash_follows_the_meaning() {
+        let (_folder, path) = written("r.yaml", RECIPE);
+        let hash = |overrides: &[&str]| {
+            let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+            load(&path, &overrides).unwrap().hash()
+        };
+        assert_eq!(hash(&[]).len(), 64);
+        assert_eq!(hash(&[]), hash(&["seed=42", "train.clip_norm=1"]), "a default spelled out means the same");
+        assert_ne!(hash(&[]), hash(&["seed=43"]));
+        assert_ne!(hash(&[]), hash(&["train.learning_rate=2e-3"]));
+    }
+
+    /// The recipe files of this repository.
+    fn shipped() -> Vec<PathBuf> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let mut files = Vec::new();
+        for folder in ["demo", "its-all-in-the-mask"] {
+            for entry in std::fs::read_dir(root.join(folder)).unwrap() {
+                files.push(entry.unwrap().path());
+            }
+        }
+        files.retain(|file| file.extension().is_some_and(|extension| extension == "yaml"));
+        files.sort();
+        files
+    }
+
+    #[test]
+    fn shipped_recipes_load_and_read_back_from_their_own_text() {
+        let files = shipped();
+        assert_eq!(files.len(), 5, "{files:?}");
+        for file in files {
+            let recipe = load(&file, &[]).unwrap();
+            let (_folder, path) = written("copy.yaml", &recipe.to_yaml());
+            let copy = load(&path, &[]).unwrap();
+            assert_eq!(copy, recipe, "{}", file.display());
+            assert_eq!(copy.hash(), recipe.hash(), "{}", file.display());
+        }
+    }
+
+    #[test]
+    fn the_paper_variants_differ_only_in_the_objective() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("its-all-in-the-mask");
+        let base = load(&folder.join("atp80_dummy20.yaml"), &[]).unwrap();
+        for name in ["atp100", "atp80_mlm20"] {
+            let mut variant = load(&folder.join(format!("{name}.yaml")), &[]).unwrap();
+            assert_ne!(variant.objective, base.objective);
+            assert!(variant.name.ends_with(name), "{}", variant.name);
+            variant.objective = base.objective.clone();
+            variant.name.clone_from(&base.name);
+            assert_eq!(variant, base, "{name}");
+        }
+    }
+}

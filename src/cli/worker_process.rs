@@ -1,0 +1,141 @@
+//! Subcommands that `cloze-worker` computes: it is started with the same terminal, and its exit code is passed on.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::raw::Preset;
+
+use super::arguments::{BenchArguments, DeviceName, EvalArguments, ExportArguments, ForwardArguments, PlacementArguments, PredictArguments, PresetName};
+
+/// Environment variable that names another worker binary.
+const WORKER_VARIABLE: &str = "CLOZE_WORKER";
+
+/// The dynamic linker's exit code where a library is missing.
+const EXIT_CODE_NOT_LOADED: i32 = 127;
+
+/// The worker binary: named by the environment, or beside this program.
+pub fn worker_binary() -> Result<PathBuf> {
+    let named = std::env::var_os(WORKER_VARIABLE).map(PathBuf::from);
+    let path = match named {
+        Some(path) => path,
+        None => std::env::current_exe().context("find this program")?.with_file_name("cloze-worker"),
+    };
+    if path.is_file() {
+        return Ok(path);
+    }
+    Err(Failure::new(FailureKind::Environment, "the worker binary is not there")
+        .at(path.display())
+        .hint(format!("build it with `make build`, or name it in {WORKER_VARIABLE}"))
+        .into())
+}
+
+/// `cloze eval`
+pub fn eval(arguments: &EvalArguments) -> Result<ExitCode> {
+    let is_run = arguments.target.is_dir();
+    let (recipe_file, default_output) = if is_run {
+        if !arguments.overrides.is_empty() {
+            return Err(Failure::new(FailureKind::Recipe, "`--set` does not change a run").hint("evaluate a recipe file with `--model DIR` instead").into());
+        }
+        (arguments.target.join("recipe.yaml"), arguments.target.join("eval"))
+    } else {
+        let recipe = cloze_recipes::load(&arguments.target, &arguments.overrides)?;
+        let folder = Path::new("runs").join(format!("{}-eval", recipe.name));
+        std::fs::create_dir_all(&folder)
+            .map_err(|error| Failure::new(FailureKind::Storage, "the output folder cannot be made").at(folder.display()).because(error))?;
+        let resolved = folder.join("recipe.yaml");
+        std::fs::write(&resolved, recipe.to_yaml())
+            .map_err(|error| Failure::new(FailureKind::Storage, "the resolved recipe cannot be written").at(resolved.display()).because(error))?;
+        (resolved, folder)
+    };
+    let output = arguments.output.clone().unwrap_or(default_output);
+    let mut worker = vec![OsString::from("eval"), "--recipe".into(), recipe_file.into(), "--output".into(), output.clone().into()];
+    if is_run {
+        worker.extend(["--run".into(), arguments.target.clone().into()]);
+    }
+    if let Some(model) = &arguments.model {
+        worker.extend(["--model".into(), model.into()]);
+    }
+    run(worker)
+}
+
+/// `cloze predict`
+pub fn predict(arguments: &PredictArguments) -> Result<ExitCode> {
+    let mut worker = vec![OsString::from("predict"), "--model".into(), arguments.model.clone().into()];
+    worker.extend(["--template".into(), arguments.template.clone().into(), "--anchor".into(), arguments.anchor.clone().into()]);
+    worker.extend(["--max-length".into(), arguments.max_length.to_string().into()]);
+    if let Some(labels) = &arguments.labels {
+        worker.extend(["--labels".into(), labels.into()]);
+    }
+    worker.push("--".into());
+    worker.extend(arguments.texts.iter().map(Into::into));
+    run(worker)
+}
+
+/// `cloze export`
+pub fn export(arguments: &ExportArguments) -> Result<ExitCode> {
+    run(vec!["export".into(), arguments.run.clone().into(), arguments.output.clone().into()])
+}
+
+/// `cloze forward`
+pub fn forward(arguments: &ForwardArguments) -> Result<ExitCode> {
+    let mut worker = vec![OsString::from("forward"), "--model".into(), arguments.model.clone().into()];
+    worker.extend(["--input".into(), arguments.input.clone().into(), "--output".into(), arguments.output.clone().into()]);
+    if arguments.gradients {
+        worker.push("--gradients".into());
+    }
+    worker.extend(["--steps".into(), arguments.steps.to_string().into()]);
+    worker.extend(["--learning-rate".into(), arguments.learning_rate.to_string().into()]);
+    worker.extend(placement(&arguments.placement));
+    run(worker)
+}
+
+/// `cloze bench`
+pub fn bench(arguments: &BenchArguments) -> Result<ExitCode> {
+    let preset = match arguments.model {
+        PresetName::Tiny => Preset::Tiny,
+        PresetName::Small => Preset::Small,
+        PresetName::Base => Preset::Base,
+        PresetName::Large => Preset::Large,
+    };
+    let mut worker = vec![OsString::from("bench"), arguments.workload.clone().into()];
+    worker.extend(["--shape".into(), serde_json::to_string(&preset.shape()).context("write the shape")?.into()]);
+    let numbers = [("--batch-tokens", arguments.batch_tokens), ("--steps", arguments.steps), ("--warmup-steps", arguments.warmup_steps)];
+    for (flag, number) in numbers {
+        worker.extend([flag.into(), number.to_string().into()]);
+    }
+    worker.extend(["--threads".into(), arguments.threads.to_string().into()]);
+    worker.extend(placement(&arguments.placement));
+    run(worker)
+}
+
+fn placement(arguments: &PlacementArguments) -> Vec<OsString> {
+    let device = match arguments.device {
+        DeviceName::Cpu => "cpu",
+        DeviceName::Cuda => "cuda",
+    };
+    let mut flags = vec!["--device".into(), device.into()];
+    if arguments.bfloat16 {
+        flags.push("--bfloat16".into());
+    }
+    flags
+}
+
+/// Starts the worker on this terminal, waits for it and passes its exit code on.
+fn run(arguments: Vec<OsString>) -> Result<ExitCode> {
+    let binary = worker_binary()?;
+    let status = Command::new(&binary)
+        .args(arguments)
+        .status()
+        .map_err(|error| Failure::new(FailureKind::Environment, "the worker could not be started").at(binary.display()).because(error))?;
+    match status.code() {
+        Some(EXIT_CODE_NOT_LOADED) => Err(Failure::new(FailureKind::Environment, "the worker could not be loaded; the line above names the library")
+            .at(binary.display())
+            .hint("run `make setup` and build again: libtorch has moved or is gone")
+            .into()),
+        Some(code) => Ok(ExitCode::from(code.clamp(0, 255) as u8)),
+        None => Err(Failure::new(FailureKind::Run, "the worker was killed").at(binary.display()).found(status).into()),
+    }
+}

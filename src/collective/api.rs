@@ -1,0 +1,153 @@
+//! What every transport offers, and the one shape of its errors.
+
+use std::fmt;
+use std::sync::Arc;
+
+/// Operations that every rank of a generation calls in the same order with arguments of the same size.
+///
+/// After the first error the group is of no further use: every later call returns that error again, and the peers are cut
+/// off so that they fail too instead of waiting.
+pub trait Collective: Send {
+    /// Rank of this worker, from 0.
+    fn rank(&self) -> usize;
+
+    /// Number of ranks, at least 1.
+    fn world_size(&self) -> usize;
+
+    /// States the training step that the next operations belong to; it only appears in errors.
+    fn set_step(&mut self, step: u64);
+
+    /// Replaces `data` by its sum over all ranks: the same bits on all ranks, and from run to run.
+    ///
+    /// Fails when a peer is gone or silent for longer than the timeout, when the ranks disagree about the operation, or after an abort.
+    fn all_reduce_sum(&mut self, data: &mut [f32]) -> Result<(), CollectiveError>;
+
+    /// Replaces `data` on every rank by that of rank `root`. Fails as [`Collective::all_reduce_sum`] does.
+    fn broadcast(&mut self, data: &mut [u8], root: usize) -> Result<(), CollectiveError>;
+
+    /// Returns once every rank has called it. Fails as [`Collective::all_reduce_sum`] does.
+    fn barrier(&mut self) -> Result<(), CollectiveError>;
+
+    /// A handle with which another thread ends the operation that this one is in, and all later ones.
+    fn abort_handle(&self) -> AbortHandle;
+}
+
+/// Ends the operations of one [`Collective`] from any thread.
+#[derive(Clone)]
+pub struct AbortHandle(Arc<dyn Fn(&str) + Send + Sync>);
+
+impl AbortHandle {
+    /// Wraps what a transport does to unblock its operations; `abort` is given the reason and must not block.
+    pub fn new(abort: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(abort))
+    }
+
+    /// Ends the operation in progress and all later ones with `reason`. Does nothing when the group is already gone or failed.
+    pub fn abort(&self, reason: &str) {
+        (self.0)(reason);
+    }
+}
+
+/// Which operation failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Forming the group.
+    Connect,
+    /// [`Collective::all_reduce_sum`].
+    AllReduce,
+    /// [`Collective::broadcast`].
+    Broadcast,
+    /// [`Collective::barrier`].
+    Barrier,
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Connect => "connect",
+            Self::AllReduce => "all-reduce",
+            Self::Broadcast => "broadcast",
+            Self::Barrier => "pass the barrier",
+        })
+    }
+}
+
+/// Why an operation failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CollectiveCause {
+    /// Another thread called [`AbortHandle::abort`].
+    #[error("aborted: {0}")]
+    Aborted(String),
+    /// No byte came or went for the whole timeout.
+    #[error("no progress for {timeout_ms} ms{note}")]
+    TimedOut {
+        /// The timeout, in milliseconds.
+        timeout_ms: u64,
+        /// What was seen in the meantime, starting with a separator; mostly empty.
+        note: String,
+    },
+    /// The peer's process ended, or the peer gave up the group.
+    #[error("the connection was closed by the peer")]
+    Closed,
+    /// The peer did not accept this worker as a member of its group.
+    #[error("the peer refused the connection: {0}")]
+    Refused(String),
+    /// The ranks are not in the same operation, or an argument makes no sense.
+    #[error("the ranks disagree: {0}")]
+    Mismatch(String),
+    /// The operating system failed a call.
+    #[error("{0}")]
+    Io(String),
+}
+
+/// A collective operation that failed, with everything needed to find the culprit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CollectiveError {
+    /// What was attempted.
+    pub operation: Operation,
+    /// This worker's rank.
+    pub rank: usize,
+    /// The rank at the other end, where one is to blame.
+    pub peer: Option<usize>,
+    /// The generation that the group belongs to.
+    pub generation: u64,
+    /// The training step, as [`Collective::set_step`] last stated it.
+    pub step: u64,
+    /// What happened.
+    pub cause: CollectiveCause,
+}
+
+impl fmt::Display for CollectiveError {
+    /// One line: operation, rank, peer, generation, step, cause.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "failed to {} on rank {}", self.operation, self.rank)?;
+        if let Some(peer) = self.peer {
+            write!(f, " with rank {peer}")?;
+        }
+        write!(f, " (generation {}, step {}): {}", self.generation, self.step, self.cause)
+    }
+}
+
+impl std::error::Error for CollectiveError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_names_everything_on_one_line() {
+        let mut error = CollectiveError {
+            operation: Operation::AllReduce,
+            rank: 1,
+            peer: Some(2),
+            generation: 7,
+            step: 40,
+            cause: CollectiveCause::TimedOut { timeout_ms: 500, note: String::new() },
+        };
+        assert_eq!(error.to_string(), "failed to all-reduce on rank 1 with rank 2 (generation 7, step 40): no progress for 500 ms");
+        error.peer = None;
+        error.operation = Operation::Barrier;
+        error.cause = CollectiveCause::Aborted("worker 3 is lost".to_owned());
+        assert_eq!(error.to_string(), "failed to pass the barrier on rank 1 (generation 7, step 40): aborted: worker 3 is lost");
+    }
+}

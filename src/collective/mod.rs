@@ -1,0 +1,16 @@
+//! Operations that all workers of a generation take part in: sums, broadcasts, barriers.
+//!
+//! One trait, several transports. Every transport gives equal bits on all ranks, bounds every wait, names the ranks in its
+//! errors and can be aborted from another thread. A world of one is still a world.
+
+pub mod api;
+pub mod local;
+
+mod handshake;
+mod layout;
+mod link;
+
+#[cfg(test)]
+mod conformance;
+
+pub use api::{AbortHandle, Collective, CollectiveError};

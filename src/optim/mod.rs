@@ -1,0 +1,4 @@
+//! Optimizer state and learning-rate schedules.
+
+pub mod adamw;
+pub mod schedule;

@@ -1,0 +1,81 @@
+//! CUDA at run time: libtorch's CUDA half is opened when a recipe asks for a GPU, and never otherwise.
+//!
+//! libtorch remembers the answer to its first CUDA query, so [`open`] must run before anything asks.
+#![expect(unsafe_code, reason = "calls into the C++ shim")]
+
+use std::ffi::{CString, c_void};
+use std::path::{Path, PathBuf};
+
+use cloze_recipes::failure::{Failure, FailureKind};
+use tch::Device;
+
+use super::sys;
+
+/// Environment variable that names another `torch` folder than the one of the build, read by `worker_main`.
+pub const TORCH_FOLDER_VARIABLE: &str = "CLOZE_TORCH";
+
+/// Opens libtorch's CUDA half and checks that device `index` answers.
+///
+/// # Errors
+/// [`FailureKind::Environment`] that names what is missing: the library, one of the libraries it needs, the driver or the device.
+pub fn open(index: usize, torch_folder: Option<&Path>) -> Result<Device, Failure> {
+    let library = library_path(torch_folder);
+    if !library.exists() {
+        return Err(missing("libtorch_cuda.so is not there", &library));
+    }
+    let real = library.canonicalize().unwrap_or_else(|_| library.clone());
+    let text = CString::new(real.as_os_str().as_encoded_bytes()).map_err(|error| missing("bad library path", &library).because(error))?;
+    // SAFETY: a NUL-terminated path; opening a library of the same PyTorch build runs its initialisers only.
+    if unsafe { sys::cloze_cuda_open(text.as_ptr()) } != 0 {
+        return Err(missing("libtorch_cuda.so could not be opened", &library).because(sys::error_text()));
+    }
+    let count = tch::Cuda::device_count();
+    if count <= index as i64 {
+        let failure = missing("the recipe asks for a GPU that is not there", &library);
+        return Err(failure.expected(format!("CUDA device {index}")).found(format!("{count} CUDA devices")));
+    }
+    Ok(Device::Cuda(index))
+}
+
+/// Waits until all work of a device is done; for timings.
+pub fn synchronize(device: Device) {
+    if let Device::Cuda(index) = device {
+        // SAFETY: no pointers are passed.
+        let status = unsafe { sys::cloze_device_synchronize(index as i64) };
+        debug_assert_eq!(status, 0, "{}", sys::error_text());
+    }
+}
+
+/// A side stream: work queued while it lives runs beside the main stream, and later work of the main stream waits for it.
+pub struct SideStream(*mut c_void);
+
+impl SideStream {
+    /// Makes a side stream of the device current for this thread; `None` on a CPU.
+    pub fn enter(device: Device) -> Option<Self> {
+        let Device::Cuda(index) = device else { return None };
+        // SAFETY: no pointers are passed; a null result means that no stream was entered.
+        let entered = unsafe { sys::cloze_stream_enter(index as i64) };
+        (!entered.is_null()).then_some(Self(entered))
+    }
+}
+
+impl Drop for SideStream {
+    fn drop(&mut self) {
+        // SAFETY: the pointer came from cloze_stream_enter and is given back once, on the same thread (the type is not Send).
+        let status = unsafe { sys::cloze_stream_leave(self.0) };
+        debug_assert_eq!(status, 0, "{}", sys::error_text());
+    }
+}
+
+fn library_path(torch_folder: Option<&Path>) -> PathBuf {
+    match torch_folder {
+        Some(folder) => folder.join("lib/libtorch_cuda.so"),
+        None => Path::new(env!("CLOZE_LIBTORCH")).join("cuda/libtorch_cuda.so"),
+    }
+}
+
+fn missing(what: &str, library: &Path) -> Failure {
+    Failure::new(FailureKind::Environment, what)
+        .at(library.display())
+        .hint("a GPU run needs a full PyTorch 2.11 environment: set CLOZE_TORCH to its torch folder, or say `--set train.device=cpu`")
+}

@@ -1,0 +1,355 @@
+// Training operations over packed tokens that tch does not expose. Each adds its weight gradient straight into the flat gradient buffer:
+// no temporary the size of the weight, no later copy. See shim.hpp for the interface and the shape legend.
+#include "shim.hpp"
+#include "kernels.hpp"
+
+#include <ATen/Parallel.h>
+#include <c10/core/Event.h>
+#include <c10/core/Stream.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <dlfcn.h>
+#include <malloc.h>
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::tensor_list;
+
+namespace attention {
+Tensor attend(const Tensor& qkv, const Tensor& cosine, const Tensor& sine, const Tensor& cu_device, const std::vector<int64_t>& cu, int64_t num_heads,
+              int64_t window, bool force_plain);
+}
+
+namespace {
+
+thread_local std::string last_error;
+cloze_gradient_hook gradient_hook = nullptr;
+void* gradient_hook_context = nullptr;
+
+template <class F>
+Tensor* tensor_or_null(F compute) {
+    try {
+        return new Tensor(compute());
+    } catch (const std::exception& error) {
+        last_error = error.what();
+        return nullptr;
+    }
+}
+
+template <class F>
+int status_of(F run) {
+    try {
+        run();
+        return 0;
+    } catch (const std::exception& error) {
+        last_error = error.what();
+        return 1;
+    }
+}
+
+Tensor optional(const Tensor* tensor) { return tensor ? *tensor : Tensor(); }
+
+void gradient_added(const Tensor& gradient) {
+    if (gradient_hook) gradient_hook(gradient_hook_context, gradient.storage_offset(), gradient.numel());
+}
+
+bool plain_float(const Tensor& tensor) { return tensor.is_cpu() && tensor.scalar_type() == at::kFloat; }
+
+// gradient += productᵀ-like matrix product; float32 state takes bfloat16 products by promotion.
+void add_matrix_product(Tensor gradient, const Tensor& left, const Tensor& right) {
+    if (left.scalar_type() == gradient.scalar_type()) {
+        gradient.addmm_(left, right);
+    } else {
+        gradient.add_(at::mm(left, right));
+    }
+}
+
+struct Embed : Function<Embed> {
+    static Tensor forward(AutogradContext* context, const Tensor& weight_VE, const Tensor& ids_T, const Tensor& gradient_VE) {
+        context->saved_data["ids"] = ids_T;
+        context->saved_data["gradient"] = gradient_VE;
+        return weight_VE.index_select(0, ids_T);
+    }
+    static tensor_list backward(AutogradContext* context, tensor_list outputs) {
+        const Tensor ids_T = context->saved_data["ids"].toTensor();
+        Tensor gradient_VE = context->saved_data["gradient"].toTensor();
+        const Tensor upstream_TE = outputs[0].contiguous();
+        if (plain_float(gradient_VE) && plain_float(upstream_TE)) {
+            kernels::scatter_add_rows(gradient_VE.data_ptr<float>(), ids_T.data_ptr<int64_t>(), upstream_TE.data_ptr<float>(), ids_T.numel(), gradient_VE.size(1));
+        } else {
+            gradient_VE.index_add_(0, ids_T, upstream_TE.to(gradient_VE.scalar_type()));
+        }
+        gradient_added(gradient_VE);
+        return {Tensor(), Tensor(), Tensor()};
+    }
+};
+
+struct Linear : Function<Linear> {
+    static Tensor forward(AutogradContext* context, const Tensor& x_TI, const Tensor& weight_OI, const Tensor& gradient_OI) {
+        context->save_for_backward({x_TI});
+        context->saved_data["weight"] = weight_OI;
+        context->saved_data["gradient"] = gradient_OI;
+        return at::mm(x_TI, weight_OI.t());
+    }
+    static tensor_list backward(AutogradContext* context, tensor_list outputs) {
+        const Tensor x_TI = context->get_saved_variables()[0];
+        const Tensor upstream_TO = outputs[0].contiguous();
+        const Tensor gradient_OI = context->saved_data["gradient"].toTensor();
+        add_matrix_product(gradient_OI, upstream_TO.t(), x_TI);
+        gradient_added(gradient_OI);
+        return {at::mm(upstream_TO, context->saved_data["weight"].toTensor()), Tensor(), Tensor()};
+    }
+};
+
+struct LayerNorm : Function<LayerNorm> {
+    static Tensor forward(AutogradContext* context, const Tensor& x_TE, const Tensor& weight_E, const Tensor& gradient_E, double epsilon) {
+        auto [y_TE, mean_T, rstd_T] = at::native_layer_norm(x_TE, {x_TE.size(-1)}, weight_E, {}, epsilon);
+        context->save_for_backward({x_TE, mean_T, rstd_T});
+        context->saved_data["weight"] = weight_E;
+        context->saved_data["gradient"] = gradient_E;
+        return y_TE;
+    }
+    static tensor_list backward(AutogradContext* context, tensor_list outputs) {
+        const auto saved = context->get_saved_variables();
+        Tensor gradient_E = context->saved_data["gradient"].toTensor();
+        auto [dx_TE, dweight_E, unused] = at::native_layer_norm_backward(outputs[0].contiguous(), saved[0], {saved[0].size(-1)}, saved[1], saved[2],
+                                                                        context->saved_data["weight"].toTensor(), {}, {true, true, false});
+        gradient_E.add_(dweight_E);
+        gradient_added(gradient_E);
+        return {dx_TE, Tensor(), Tensor(), Tensor()};
+    }
+};
+
+struct AddLayerNorm : Function<AddLayerNorm> {
+    static tensor_list forward(AutogradContext* context, const Tensor& x_TE, const Tensor& delta_TE, const Tensor& weight_E, const Tensor& gradient_E,
+                               double epsilon) {
+        const Tensor sum_TE = at::add(x_TE, delta_TE);
+        auto [y_TE, mean_T, rstd_T] = at::native_layer_norm(sum_TE, {sum_TE.size(-1)}, weight_E, {}, epsilon);
+        context->save_for_backward({sum_TE, mean_T, rstd_T});
+        context->saved_data["weight"] = weight_E;
+        context->saved_data["gradient"] = gradient_E;
+        return {sum_TE, y_TE};
+    }
+    static tensor_list backward(AutogradContext* context, tensor_list outputs) {
+        const auto saved = context->get_saved_variables();
+        Tensor gradient_E = context->saved_data["gradient"].toTensor();
+        auto [dx_TE, dweight_E, unused] = at::native_layer_norm_backward(outputs[1].contiguous(), saved[0], {saved[0].size(-1)}, saved[1], saved[2],
+                                                                        context->saved_data["weight"].toTensor(), {}, {true, true, false});
+        gradient_E.add_(dweight_E);
+        gradient_added(gradient_E);
+        if (outputs[0].defined()) dx_TE.add_(outputs[0]);
+        return {dx_TE, dx_TE, Tensor(), Tensor(), Tensor()};
+    }
+};
+
+struct Geglu : Function<Geglu> {
+    static Tensor forward(AutogradContext* context, const Tensor& x_T2F) {
+        context->save_for_backward({x_T2F});
+        const int64_t width = x_T2F.size(1) / 2;
+        if (!plain_float(x_T2F)) return at::gelu(x_T2F.narrow(1, 0, width)) * x_T2F.narrow(1, width, width);
+        Tensor y_TF = at::empty({x_T2F.size(0), width}, x_T2F.options());
+        kernels::geglu_forward(x_T2F.data_ptr<float>(), y_TF.data_ptr<float>(), x_T2F.size(0), width);
+        return y_TF;
+    }
+    static tensor_list backward(AutogradContext* context, tensor_list outputs) {
+        const Tensor x_T2F = context->get_saved_variables()[0];
+        const Tensor upstream_TF = outputs[0].contiguous();
+        const int64_t width = x_T2F.size(1) / 2;
+        Tensor dx_T2F = at::empty_like(x_T2F);
+        if (plain_float(x_T2F)) {
+            kernels::geglu_backward(x_T2F.data_ptr<float>(), upstream_TF.data_ptr<float>(), dx_T2F.data_ptr<float>(), x_T2F.size(0), width);
+            return {dx_T2F};
+        }
+        const Tensor input_TF = x_T2F.narrow(1, 0, width), gate_TF = x_T2F.narrow(1, width, width);
+        dx_T2F.narrow(1, 0, width).copy_(at::gelu_backward(upstream_TF * gate_TF, input_TF));
+        dx_T2F.narrow(1, width, width).copy_(upstream_TF * at::gelu(input_TF));
+        return {dx_T2F};
+    }
+};
+
+struct HeadLoss : Function<HeadLoss> {
+    // Logits of one piece: at most this many bytes of float32, so that the three passes over them stay in the cache of a CPU.
+    static constexpr int64_t piece_bytes_max_cpu = 32 << 20;
+    static constexpr int64_t piece_bytes_max_cuda = 1 << 30;
+
+    static Tensor forward(AutogradContext* context, const Tensor& h_NE, const Tensor& weight_VE, const Tensor& bias_V, const Tensor& target_N,
+                          const Tensor& label_weight_N, const Tensor& gradient_VE, const Tensor& gradient_V) {
+        const int64_t num_rows = h_NE.size(0), vocabulary = weight_VE.size(0);
+        const int64_t piece_bytes_max = h_NE.is_cpu() ? piece_bytes_max_cpu : piece_bytes_max_cuda;
+        const int64_t piece_rows = std::max<int64_t>(1, piece_bytes_max / (vocabulary * 4));
+        const bool wants_gradient = gradient_VE.defined();
+        Tensor dh_NE = wants_gradient ? at::empty_like(h_NE) : Tensor();
+        Tensor loss = at::zeros({}, h_NE.options().dtype(at::kFloat));
+        for (int64_t begin = 0; begin < num_rows; begin += piece_rows) {
+            const int64_t rows = std::min(piece_rows, num_rows - begin);
+            const Tensor h = h_NE.narrow(0, begin, rows);
+            Tensor logits = at::addmm(bias_V, h, weight_VE.t());
+            loss.add_(loss_and_gradient(logits, target_N.narrow(0, begin, rows), label_weight_N.narrow(0, begin, rows)));
+            if (!wants_gradient) continue;
+            const Tensor dlogits = logits.to(h_NE.scalar_type());
+            dh_NE.narrow(0, begin, rows).copy_(at::mm(dlogits, weight_VE));
+            add_matrix_product(gradient_VE, dlogits.t(), h);
+            Tensor(gradient_V).add_(logits.sum(0));
+        }
+        if (wants_gradient) {
+            gradient_added(gradient_V);
+            context->save_for_backward({dh_NE});
+        }
+        return loss;
+    }
+
+    // Replaces logits by the gradient of the loss with respect to them and returns the weighted loss.
+    static Tensor loss_and_gradient(Tensor& logits, const Tensor& target, const Tensor& label_weight) {
+        if (plain_float(logits)) {
+            const double loss = kernels::cross_entropy_in_place(logits.data_ptr<float>(), target.data_ptr<int64_t>(), label_weight.data_ptr<float>(),
+                                                                logits.size(0), logits.size(1));
+            return at::scalar_tensor(loss, logits.options());
+        }
+        logits = logits.to(at::kFloat);
+        const Tensor column = target.unsqueeze(1), weight = label_weight.unsqueeze(1);
+        const Tensor normaliser = at::logsumexp(logits, {1}, true);
+        const Tensor loss = ((normaliser - logits.gather(1, column)) * weight).sum();
+        logits.sub_(normaliser).exp_().mul_(weight);
+        logits.scatter_add_(1, column, -weight);
+        return loss;
+    }
+
+    static tensor_list backward(AutogradContext* context, tensor_list outputs) {
+        const Tensor dh_NE = context->get_saved_variables()[0];
+        return {dh_NE * outputs[0].to(dh_NE.scalar_type()), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    }
+};
+
+}  // namespace
+
+const char* cloze_error() { return last_error.c_str(); }
+
+Tensor* cloze_embed(const Tensor* ids_T, const Tensor* weight_VE, const Tensor* gradient_VE) {
+    return tensor_or_null([&] {
+        // A fresh leaf starts the graph; its own gradient stays undefined because backward adds to the buffer itself.
+        Tensor weight = weight_VE->detach();
+        if (gradient_VE) weight.requires_grad_(true);
+        return Embed::apply(weight, *ids_T, optional(gradient_VE));
+    });
+}
+
+Tensor* cloze_linear(const Tensor* x_TI, const Tensor* weight_OI, const Tensor* gradient_OI) {
+    return tensor_or_null([&] { return Linear::apply(*x_TI, *weight_OI, optional(gradient_OI)); });
+}
+
+Tensor* cloze_layer_norm(const Tensor* x_TE, const Tensor* weight_E, const Tensor* gradient_E, double epsilon) {
+    return tensor_or_null([&] { return LayerNorm::apply(*x_TE, *weight_E, optional(gradient_E), epsilon); });
+}
+
+int cloze_add_layer_norm(const Tensor* x_TE, const Tensor* delta_TE, const Tensor* weight_E, const Tensor* gradient_E, double epsilon, Tensor** results) {
+    return status_of([&] {
+        auto outputs = AddLayerNorm::apply(*x_TE, *delta_TE, *weight_E, optional(gradient_E), epsilon);
+        results[0] = new Tensor(outputs[0]);
+        results[1] = new Tensor(outputs[1]);
+    });
+}
+
+Tensor* cloze_geglu(const Tensor* x_T2F) {
+    return tensor_or_null([&] { return Geglu::apply(*x_T2F); });
+}
+
+Tensor* cloze_attention(const Tensor* qkv_T3HD, const Tensor* cos, const Tensor* sin, const Tensor* cu_lengths, const int32_t* cu_lengths_host,
+                        int64_t num_documents, int64_t num_heads, int64_t window, int force_plain) {
+    return tensor_or_null([&] {
+        const std::vector<int64_t> cu(cu_lengths_host, cu_lengths_host + num_documents + 1);
+        return attention::attend(*qkv_T3HD, *cos, *sin, *cu_lengths, cu, num_heads, window, force_plain != 0);
+    });
+}
+
+Tensor* cloze_head_loss(const Tensor* h_NE, const Tensor* weight_VE, const Tensor* bias_V, const Tensor* target_N, const Tensor* label_weight_N,
+                        const Tensor* gradient_VE, const Tensor* gradient_V) {
+    return tensor_or_null([&] {
+        return HeadLoss::apply(*h_NE, *weight_VE, *bias_V, *target_N, *label_weight_N, optional(gradient_VE), optional(gradient_V));
+    });
+}
+
+int cloze_adamw(const Tensor* parameter, const Tensor* gradient, const Tensor* first_moment, const Tensor* second_moment, const Tensor* step,
+                const ClozeAdamW* options, const Tensor* gradient_divisor, const Tensor* skip) {
+    return status_of([&] {
+        at::NoGradGuard no_gradient;
+        at::_fused_adamw_({*parameter}, {*gradient}, {*first_moment}, {*second_moment}, {}, {*step}, options->learning_rate, options->beta1, options->beta2,
+                          options->weight_decay, options->epsilon, false, false, *gradient_divisor, *skip);
+    });
+}
+
+void cloze_set_gradient_hook(cloze_gradient_hook hook, void* context) {
+    gradient_hook = hook;
+    gradient_hook_context = context;
+}
+
+void cloze_keep_freed_memory() {
+    // The same shapes come back every step: mapping and zeroing fresh pages for each tensor would cost more than small layers' arithmetic.
+    mallopt(M_MMAP_MAX, 0);
+    mallopt(M_TRIM_THRESHOLD, -1);
+    mallopt(M_TOP_PAD, 64 << 20);
+}
+
+int cloze_cuda_open(const char* libtorch_cuda_path) {
+    if (dlopen(libtorch_cuda_path, RTLD_NOW | RTLD_GLOBAL)) return 0;
+    last_error = dlerror();
+    return 1;
+}
+
+struct EnteredStream {
+    c10::Stream stream;
+    c10::StreamGuard guard;
+};
+
+void* cloze_stream_enter(int64_t device) {
+    try {
+        const c10::Device where(c10::kCUDA, static_cast<c10::DeviceIndex>(device));
+        const c10::impl::VirtualGuardImpl guard(c10::kCUDA);
+        const c10::Stream current = guard.getStream(where), side = guard.getStreamFromGlobalPool(where);
+        // What was queued so far must be visible to the side stream.
+        c10::Event queued(c10::kCUDA);
+        queued.record(current);
+        queued.block(side);
+        return new EnteredStream{side, c10::StreamGuard(side)};
+    } catch (const std::exception& error) {
+        last_error = error.what();
+        return nullptr;
+    }
+}
+
+int cloze_stream_leave(void* entered) {
+    return status_of([&] {
+        auto* side = static_cast<EnteredStream*>(entered);
+        const c10::impl::VirtualGuardImpl guard(c10::kCUDA);
+        c10::Event done(c10::kCUDA);
+        done.record(side->stream);
+        const c10::Stream original = side->guard.original_stream();
+        delete side;
+        done.block(original);
+    });
+}
+
+void* cloze_event_record(int64_t device) {
+    try {
+        const c10::Device where(c10::kCUDA, static_cast<c10::DeviceIndex>(device));
+        auto event = std::make_unique<c10::Event>(c10::kCUDA);
+        event->record(c10::impl::VirtualGuardImpl(c10::kCUDA).getStream(where));
+        return event.release();
+    } catch (const std::exception& error) {
+        last_error = error.what();
+        return nullptr;
+    }
+}
+
+int cloze_event_wait(void* event) {
+    return status_of([&] {
+        const std::unique_ptr<c10::Event> owned(static_cast<c10::Event*>(event));
+        owned->synchronize();
+    });
+}
+
+int cloze_device_synchronize(int64_t device) {
+    return status_of([&] { c10::impl::VirtualGuardImpl(c10::kCUDA).synchronizeDevice(static_cast<c10::DeviceIndex>(device)); });
+}
