@@ -55,7 +55,10 @@ impl BatchFeed {
     pub fn start(plan: FeedPlan) -> Result<Self> {
         let (sender, receiver) = sync_channel(STEPS_AHEAD_MAX);
         let total_steps = plan.total_steps;
-        std::thread::Builder::new().name("batch-builder".to_owned()).spawn(move || build_all(&plan, &sender)).context("start the batch builder")?;
+        std::thread::Builder::new()
+            .name("batch-builder".to_owned())
+            .spawn(move || build_all(&plan, &sender))
+            .context("start the batch builder")?;
         Ok(Self { total_steps, receiver })
     }
 

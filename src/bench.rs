@@ -76,10 +76,10 @@ fn train_step(model: &mut ModernBert, optimizer: &mut AdamW, workload: &Workload
     let input = PackedInput::new(&ids, &lengths, device)?;
     let labelled = Labelled::new(&labels, &vec![1.0; labels.len()], device)?;
     let denominator = Tensor::full([] as [i64; 0], labelled.position.numel() as f64, (tch::Kind::Float, device));
-    tch::no_grad(|| model.parameters().gradients().map(|g| g.shallow_clone().zero_()))?;
+    let _ = tch::no_grad(|| model.parameters().gradients().map(|g| g.shallow_clone().zero_()))?;
     let loss = model.loss_sum(&input, &labelled)?;
     loss.f_backward()?;
-    optimizer.step(model.parameters_mut(), 1e-4, &denominator)?;
+    let _norm = optimizer.step(model.parameters_mut(), 1e-4, &denominator)?;
     Ok(loss.detach() / denominator)
 }
 
@@ -113,12 +113,18 @@ impl Workload {
             .map_err(|error| Failure::new(FailureKind::Input, "the workload file cannot be read").at(path.display()).because(error))?;
         let tensors = SafeTensors::deserialize(&bytes)
             .map_err(|error| Failure::new(FailureKind::Damaged, "the workload file is not valid").at(path.display()).because(error))?;
-        let data = |name: &str| tensors.tensor(name).map(|t| t.data().to_vec()).with_context(|| format!("find {name} in {}", path.display()));
+        let data =
+            |name: &str| tensors.tensor(name).map(|t| t.data().to_vec()).with_context(|| format!("find {name} in {}", path.display()));
         let integers = |bytes: Vec<u8>| bytes.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b)).collect::<Vec<_>>();
         let offsets: Vec<usize> = data("offsets")?.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as usize).collect();
         let workload = Self { ids: integers(data("input_ids")?), labels: integers(data("labels")?), offsets };
-        if workload.offsets.windows(2).any(|w| w[0] >= w[1]) || workload.offsets.last() != Some(&workload.ids.len()) || workload.ids.len() != workload.labels.len() {
-            return Err(Failure::new(FailureKind::Damaged, "offsets, input_ids and labels of the workload do not fit together").at(path.display()).into());
+        if workload.offsets.windows(2).any(|w| w[0] >= w[1])
+            || workload.offsets.last() != Some(&workload.ids.len())
+            || workload.ids.len() != workload.labels.len()
+        {
+            return Err(Failure::new(FailureKind::Damaged, "offsets, input_ids and labels of the workload do not fit together")
+                .at(path.display())
+                .into());
         }
         Ok(workload)
     }

@@ -56,7 +56,8 @@ impl Checkpointer {
         let store = Arc::clone(&self.store);
         let step = snapshot.state.step;
         let write = move || store.save(&snapshot.state, &snapshot.model, &snapshot.optimizer, &snapshot.companions);
-        let thread = std::thread::Builder::new().name("checkpoint-writer".to_owned()).spawn(write).context("start the checkpoint writer")?;
+        let thread =
+            std::thread::Builder::new().name("checkpoint-writer".to_owned()).spawn(write).context("start the checkpoint writer")?;
         self.writing = Some((step, thread));
         Ok(before)
     }

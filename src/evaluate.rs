@@ -27,7 +27,7 @@ pub struct EvaluateOptions {
     pub model: Option<PathBuf>,
     /// Folder for `eval.json` and `eval.md`.
     pub output: PathBuf,
-    /// Folder of another PyTorch, for its CUDA half.
+    /// Folder of another `PyTorch`, for its CUDA half.
     pub torch_folder: Option<PathBuf>,
 }
 
@@ -35,11 +35,15 @@ pub struct EvaluateOptions {
 pub fn evaluate(options: &EvaluateOptions, stdout: &mut dyn Write) -> Result<()> {
     let recipe = cloze_recipes::load(&options.recipe, &[])?;
     if recipe.evaluation.is_empty() {
-        return Err(Failure::new(FailureKind::Recipe, "the recipe has no evaluation tasks").at(options.recipe.display()).hint("add `evaluation:` with at least one task").into());
+        return Err(Failure::new(FailureKind::Recipe, "the recipe has no evaluation tasks")
+            .at(options.recipe.display())
+            .hint("add `evaluation:` with at least one task")
+            .into());
     }
     let device = crate::device::open(recipe.train.device, 0, options.torch_folder.as_deref())?;
     crate::device::set_threads(recipe.train.threads, 1);
-    let placement = Placement { device, trainable: false, bfloat16: recipe.train.precision == Precision::Bfloat16 && device != Device::Cpu };
+    let placement =
+        Placement { device, trainable: false, bfloat16: recipe.train.precision == Precision::Bfloat16 && device != Device::Cpu };
     let tokenizer = match &options.model {
         Some(model) => Tokenizer::load(model)?,
         None => Tokenizer::load(&recipe.model.tokenizer)?,
@@ -52,8 +56,9 @@ pub fn evaluate(options: &EvaluateOptions, stdout: &mut dyn Write) -> Result<()>
         results.push(task::run(&scorer, wanted).with_context(|| format!("score task {}", wanted.name))?);
     }
     let report = Report::new(source, recipe.name.clone(), recipe.hash(), results);
-    std::fs::create_dir_all(&options.output)
-        .map_err(|error| Failure::new(FailureKind::Storage, "the output folder cannot be made").at(options.output.display()).because(error))?;
+    std::fs::create_dir_all(&options.output).map_err(|error| {
+        Failure::new(FailureKind::Storage, "the output folder cannot be made").at(options.output.display()).because(error)
+    })?;
     atomic_write(&options.output.join("eval.json"), report.json()?.as_bytes())?;
     atomic_write(&options.output.join("eval.md"), report.markdown().as_bytes())?;
     writeln!(stdout, "{}", report.table()).context("print the table")
@@ -84,7 +89,10 @@ pub fn load_newest(recipe: &Recipe, run: &Path, model: &mut ModernBert) -> Resul
     let url = checkpoint_url(recipe, run);
     let store = CheckpointStore::open(&url, &recipe.checkpoint.options, recipe.checkpoint.keep_last)?;
     let Some(loaded) = store.latest_good()? else {
-        return Err(Failure::new(FailureKind::Input, "the run has no checkpoint yet").at(&url).hint("let it run until its first checkpoint").into());
+        return Err(Failure::new(FailureKind::Input, "the run has no checkpoint yet")
+            .at(&url)
+            .hint("let it run until its first checkpoint")
+            .into());
     };
     for skipped in &loaded.skipped {
         tracing::warn!(checkpoint = skipped, "damaged checkpoint passed over");

@@ -16,7 +16,10 @@ use crate::model::modernbert::{ModernBert, Placement};
 pub fn export(run: &Path, output: &Path) -> Result<String> {
     let storage = |what: &str, error: std::io::Error| Failure::new(FailureKind::Storage, what).at(output.display()).because(error);
     if output.exists() {
-        return Err(Failure::new(FailureKind::Storage, "the output folder exists already").at(output.display()).hint("name a new folder, or remove this one").into());
+        return Err(Failure::new(FailureKind::Storage, "the output folder exists already")
+            .at(output.display())
+            .hint("name a new folder, or remove this one")
+            .into());
     }
     let recipe = cloze_recipes::load(&run.join("recipe.yaml"), &[])?;
     let tokenizer = Tokenizer::load(&recipe.model.tokenizer)?;
@@ -25,8 +28,9 @@ pub fn export(run: &Path, output: &Path) -> Result<String> {
     let url = load_newest(&recipe, run, &mut model)?;
     let partial = partial_folder(output);
     std::fs::create_dir_all(&partial).map_err(|error| storage("the output folder cannot be made", error))?;
-    let written = write(&partial, &model, &tokenizer)
-        .and_then(|()| Ok(std::fs::rename(&partial, output).map_err(|error| storage("the output folder cannot be moved into place", error))?));
+    let written = write(&partial, &model, &tokenizer).and_then(|()| {
+        Ok(std::fs::rename(&partial, output).map_err(|error| storage("the output folder cannot be moved into place", error))?)
+    });
     if written.is_err() {
         // The first error is the one to report; what is left of the attempt is of no use.
         drop(std::fs::remove_dir_all(&partial));

@@ -47,7 +47,8 @@ pub fn forward(files: ForwardFiles, placement: Placement, extras: ForwardExtras)
     let mut model = folder::load(files.model, Placement { trainable: trains, ..placement })?;
     pack.check_ids(model.config().vocab_size, files.input)?;
     let (logits, loss) = tch::no_grad(|| compute(&model, &pack))?;
-    let mut results = vec![named("logits", &[pack.ids.len(), model.config().vocab_size as usize], memory::with_bytes(&logits, <[u8]>::to_vec)?)];
+    let mut results =
+        vec![named("logits", &[pack.ids.len(), model.config().vocab_size as usize], memory::with_bytes(&logits, <[u8]>::to_vec)?)];
     if let Some(loss) = loss {
         results.push(named("loss", &[], loss.to_le_bytes().to_vec()));
     }
@@ -82,7 +83,7 @@ fn train(model: &mut ModernBert, pack: &Pack, labels: &[i32], extras: ForwardExt
         }
         if extras.steps > 0 {
             losses.extend(((loss.detach() / &denominator).double_value(&[]) as f32).to_le_bytes());
-            optimizer.step(model.parameters_mut(), extras.learning_rate, &denominator)?;
+            let _norm = optimizer.step(model.parameters_mut(), extras.learning_rate, &denominator)?;
         }
     }
     if extras.steps > 0 {
@@ -125,7 +126,11 @@ impl Pack {
         };
         let total: i64 = pack.lengths.iter().map(|&n| i64::from(n)).sum();
         if total != pack.ids.len() as i64 || pack.lengths.iter().any(|&n| n < 1) || pack.ids.is_empty() {
-            return Err(wrong(path, "positive lengths that add up to the number of input_ids", &format!("{} ids, lengths adding up to {total}", pack.ids.len())));
+            return Err(wrong(
+                path,
+                "positive lengths that add up to the number of input_ids",
+                &format!("{} ids, lengths adding up to {total}", pack.ids.len()),
+            ));
         }
         if let Some(labels) = &pack.labels
             && (labels.len() != pack.ids.len() || labels.iter().all(|&label| label == NOT_SCORED))

@@ -54,7 +54,7 @@ pub fn run(worker: &Worker, assignment: Assignment) -> Result<TrainEnd> {
     worker.client.progress(generation, 0, Phase::Restoring);
     let steps_done = restore(worker, &mut trainer, generation)?;
     let feed = BatchFeed::start(feed_plan(worker, &trainer, steps_done, total_steps))?;
-    let mut watcher = RunWatcher::new(worker, &trainer, generation)?;
+    let mut watcher = RunWatcher::new(worker, &trainer, generation, total_steps)?;
     worker.client.progress(generation, steps_done, Phase::Training);
     let end = train(&mut trainer, &feed, steps_done, &mut watcher)?;
     watcher.finish()?;
@@ -89,7 +89,7 @@ fn watch_for_abort(client: &Client, generation: u64, interrupt: Arc<AtomicBool>,
     }));
 }
 
-fn build<'a>(worker: &'a Worker, collective: Box<dyn Collective>, total_steps: u64) -> Result<Trainer<'a>> {
+fn build(worker: &Worker, collective: Box<dyn Collective>, total_steps: u64) -> Result<Trainer<'_>> {
     let recipe = &worker.recipe;
     let placement = Placement { device: worker.device, trainable: true, bfloat16: recipe.train.precision == Precision::Bfloat16 };
     let model = ModernBert::new(folder::config_of(&recipe.model, &worker.tokenizer)?, placement)?;
@@ -137,7 +137,8 @@ fn restore(worker: &Worker, trainer: &mut Trainer, generation: u64) -> Result<u6
     let mut header = steps_done.to_le_bytes();
     trainer.collective.broadcast(&mut header, 0)?;
     let steps_done = u64::from_le_bytes(header);
-    let flats = [trainer.model.parameters().values(), &trainer.optimizer.first_moment, &trainer.optimizer.second_moment].map(Tensor::shallow_clone);
+    let flats =
+        [trainer.model.parameters().values(), &trainer.optimizer.first_moment, &trainer.optimizer.second_moment].map(Tensor::shallow_clone);
     for flat in flats {
         broadcast_tensor(trainer.collective.as_mut(), flat)?;
     }
@@ -179,6 +180,7 @@ fn state_of(worker: &Worker, trainer: &Trainer, step: u64) -> CheckpointState {
 struct RunWatcher<'a> {
     worker: &'a Worker,
     generation: u64,
+    total_steps: u64,
     leader: Option<Leader>,
 }
 
@@ -188,14 +190,14 @@ struct Leader {
 }
 
 impl<'a> RunWatcher<'a> {
-    fn new(worker: &'a Worker, trainer: &Trainer, generation: u64) -> Result<Self> {
+    fn new(worker: &'a Worker, trainer: &Trainer, generation: u64, total_steps: u64) -> Result<Self> {
         let leader = if is_leader(trainer.collective.as_ref()) {
             let companions = folder::companion_files(trainer.model.config(), &worker.tokenizer)?;
             Some(Leader { checkpointer: Checkpointer::new(Arc::clone(&worker.store)), companions })
         } else {
             None
         };
-        Ok(Self { worker, generation, leader })
+        Ok(Self { worker, generation, total_steps, leader })
     }
 
     /// Waits for the last checkpoint.
@@ -207,7 +209,13 @@ impl<'a> RunWatcher<'a> {
     }
 
     fn announce(&self, (step, saved): (u64, Saved)) -> Result<()> {
-        let message = WorkerMessage::CheckpointSaved { generation: self.generation, step, url: saved.url, bytes: saved.bytes, seconds: saved.seconds };
+        let message = WorkerMessage::CheckpointSaved {
+            generation: self.generation,
+            step,
+            url: saved.url,
+            bytes: saved.bytes,
+            seconds: saved.seconds,
+        };
         self.worker.client.send(&message)
     }
 }
@@ -219,7 +227,7 @@ impl Watcher for RunWatcher<'_> {
 
     fn step_done(&mut self, report: &StepReport) -> Result<()> {
         self.worker.client.progress(self.generation, report.step, Phase::Training);
-        let is_logged = report.step % self.worker.recipe.train.log_every_steps == 0;
+        let is_logged = report.step.is_multiple_of(self.worker.recipe.train.log_every_steps) || report.step == self.total_steps;
         if self.leader.is_some() && is_logged {
             self.worker.client.send(&WorkerMessage::Step { generation: self.generation, report: report.clone() })?;
         }
@@ -229,7 +237,7 @@ impl Watcher for RunWatcher<'_> {
     fn save_point(&mut self, trainer: &Trainer, steps_done: u64, is_last: bool) -> Result<()> {
         let Some(leader) = &mut self.leader else { return Ok(()) };
         let mut saved = leader.checkpointer.poll()?;
-        if is_last || steps_done % self.worker.recipe.checkpoint.every_steps == 0 {
+        if is_last || steps_done.is_multiple_of(self.worker.recipe.checkpoint.every_steps) {
             let state = state_of(self.worker, trainer, steps_done);
             let snapshot = Snapshot::take(state, &trainer.model, &trainer.optimizer, &leader.companions)?;
             saved = leader.checkpointer.start(snapshot)?.or(saved);

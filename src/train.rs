@@ -76,7 +76,7 @@ pub fn train(trainer: &mut Trainer, feed: &BatchFeed, steps_done: u64, watcher: 
         let (numbers, stop_agreed) = train_step(trainer, &batch, watcher.stop_requested())?;
         end.steps_done = batch.step + 1;
         end.stopped = stop_agreed && end.steps_done < feed.total_steps();
-        let last = std::mem::replace(&mut pending, Some(PendingReport { numbers, partial: partial_report(trainer, &batch, clock) }));
+        let last = pending.replace(PendingReport { numbers, partial: partial_report(trainer, &batch, clock) });
         // On a GPU the numbers of a step are read when the next one is queued, so that the device never waits for the host.
         report(last, watcher)?;
         if trainer.model.device() == Device::Cpu {

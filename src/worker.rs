@@ -37,7 +37,7 @@ pub struct WorkerOptions {
     pub local_workers: u32,
     /// The run's token.
     pub token: String,
-    /// Folder of another PyTorch, for its CUDA half.
+    /// Folder of another `PyTorch`, for its CUDA half.
     pub torch_folder: Option<PathBuf>,
 }
 

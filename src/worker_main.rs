@@ -19,7 +19,7 @@ mod train;
 mod worker;
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -182,12 +182,12 @@ fn run(command: Command) -> Result<()> {
         Command::Forward(a) => {
             let files = ForwardFiles { model: &a.model, input: &a.input, output: &a.output };
             let extras = ForwardExtras { gradients: a.gradients, steps: a.steps, learning_rate: a.learning_rate };
-            forward::forward(files, placement(&a.placement, torch_folder, false)?, extras)
+            forward::forward(files, placement(&a.placement, torch_folder.as_deref(), false)?, extras)
         }
         Command::Bench(a) => {
             torch::memory::keep_freed_memory();
             device::set_threads(a.threads, 1);
-            let placement = placement(&a.placement, torch_folder, true)?;
+            let placement = placement(&a.placement, torch_folder.as_deref(), true)?;
             let shape: ModelShape = serde_json::from_str(&a.shape).context("read the model's shape")?;
             let options = BenchOptions {
                 shape,
@@ -202,9 +202,9 @@ fn run(command: Command) -> Result<()> {
     }
 }
 
-fn placement(arguments: &PlacementArguments, torch_folder: Option<PathBuf>, trainable: bool) -> Result<Placement> {
+fn placement(arguments: &PlacementArguments, torch_folder: Option<&Path>, trainable: bool) -> Result<Placement> {
     let device = match arguments.device.as_str() {
-        "cuda" => torch::cuda::open(0, torch_folder.as_deref())?,
+        "cuda" => torch::cuda::open(0, torch_folder)?,
         _ => Device::Cpu,
     };
     Ok(Placement { device, trainable, bfloat16: arguments.bfloat16 })

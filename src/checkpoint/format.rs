@@ -152,7 +152,7 @@ mod tests {
             let (sign, exponent, mantissa) = (bits >> 15, i32::from(bits >> 10) & 31, f64::from(bits & 0x3ff));
             let magnitude = match exponent {
                 0 => mantissa * 2f64.powi(-24),
-                31 if bits & 0x3ff == 0 => f64::INFINITY,
+                31 if bits.trailing_zeros() >= 10 => f64::INFINITY,
                 31 => f64::NAN,
                 _ => (1.0 + mantissa / 1024.0) * 2f64.powi(exponent - 15),
             };

@@ -30,7 +30,8 @@ pub fn prepare(arguments: &PrepareArguments) -> Result<ExitCode> {
         PrepareOutcome::UpToDate(manifest) => ("already prepared, nothing to do", manifest),
     };
     let start = if rewrites { "\r\x1b[2K" } else { "" };
-    writeln!(std::io::stderr(), "{start}{verb}: {}\n{}", recipe.data.output.display(), summary(manifest)).context("report the preparation")?;
+    writeln!(std::io::stderr(), "{start}{verb}: {}\n{}", recipe.data.output.display(), summary(manifest))
+        .context("report the preparation")?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -39,7 +40,8 @@ pub fn inspect(arguments: &InspectArguments, stdout: &mut dyn Write) -> Result<E
     let recipe = cloze_recipes::load(&arguments.recipe.recipe, &arguments.recipe.overrides)?;
     let dataset = Dataset::open(&recipe.data.output)?;
     let (tokenizer, anchor_id) = Tokenizer::load_with_anchor(&recipe.model.tokenizer, &recipe.model.anchor_token)?;
-    let facts = TokenFacts { mask_id: tokenizer.mask_id, special_ids: tokenizer.special_ids(), vocab_size: tokenizer.vocab_size(), anchor_id };
+    let facts =
+        TokenFacts { mask_id: tokenizer.mask_id, special_ids: tokenizer.special_ids(), vocab_size: tokenizer.vocab_size(), anchor_id };
     let spec = BatchSpec::new(&recipe, facts, dataset.num_samples());
     write_inspection(&dataset, &tokenizer, &Inspection { spec: &spec, step: arguments.step, count: arguments.count }, stdout)?;
     Ok(ExitCode::SUCCESS)
@@ -82,11 +84,12 @@ fn summary(manifest: &Manifest) -> String {
         (counts.not_single_token, "whose answer is not one token".to_owned()),
         (counts.too_long, "too long".to_owned()),
         (counts.capped, format!("over the cap ({cap})")),
-        (counts.kept, format!("samples kept, {} tokens, {} tasks, {} shards", manifest.tokens, manifest.tasks.len(), manifest.shards.len())),
+        (
+            counts.kept,
+            format!("samples kept, {} tokens, {} tasks, {} shards", manifest.tokens, manifest.tasks.len(), manifest.shards.len()),
+        ),
     ];
-    let mut text: String = lines.iter().map(|(count, what)| format!("{count:>12}  {what}\n")).collect();
-    if manifest.shortfall > 0 {
-        text.push_str(&format!("{:>12}  fewer than wanted\n", manifest.shortfall));
-    }
-    text
+    let text: String = lines.iter().map(|(count, what)| format!("{count:>12}  {what}\n")).collect();
+    let shortfall = if manifest.shortfall > 0 { format!("{:>12}  fewer than wanted\n", manifest.shortfall) } else { String::new() };
+    text + &shortfall
 }

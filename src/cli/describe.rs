@@ -10,7 +10,11 @@ use super::arguments::CheckArguments;
 /// Checks a recipe; prints its hash, or the resolved recipe.
 pub fn check(arguments: &CheckArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
     let recipe = cloze_recipes::load(&arguments.recipe.recipe, &arguments.recipe.overrides)?;
-    let text = if arguments.resolved { recipe.to_yaml() } else { format!("{}: recipe `{}` is right, hash {}\n", arguments.recipe.recipe.display(), recipe.name, recipe.hash()) };
+    let text = if arguments.resolved {
+        recipe.to_yaml()
+    } else {
+        format!("{}: recipe `{}` is right, hash {}\n", arguments.recipe.recipe.display(), recipe.name, recipe.hash())
+    };
     stdout.write_all(text.as_bytes()).context("print the recipe")?;
     Ok(ExitCode::SUCCESS)
 }

@@ -68,7 +68,6 @@ struct Start {
 /// Launches, and says what to do next.
 fn go(start: Start, watch: &WatchArguments) -> Result<ExitCode> {
     let run_path = start.run.path().to_owned();
-    let output: Box<dyn Write + Send> = if watch.quiet { Box::new(std::io::sink()) } else { Box::new(std::io::stderr()) };
     let end = launch(LaunchOptions {
         run: start.run,
         recipe: start.recipe,
@@ -77,23 +76,32 @@ fn go(start: Start, watch: &WatchArguments) -> Result<ExitCode> {
         worker_binary: start.binary,
         worker_build: build_name(),
         bind: watch.listen,
-        output,
-        style: TerminalStyle { is_terminal: std::io::stderr().is_terminal() },
+        output: Box::new(std::io::stderr()),
+        style: terminal_style(watch.quiet),
         fault: start.fault,
     })?;
-    let shown = run_path.display();
+    let shown = run_path.display().to_string();
     match end {
         RunEnd::Finished { .. } => {
-            let next = format!("run folder: {shown}\nnext: cloze eval {shown}, cloze export {shown} --output DIR, tensorboard --logdir {shown}/tensorboard");
+            let next = format!(
+                "run folder: {shown}\nnext: cloze eval {shown}, cloze export {shown} --output DIR, tensorboard --logdir {shown}/tensorboard"
+            );
             writeln!(std::io::stderr(), "{next}").context("report the end")?;
             Ok(ExitCode::SUCCESS)
         }
         RunEnd::Stopped { step } => {
-            let failure = Failure::new(FailureKind::Interrupted, format!("stopped after step {step}")).at(shown);
+            let failure = Failure::new(FailureKind::Interrupted, format!("stopped after step {step}")).at(&shown);
             Err(failure.hint(format!("go on with: cloze resume {shown} --workers {}", start.workers)).into())
         }
         RunEnd::Failed(failure) => Err(failure.into()),
     }
+}
+
+/// Colour and a rewriting line are for terminals; `NO_COLOR` switches colour off.
+fn terminal_style(quiet: bool) -> TerminalStyle {
+    let interactive = std::io::stderr().is_terminal();
+    let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    TerminalStyle { interactive, color: interactive && !no_color, quiet }
 }
 
 /// The build that this program expects of its workers; both are built together.
@@ -112,8 +120,10 @@ fn check_has_samples(dataset: &Dataset, recipe: &Recipe) -> Result<(), Failure> 
 
 /// Reads `N@STEP`.
 fn parse_fault(text: &str) -> Result<PlannedFault, Failure> {
-    let parsed = text.split_once('@').and_then(|(worker, step)| Some(PlannedFault { worker: worker.parse().ok()?, step: step.parse().ok()? }));
-    parsed.ok_or_else(|| Failure::new(FailureKind::Recipe, "`--kill-worker` is not understood").expected("N@STEP, such as 1@60").found(text))
+    let parsed =
+        text.split_once('@').and_then(|(worker, step)| Some(PlannedFault { worker: worker.parse().ok()?, step: step.parse().ok()? }));
+    parsed
+        .ok_or_else(|| Failure::new(FailureKind::Recipe, "`--kill-worker` is not understood").expected("N@STEP, such as 1@60").found(text))
 }
 
 fn split(folder: &Path) -> Result<(PathBuf, String)> {

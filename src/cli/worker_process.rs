@@ -8,7 +8,9 @@ use anyhow::{Context, Result};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::raw::Preset;
 
-use super::arguments::{BenchArguments, DeviceName, EvalArguments, ExportArguments, ForwardArguments, PlacementArguments, PredictArguments, PresetName};
+use super::arguments::{
+    BenchArguments, DeviceName, EvalArguments, ExportArguments, ForwardArguments, PlacementArguments, PredictArguments, PresetName,
+};
 
 /// Environment variable that names another worker binary.
 const WORKER_VARIABLE: &str = "CLOZE_WORKER";
@@ -37,7 +39,9 @@ pub fn eval(arguments: &EvalArguments) -> Result<ExitCode> {
     let is_run = arguments.target.is_dir();
     let (recipe_file, default_output) = if is_run {
         if !arguments.overrides.is_empty() {
-            return Err(Failure::new(FailureKind::Recipe, "`--set` does not change a run").hint("evaluate a recipe file with `--model DIR` instead").into());
+            return Err(Failure::new(FailureKind::Recipe, "`--set` does not change a run")
+                .hint("evaluate a recipe file with `--model DIR` instead")
+                .into());
         }
         (arguments.target.join("recipe.yaml"), arguments.target.join("eval"))
     } else {
@@ -46,8 +50,9 @@ pub fn eval(arguments: &EvalArguments) -> Result<ExitCode> {
         std::fs::create_dir_all(&folder)
             .map_err(|error| Failure::new(FailureKind::Storage, "the output folder cannot be made").at(folder.display()).because(error))?;
         let resolved = folder.join("recipe.yaml");
-        std::fs::write(&resolved, recipe.to_yaml())
-            .map_err(|error| Failure::new(FailureKind::Storage, "the resolved recipe cannot be written").at(resolved.display()).because(error))?;
+        std::fs::write(&resolved, recipe.to_yaml()).map_err(|error| {
+            Failure::new(FailureKind::Storage, "the resolved recipe cannot be written").at(resolved.display()).because(error)
+        })?;
         (resolved, folder)
     };
     let output = arguments.output.clone().unwrap_or(default_output);
@@ -131,10 +136,12 @@ fn run(arguments: Vec<OsString>) -> Result<ExitCode> {
         .status()
         .map_err(|error| Failure::new(FailureKind::Environment, "the worker could not be started").at(binary.display()).because(error))?;
     match status.code() {
-        Some(EXIT_CODE_NOT_LOADED) => Err(Failure::new(FailureKind::Environment, "the worker could not be loaded; the line above names the library")
-            .at(binary.display())
-            .hint("run `make setup` and build again: libtorch has moved or is gone")
-            .into()),
+        Some(EXIT_CODE_NOT_LOADED) => {
+            Err(Failure::new(FailureKind::Environment, "the worker could not be loaded; the line above names the library")
+                .at(binary.display())
+                .hint("run `make setup` and build again: libtorch has moved or is gone")
+                .into())
+        }
         Some(code) => Ok(ExitCode::from(code.clamp(0, 255) as u8)),
         None => Err(Failure::new(FailureKind::Run, "the worker was killed").at(binary.display()).found(status).into()),
     }

@@ -63,9 +63,9 @@ impl Identity {
 
     /// What only a member of this generation can compute: it depends on who speaks, to whom, and on the role.
     /// Two `blake3::Hash` are compared in constant time.
-    fn proof(&self, role: &[u8; 5], from: usize, to: usize) -> blake3::Hash {
+    fn proof(&self, role: [u8; 5], from: usize, to: usize) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new_keyed(&self.key);
-        hasher.update(role).update(&self.generation.to_le_bytes());
+        hasher.update(&role).update(&self.generation.to_le_bytes());
         hasher.update(&(from as u64).to_le_bytes()).update(&(to as u64).to_le_bytes());
         hasher.finalize()
     }
@@ -220,7 +220,7 @@ fn introduce(identity: &Identity, stream: TcpStream, attempt: &Attempt) -> io::R
     read_within(&stream, &mut reply, attempt, attempt.remaining())?;
     let verdict = Verdict::from_byte(reply[0]).ok_or_else(|| invalid("the reply is not one of this protocol"))?;
     let (_, proof) = reply.split_at(1);
-    if verdict == Verdict::Accepted && identity.proof(b"reply", identity.next(), identity.rank) != hash_of(proof) {
+    if verdict == Verdict::Accepted && identity.proof(*b"reply", identity.next(), identity.rank) != hash_of(proof) {
         return Ok((stream, Verdict::WrongKey));
     }
     Ok((stream, verdict))
@@ -261,7 +261,7 @@ fn welcome(identity: &Identity, stream: &TcpStream, attempt: &Attempt) -> io::Re
     let mut reply = [0; REPLY_BYTES];
     reply[0] = verdict as u8;
     if verdict == Verdict::Accepted {
-        reply[1..].copy_from_slice(identity.proof(b"reply", identity.rank, identity.previous()).as_bytes());
+        reply[1..].copy_from_slice(identity.proof(*b"reply", identity.rank, identity.previous()).as_bytes());
     }
     let mut stream = stream;
     stream.write_all(&reply)?;
@@ -276,7 +276,7 @@ fn hello(identity: &Identity) -> [u8; HELLO_BYTES] {
     hello[12..20].copy_from_slice(&identity.generation.to_le_bytes());
     hello[20..24].copy_from_slice(&(identity.rank as u32).to_le_bytes());
     hello[24..28].copy_from_slice(&(identity.world_size as u32).to_le_bytes());
-    hello[28..].copy_from_slice(identity.proof(b"hello", identity.rank, identity.next()).as_bytes());
+    hello[28..].copy_from_slice(identity.proof(*b"hello", identity.rank, identity.next()).as_bytes());
     hello
 }
 
@@ -294,7 +294,7 @@ fn judge(identity: &Identity, hello: &[u8; HELLO_BYTES]) -> Verdict {
         return Verdict::OtherGeneration;
     }
     let rank = number(20) as usize;
-    if identity.proof(b"hello", rank, identity.rank) != hash_of(&hello[28..]) {
+    if identity.proof(*b"hello", rank, identity.rank) != hash_of(&hello[28..]) {
         return Verdict::WrongKey;
     }
     if rank != identity.previous() || number(24) as usize != identity.world_size {
@@ -371,7 +371,7 @@ mod tests {
     #[test]
     fn a_hello_or_a_reply_of_another_role_is_no_proof() {
         let identity = Identity::new(0, 2, 1, "secret");
-        assert_ne!(identity.proof(b"hello", 0, 1), identity.proof(b"reply", 0, 1));
-        assert_ne!(identity.proof(b"hello", 0, 1), identity.proof(b"hello", 1, 0));
+        assert_ne!(identity.proof(*b"hello", 0, 1), identity.proof(*b"reply", 0, 1));
+        assert_ne!(identity.proof(*b"hello", 0, 1), identity.proof(*b"hello", 1, 0));
     }
 }

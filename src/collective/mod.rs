@@ -13,4 +13,4 @@ mod link;
 #[cfg(test)]
 mod conformance;
 
-pub use api::{AbortHandle, Collective, CollectiveError};
+pub use api::{Collective, CollectiveError};

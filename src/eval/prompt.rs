@@ -110,7 +110,9 @@ impl Template {
             let excess = (tokens.len() - max_length + 1) * characters.max(tokens.len()) / tokens.len();
             columns.insert(name, without_middle(&text, characters.saturating_sub(excess.max(1)).max(COLUMN_CHARS_MIN)));
         }
-        Err(Failure::new(FailureKind::Recipe, "a prompt does not fit into `max_length`, even with its columns cut").expected(format!("at most {max_length} tokens")).into())
+        Err(Failure::new(FailureKind::Recipe, "a prompt does not fit into `max_length`, even with its columns cut")
+            .expected(format!("at most {max_length} tokens"))
+            .into())
     }
 
     /// Token ids that stand for each label at the mask: in the template itself, and as the bare word with and without a space before it.
@@ -125,7 +127,8 @@ impl Template {
             let text = self.fill(Marks { mask: word, ..marks }, |_| "");
             let filled = tokenizer.encode(&text, true)?;
             if filled.len() != masked.len() {
-                let pieces: Vec<String> = tokenizer.encode(&format!(" {word}"), false)?.iter().map(|&id| tokenizer.decode(&[id], false)).collect();
+                let pieces: Vec<String> =
+                    tokenizer.encode(&format!(" {word}"), false)?.iter().map(|&id| tokenizer.decode(&[id], false)).collect();
                 return Err(Failure::new(FailureKind::Mismatch, format!("`{word}` is not one token at the mask"))
                     .expected("a word that the tokenizer keeps whole")
                     .found(format!("{pieces:?}"))
@@ -147,9 +150,10 @@ impl Template {
 
 fn last_mask(tokens: &[u32], tokenizer: &Tokenizer) -> Result<usize> {
     let mask = tokenizer.mask_id;
-    tokens.iter().rposition(|&id| id == mask).ok_or_else(|| {
-        Failure::new(FailureKind::Recipe, "the prompt holds no mask token").hint("the template needs `{mask}` once").into()
-    })
+    tokens
+        .iter()
+        .rposition(|&id| id == mask)
+        .ok_or_else(|| Failure::new(FailureKind::Recipe, "the prompt holds no mask token").hint("the template needs `{mask}` once").into())
 }
 
 /// The first and last characters of a text, `keep` in all.

@@ -1,6 +1,6 @@
 //! The results of an evaluation as a table for people, Markdown for documents and JSON for programs.
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, Table, TableStyle, presets};
 use serde::Serialize;
 
 use super::task::TaskResult;
@@ -37,7 +37,13 @@ impl Report {
 
     /// The same as Markdown, with a line that says what was scored.
     pub fn markdown(&self) -> String {
-        format!("# Evaluation of {}\n\nModel: `{}`. Recipe hash: `{}`.\n\n{}\n", self.recipe, self.model, self.recipe_hash, self.rendered(presets::ASCII_MARKDOWN))
+        format!(
+            "# Evaluation of {}\n\nModel: `{}`. Recipe hash: `{}`.\n\n{}\n",
+            self.recipe,
+            self.model,
+            self.recipe_hash,
+            self.rendered(presets::ASCII_MARKDOWN)
+        )
     }
 
     /// The same as JSON, with files and confusion matrices.
@@ -45,9 +51,9 @@ impl Report {
         serde_json::to_string_pretty(self)
     }
 
-    fn rendered(&self, preset: &str) -> String {
+    fn rendered(&self, style: TableStyle) -> String {
         let mut table = Table::new();
-        table.load_preset(preset).set_header(["task", "rows", "chance", "accuracy", "macro-F1", "cut"]);
+        table.load_style(style).set_header(["task", "rows", "chance", "accuracy", "macro-F1", "cut"]);
         for task in &self.tasks {
             let scores = &task.scores;
             let chance = 1.0 / task.labels.len().max(1) as f64;
@@ -60,7 +66,14 @@ impl Report {
                 task.num_cut.to_string(),
             ]);
         }
-        table.add_row(["mean".to_owned(), String::new(), String::new(), percent(self.mean_accuracy), percent(self.mean_macro_f1), String::new()]);
+        table.add_row([
+            "mean".to_owned(),
+            String::new(),
+            String::new(),
+            percent(self.mean_accuracy),
+            percent(self.mean_macro_f1),
+            String::new(),
+        ]);
         for column in table.column_iter_mut().skip(1) {
             column.set_cell_alignment(CellAlignment::Right);
         }
@@ -80,7 +93,8 @@ mod tests {
     #[test]
     fn the_markdown_is_what_a_reader_pastes() {
         let scores = scores(confusion(2, [(0, 0), (0, 1), (1, 1), (1, 1)]));
-        let task = TaskResult { name: "sst2".to_owned(), labels: vec!["no".to_owned(), "yes".to_owned()], scores, files: vec![], num_cut: 1 };
+        let task =
+            TaskResult { name: "sst2".to_owned(), labels: vec!["no".to_owned(), "yes".to_owned()], scores, files: vec![], num_cut: 1 };
         let report = Report::new("runs/a".to_owned(), "a".to_owned(), "0f".to_owned(), vec![task]);
         let expected = "\
 # Evaluation of a

@@ -28,7 +28,8 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.to_owned()]);
     }
-    let unreadable = |error: std::io::Error| Failure::new(FailureKind::Input, "the folder cannot be read").at(path.display()).because(error);
+    let unreadable =
+        |error: std::io::Error| Failure::new(FailureKind::Input, "the folder cannot be read").at(path.display()).because(error);
     let mut found = Vec::new();
     for entry in std::fs::read_dir(path).map_err(unreadable)? {
         let file = entry.map_err(unreadable)?.path();
@@ -38,7 +39,10 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>> {
     }
     found.sort();
     if found.is_empty() {
-        return Err(Failure::new(FailureKind::Input, "the folder holds no evaluation file").at(path.display()).expected("*.jsonl, *.jsonl.gz or *.csv").into());
+        return Err(Failure::new(FailureKind::Input, "the folder holds no evaluation file")
+            .at(path.display())
+            .expected("*.jsonl, *.jsonl.gz or *.csv")
+            .into());
     }
     Ok(found)
 }
@@ -46,7 +50,10 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>> {
 /// Reads a file. `columns` names the columns of a csv without a header.
 pub fn read(path: &Path, columns: &[String]) -> Result<Vec<Row>> {
     let Some(format) = format_of(path) else {
-        return Err(Failure::new(FailureKind::Input, "unknown kind of evaluation file").at(path.display()).expected("*.jsonl, *.jsonl.gz or *.csv").into());
+        return Err(Failure::new(FailureKind::Input, "unknown kind of evaluation file")
+            .at(path.display())
+            .expected("*.jsonl, *.jsonl.gz or *.csv")
+            .into());
     };
     let text = read_text(path, format == Format::JsonLinesGzip)?;
     match format {
@@ -83,7 +90,9 @@ fn read_text(path: &Path, gzip: bool) -> Result<String> {
     }
     Ok(String::from_utf8(bytes).map_err(|error| {
         let line = error.as_bytes()[..error.utf8_error().valid_up_to()].iter().filter(|&&b| b == b'\n').count() + 1;
-        Failure::new(FailureKind::Input, "the evaluation file is not UTF-8").at(format!("{}:{line}", path.display())).because(error.utf8_error())
+        Failure::new(FailureKind::Input, "the evaluation file is not UTF-8")
+            .at(format!("{}:{line}", path.display()))
+            .because(error.utf8_error())
     })?)
 }
 
@@ -117,7 +126,10 @@ fn json_rows(path: &Path, text: &str) -> Result<Vec<Row>> {
         let mut columns = BTreeMap::new();
         flatten("", &value, 0, &mut columns);
         if !value.is_object() {
-            return Err(Failure::new(FailureKind::Input, "a row is not a JSON object").at(place()).found(line.chars().take(60).collect::<String>()).into());
+            return Err(Failure::new(FailureKind::Input, "a row is not a JSON object")
+                .at(place())
+                .found(line.chars().take(60).collect::<String>())
+                .into());
         }
         rows.push(Row { line: index as u64 + 1, columns });
     }

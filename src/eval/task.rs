@@ -42,7 +42,6 @@ pub struct FileResult {
 }
 
 /// A model with what its prompts need.
-#[derive(Debug)]
 pub struct Scorer<'a> {
     /// The model.
     pub model: &'a ModernBert,
@@ -64,7 +63,11 @@ pub fn run(scorer: &Scorer, task: &EvaluationTask) -> Result<TaskResult> {
     let mut num_cut = 0;
     for path in task.files.iter().map(|path| rows::files(path)).collect::<Result<Vec<_>>>()?.concat() {
         let file = read_file(task, &template, &path)?;
-        let prompts = file.rows.iter().map(|row| template.prompt(row, scorer.tokenizer, marks, task.max_length as usize)).collect::<Result<Vec<_>>>()?;
+        let prompts = file
+            .rows
+            .iter()
+            .map(|row| template.prompt(row, scorer.tokenizer, marks, task.max_length as usize))
+            .collect::<Result<Vec<_>>>()?;
         num_cut += prompts.iter().filter(|prompt| prompt.was_cut).count() as u64;
         let predicted = predictions(scorer.model, &prompts, &label_tokens)?;
         let counts = confusion(task.labels.len(), file.right.into_iter().zip(predicted));
@@ -107,7 +110,9 @@ fn read_file(task: &EvaluationTask, template: &Template, path: &Path) -> Result<
         let wrong = |what: String| Failure::new(FailureKind::Input, what).at(format!("{}:{}", path.display(), row.line));
         let column = |name: &str| {
             let known = || row.columns.keys().cloned().collect::<Vec<_>>().join(", ");
-            row.columns.get(name).ok_or_else(|| wrong(format!("a row has no column `{name}`")).expected(format!("the columns of task `{}`", task.name)).found(known()))
+            row.columns.get(name).ok_or_else(|| {
+                wrong(format!("a row has no column `{name}`")).expected(format!("the columns of task `{}`", task.name)).found(known())
+            })
         };
         for name in template.columns() {
             column(name)?;

@@ -65,7 +65,10 @@ impl Config {
         refuse_variants(&source, place)?;
         let integer = |key: &str, default: Option<i64>| number(&source, key, default.map(|n| n as f64), place).map(|n| n as i64);
         let real = |key: &str, default: f64| number(&source, key, Some(default), place);
-        let theta = |layers: &str, key: &str, default: f64| match source.get("rope_parameters").and_then(|p| p.get(layers)?.get("rope_theta")?.as_f64()) {
+        let theta = |layers: &str, key: &str, default: f64| match source
+            .get("rope_parameters")
+            .and_then(|p| p.get(layers)?.get("rope_theta")?.as_f64())
+        {
             Some(theta) => Ok(theta),
             None => real(key, default),
         };
@@ -131,7 +134,10 @@ impl Config {
             return Err(Failure::new(FailureKind::Damaged, "the sizes in config.json do not fit together")
                 .at(place)
                 .expected("positive sizes, hidden_size a multiple of twice num_attention_heads")
-                .found(format!("hidden_size {}, num_attention_heads {}, num_hidden_layers {}", self.hidden_size, self.num_heads, self.num_layers)));
+                .found(format!(
+                    "hidden_size {}, num_attention_heads {}, num_hidden_layers {}",
+                    self.hidden_size, self.num_heads, self.num_layers
+                )));
         }
         Ok(())
     }
@@ -150,9 +156,9 @@ pub struct SpecialTokens {
 
 fn number(source: &Map<String, Value>, key: &str, default: Option<f64>, place: &str) -> Result<f64, Failure> {
     match (source.get(key).filter(|value| !value.is_null()), default) {
-        (Some(value), _) => value.as_f64().ok_or_else(|| {
-            Failure::new(FailureKind::Damaged, format!("`{key}` in config.json is not a number")).at(place).found(value)
-        }),
+        (Some(value), _) => value
+            .as_f64()
+            .ok_or_else(|| Failure::new(FailureKind::Damaged, format!("`{key}` in config.json is not a number")).at(place).found(value)),
         (None, Some(default)) => Ok(default),
         (None, None) => Err(Failure::new(FailureKind::Damaged, format!("`{key}` is missing in config.json")).at(place)),
     }

@@ -1,6 +1,6 @@
 //! Model folders in Hugging Face's form: `config.json`, weights as `safetensors`, tokenizer files.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Result;
 use bytes::Bytes;
@@ -40,7 +40,8 @@ pub fn config_of(recipe: &ModelRecipe, tokenizer: &Tokenizer) -> Result<Config> 
         check_tokenizer(tokenizer, &config, folder)?;
         return Ok(config);
     }
-    let shape = recipe.shape.as_ref().ok_or_else(|| Failure::new(FailureKind::Recipe, "the recipe names neither a model folder nor a shape"))?;
+    let shape =
+        recipe.shape.as_ref().ok_or_else(|| Failure::new(FailureKind::Recipe, "the recipe names neither a model folder nor a shape"))?;
     let vocab_size = tokenizer.vocab_size().next_multiple_of(VOCABULARY_MULTIPLE);
     Ok(Config::new(shape, vocab_size.into()))
 }
@@ -73,7 +74,10 @@ pub fn check_tokenizer(tokenizer: &Tokenizer, config: &Config, place: &Path) -> 
             .hint(format!("`model.tokenizer` is {}", tokenizer.file_path().display())))
     };
     if i64::from(tokenizer.vocab_size()) > config.vocab_size {
-        return mismatch(format!("at most {} entries (vocab_size in config.json)", config.vocab_size), format!("{} entries", tokenizer.vocab_size()));
+        return mismatch(
+            format!("at most {} entries (vocab_size in config.json)", config.vocab_size),
+            format!("{} entries", tokenizer.vocab_size()),
+        );
     }
     let special = [("cls_token_id", tokenizer.cls_id), ("sep_token_id", tokenizer.sep_id), ("pad_token_id", tokenizer.pad_id)];
     for (key, id) in special {
@@ -99,12 +103,6 @@ pub fn companion_files(config: &Config, tokenizer: &Tokenizer) -> Result<Vec<(St
         }
     }
     Ok(files)
-}
-
-/// Folder of a model's tokenizer: the one given, or the model's own.
-pub fn tokenizer_of(folder: &Path, given: Option<&Path>) -> Result<Tokenizer> {
-    let path: PathBuf = given.map_or_else(|| folder.to_owned(), Path::to_owned);
-    Tokenizer::load(&path)
 }
 
 fn read_small(path: &Path) -> Result<Vec<u8>, Failure> {

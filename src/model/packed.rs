@@ -55,11 +55,6 @@ impl PackedInput {
             longest: i64::from(lengths.iter().copied().max().unwrap_or(0)),
         })
     }
-
-    /// Number of tokens.
-    pub fn num_tokens(&self) -> i64 {
-        self.positions.numel() as i64
-    }
 }
 
 impl Labelled {
@@ -71,7 +66,10 @@ impl Labelled {
         let chosen: Vec<f32> = positions.iter().map(|&t| weights[t as usize]).collect();
         Ok(Self {
             position: to_device(Tensor::f_from_slice(&positions)?, device),
-            targets: Targets { token: to_device(Tensor::f_from_slice(&tokens)?, device), weight: to_device(Tensor::f_from_slice(&chosen)?, device) },
+            targets: Targets {
+                token: to_device(Tensor::f_from_slice(&tokens)?, device),
+                weight: to_device(Tensor::f_from_slice(&chosen)?, device),
+            },
         })
     }
 }

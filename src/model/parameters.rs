@@ -118,11 +118,6 @@ impl FlatParameters {
         Ok(Parameter { value: view(self.compute.as_ref().unwrap_or(&self.values)), gradient: self.gradients.as_ref().map(view) })
     }
 
-    /// Names and shapes in the order of the buffer.
-    pub fn shapes(&self) -> impl Iterator<Item = (&str, &[i64])> {
-        self.entries.iter().map(|e| (e.specification.name.as_str(), e.specification.shape.as_slice()))
-    }
-
     /// Number of parameters, without the padding between them.
     pub fn num_parameters(&self) -> i64 {
         self.entries.iter().map(|e| e.length).sum()
@@ -148,7 +143,8 @@ impl FlatParameters {
         let _guard = tch::no_grad_guard();
         for entry in &self.entries {
             let name = &entry.specification.name;
-            let found = tensors.iter().find(|t| &t.name == name).ok_or_else(|| wrong_tensor(place, name, "a tensor of this name", "none"))?;
+            let found =
+                tensors.iter().find(|t| &t.name == name).ok_or_else(|| wrong_tensor(place, name, "a tensor of this name", "none"))?;
             let shape: Vec<i64> = found.shape.iter().map(|&n| n as i64).collect();
             if shape != entry.specification.shape {
                 return Err(wrong_tensor(place, name, &format!("{:?}", entry.specification.shape), &format!("{shape:?}")).into());

@@ -54,14 +54,8 @@ mod tests {
     use super::*;
 
     fn schedule(kind: ScheduleKind, warmup_steps: u64) -> Schedule {
-        let recipe = ScheduleRecipe {
-            kind,
-            warmup_steps: Some(warmup_steps),
-            warmup_ratio: None,
-            end_ratio: 0.0,
-            power: 2.0,
-            decay_ratio: 0.2,
-        };
+        let recipe =
+            ScheduleRecipe { kind, warmup_steps: Some(warmup_steps), warmup_ratio: None, end_ratio: 0.0, power: 2.0, decay_ratio: 0.2 };
         Schedule::new(&recipe, 1.0, 100)
     }
 

@@ -3,7 +3,7 @@
 //! libtorch remembers the answer to its first CUDA query, so [`open`] must run before anything asks.
 #![expect(unsafe_code, reason = "calls into the C++ shim")]
 
-use std::ffi::{CString, c_void};
+use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
 use cloze_recipes::failure::{Failure, FailureKind};
@@ -42,27 +42,6 @@ pub fn synchronize(device: Device) {
     if let Device::Cuda(index) = device {
         // SAFETY: no pointers are passed.
         let status = unsafe { sys::cloze_device_synchronize(index as i64) };
-        debug_assert_eq!(status, 0, "{}", sys::error_text());
-    }
-}
-
-/// A side stream: work queued while it lives runs beside the main stream, and later work of the main stream waits for it.
-pub struct SideStream(*mut c_void);
-
-impl SideStream {
-    /// Makes a side stream of the device current for this thread; `None` on a CPU.
-    pub fn enter(device: Device) -> Option<Self> {
-        let Device::Cuda(index) = device else { return None };
-        // SAFETY: no pointers are passed; a null result means that no stream was entered.
-        let entered = unsafe { sys::cloze_stream_enter(index as i64) };
-        (!entered.is_null()).then_some(Self(entered))
-    }
-}
-
-impl Drop for SideStream {
-    fn drop(&mut self) {
-        // SAFETY: the pointer came from cloze_stream_enter and is given back once, on the same thread (the type is not Send).
-        let status = unsafe { sys::cloze_stream_leave(self.0) };
         debug_assert_eq!(status, 0, "{}", sys::error_text());
     }
 }

@@ -298,39 +298,6 @@ int cloze_cuda_open(const char* libtorch_cuda_path) {
     return 1;
 }
 
-struct EnteredStream {
-    c10::Stream stream;
-    c10::StreamGuard guard;
-};
-
-void* cloze_stream_enter(int64_t device) {
-    try {
-        const c10::Device where(c10::kCUDA, static_cast<c10::DeviceIndex>(device));
-        const c10::impl::VirtualGuardImpl guard(c10::kCUDA);
-        const c10::Stream current = guard.getStream(where), side = guard.getStreamFromGlobalPool(where);
-        // What was queued so far must be visible to the side stream.
-        c10::Event queued(c10::kCUDA);
-        queued.record(current);
-        queued.block(side);
-        return new EnteredStream{side, c10::StreamGuard(side)};
-    } catch (const std::exception& error) {
-        last_error = error.what();
-        return nullptr;
-    }
-}
-
-int cloze_stream_leave(void* entered) {
-    return status_of([&] {
-        auto* side = static_cast<EnteredStream*>(entered);
-        const c10::impl::VirtualGuardImpl guard(c10::kCUDA);
-        c10::Event done(c10::kCUDA);
-        done.record(side->stream);
-        const c10::Stream original = side->guard.original_stream();
-        delete side;
-        done.block(original);
-    });
-}
-
 void* cloze_event_record(int64_t device) {
     try {
         const c10::Device where(c10::kCUDA, static_cast<c10::DeviceIndex>(device));

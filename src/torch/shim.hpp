@@ -50,9 +50,6 @@ void cloze_keep_freed_memory();
 
 // CUDA, reached through libc10's virtual interface, so that nothing here links CUDA. Returns 0, or 1 with cloze_error().
 int cloze_cuda_open(const char* libtorch_cuda_path);
-// A side stream of the device, made current for this thread until cloze_stream_leave.
-void* cloze_stream_enter(int64_t device);
-int cloze_stream_leave(void* stream);
 // An event behind all work queued so far on the device's current stream; cloze_event_wait blocks until it is reached and frees it.
 void* cloze_event_record(int64_t device);
 int cloze_event_wait(void* event);

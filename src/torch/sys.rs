@@ -26,7 +26,6 @@ pub struct AdamWOptions {
     pub epsilon: f64,
 }
 
-
 unsafe extern "C" {
     fn cloze_error() -> *const c_char;
     pub fn cloze_embed(ids: RawConst, weight: RawConst, gradient: RawConst) -> Raw;
@@ -73,8 +72,6 @@ unsafe extern "C" {
     ) -> c_int;
     pub fn cloze_keep_freed_memory();
     pub fn cloze_cuda_open(libtorch_cuda_path: *const c_char) -> c_int;
-    pub fn cloze_stream_enter(device: i64) -> *mut c_void;
-    pub fn cloze_stream_leave(stream: *mut c_void) -> c_int;
     pub fn cloze_event_record(device: i64) -> *mut c_void;
     pub fn cloze_event_wait(event: *mut c_void) -> c_int;
     pub fn cloze_device_synchronize(device: i64) -> c_int;

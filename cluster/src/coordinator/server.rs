@@ -459,7 +459,7 @@ mod tests {
     async fn silent_connections_are_bounded() {
         let sandbox = Sandbox::start(1).await;
         let mut silent = Vec::new();
-        for _ in 0..MAX_UNAUTHENTICATED_CONNECTIONS + 1 {
+        for _ in 0..=MAX_UNAUTHENTICATED_CONNECTIONS {
             silent.push(TcpStream::connect(sandbox.address).await.unwrap());
         }
         let mut last = silent.pop().unwrap();

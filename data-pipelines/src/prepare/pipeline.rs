@@ -274,12 +274,11 @@ fn write_parts(
     while num_finished < num_files {
         let received = done.recv().context("a thread of the preparation stopped early")?;
         let Done { file, sequence, outcome } = received.context("a thread of the preparation panicked")?;
-        let mut part = match unfinished.remove(&file) {
-            Some(part) => part,
-            None => {
-                let writer = PartWriter::create(part_path(job.parts_folder, &job.part_keys[file]))?;
-                Unfinished { writer, next: 0, waiting: BTreeMap::new() }
-            }
+        let mut part = if let Some(part) = unfinished.remove(&file) {
+            part
+        } else {
+            let writer = PartWriter::create(part_path(job.parts_folder, &job.part_keys[file]))?;
+            Unfinished { writer, next: 0, waiting: BTreeMap::new() }
         };
         part.waiting.insert(sequence, outcome);
         match part.write_waiting(give_ticket, report)? {

@@ -85,7 +85,9 @@ fn sorted_tasks(parts: &[&Part]) -> TaskTable {
 
 fn check_not_empty(output: &Path, tasks: &[TaskEntry]) -> Result<(), Failure> {
     let mut total = Counts::default();
-    tasks.iter().for_each(|task| total.add(&task.counts));
+    for task in tasks {
+        total.add(&task.counts);
+    }
     if total.kept > 0 {
         return Ok(());
     }

@@ -1,7 +1,7 @@
 //! From options to the end of a run.
 
 use std::io::Write;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,8 @@ pub struct LaunchOptions {
     pub worker_binary: PathBuf,
     /// The build that the worker binary states when it joins.
     pub worker_build: String,
+    /// Where the coordinator listens; port 0 takes a free one. Loopback unless told otherwise.
+    pub bind: SocketAddr,
     /// Where progress is shown; usually standard error.
     pub output: Box<dyn Write + Send>,
     /// How it is shown.
@@ -67,7 +69,7 @@ pub struct PlannedFault {
 /// signals do nothing any more in this process. A run that failed is `Ok(RunEnd::Failed)`; an error is a failure of the
 /// launcher itself: the worker binary cannot be started (`Environment`), the run folder cannot be written (`Storage`).
 pub fn launch(options: LaunchOptions) -> anyhow::Result<RunEnd> {
-    let LaunchOptions { run, recipe, total_steps, workers, worker_binary, worker_build, output, style, fault } = options;
+    let LaunchOptions { run, recipe, total_steps, workers, worker_binary, worker_build, bind, output, style, fault } = options;
     if let Some(fault) = fault.filter(|fault| fault.worker >= workers) {
         return Err(Failure::new(FailureKind::Recipe, "the worker to be killed does not exist")
             .expected(format!("a worker below {workers}"))
@@ -85,7 +87,7 @@ pub fn launch(options: LaunchOptions) -> anyhow::Result<RunEnd> {
 
     let token = Secret::random()?;
     let coordinator_options = CoordinatorOptions {
-        bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+        bind,
         token: token.clone(),
         recipe_hash,
         build: worker_build,
@@ -162,6 +164,7 @@ mod tests {
             workers: 1,
             worker_binary: PathBuf::from(worker_binary),
             worker_build: "build".to_owned(),
+            bind: SocketAddr::from(([127, 0, 0, 1], 0)),
             output: Box::new(std::io::sink()),
             style: TerminalStyle::default(),
             fault: None,

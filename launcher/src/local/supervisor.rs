@@ -131,7 +131,7 @@ impl<'a> Supervisor<'a> {
                 _ = tick.tick() => self.look_around(&coordinator.control, signals)?,
                 Some(event) = coordinator.events.recv() => self.take_event(event)?,
                 Some(exit) = self.processes.join_next() => {
-                    self.take_exit(&coordinator.control, exit.context("watch a worker process")?)?;
+                    self.take_exit(&coordinator.control, &exit.context("watch a worker process")?)?;
                 }
             }
         };
@@ -210,7 +210,7 @@ impl<'a> Supervisor<'a> {
         Ok(())
     }
 
-    fn take_exit(&mut self, control: &mpsc::Sender<Control>, exit: Exit) -> anyhow::Result<()> {
+    fn take_exit(&mut self, control: &mpsc::Sender<Control>, exit: &Exit) -> anyhow::Result<()> {
         let worker = exit.worker;
         if let Some(error) = &exit.log_error {
             return Err(storage("write a worker's log", &self.command.run.log_path(worker), error).into());
@@ -242,7 +242,7 @@ impl<'a> Supervisor<'a> {
             }
             ExitDecision::GiveUp { kind } => {
                 let log_path = self.command.run.log_path(worker);
-                tell(control, Control::GiveUp { failure: exit_failure(kind, reason, &exit, &log_path) })
+                tell(control, Control::GiveUp { failure: exit_failure(kind, reason, exit, &log_path) })
             }
         }
     }
