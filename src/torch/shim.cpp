@@ -50,7 +50,9 @@ int status_of(F run) {
     }
 }
 
-Tensor optional(const Tensor* tensor) { return tensor ? *tensor : Tensor(); }
+Tensor norm_of(const Tensor& x_TE, const Tensor& weight_E, double epsilon) {
+    return std::get<0>(at::native_layer_norm(x_TE, {x_TE.size(-1)}, weight_E, {}, epsilon));
+}
 
 void gradient_added(const Tensor& gradient) {
     if (gradient_hook) gradient_hook(gradient_hook_context, gradient.storage_offset(), gradient.numel());
@@ -177,28 +179,32 @@ struct HeadLoss : Function<HeadLoss> {
 
     static Tensor forward(AutogradContext* context, const Tensor& h_NE, const Tensor& weight_VE, const Tensor& bias_V, const Tensor& target_N,
                           const Tensor& label_weight_N, const Tensor& gradient_VE, const Tensor& gradient_V) {
+        auto [loss, dh_NE] = compute(h_NE, weight_VE, bias_V, target_N, label_weight_N, &gradient_VE, &gradient_V);
+        context->save_for_backward({dh_NE});
+        return loss;
+    }
+
+    // The loss, and the gradient of h where the weight's gradient is wanted too.
+    static std::pair<Tensor, Tensor> compute(const Tensor& h_NE, const Tensor& weight_VE, const Tensor& bias_V, const Tensor& target_N,
+                                             const Tensor& label_weight_N, const Tensor* gradient_VE, const Tensor* gradient_V) {
         const int64_t num_rows = h_NE.size(0), vocabulary = weight_VE.size(0);
         const int64_t piece_bytes_max = h_NE.is_cpu() ? piece_bytes_max_cpu : piece_bytes_max_cuda;
         const int64_t piece_rows = std::max<int64_t>(1, piece_bytes_max / (vocabulary * 4));
-        const bool wants_gradient = gradient_VE.defined();
-        Tensor dh_NE = wants_gradient ? at::empty_like(h_NE) : Tensor();
+        Tensor dh_NE = gradient_VE ? at::empty_like(h_NE) : Tensor();
         Tensor loss = at::zeros({}, h_NE.options().dtype(at::kFloat));
         for (int64_t begin = 0; begin < num_rows; begin += piece_rows) {
             const int64_t rows = std::min(piece_rows, num_rows - begin);
             const Tensor h = h_NE.narrow(0, begin, rows);
             Tensor logits = at::addmm(bias_V, h, weight_VE.t());
             loss.add_(loss_and_gradient(logits, target_N.narrow(0, begin, rows), label_weight_N.narrow(0, begin, rows)));
-            if (!wants_gradient) continue;
+            if (!gradient_VE) continue;
             const Tensor dlogits = logits.to(h_NE.scalar_type());
             dh_NE.narrow(0, begin, rows).copy_(at::mm(dlogits, weight_VE));
-            add_matrix_product(gradient_VE, dlogits.t(), h);
-            Tensor(gradient_V).add_(logits.sum(0));
+            add_matrix_product(*gradient_VE, dlogits.t(), h);
+            gradient_V->add_(logits.sum(0));
         }
-        if (wants_gradient) {
-            gradient_added(gradient_V);
-            context->save_for_backward({dh_NE});
-        }
-        return loss;
+        if (gradient_V) gradient_added(*gradient_V);
+        return {loss, dh_NE};
     }
 
     // Replaces logits by the gradient of the loss with respect to them and returns the weighted loss.
@@ -230,23 +236,31 @@ const char* cloze_error() { return last_error.c_str(); }
 Tensor* cloze_embed(const Tensor* ids_T, const Tensor* weight_VE, const Tensor* gradient_VE) {
     return tensor_or_null([&] {
         // A fresh leaf starts the graph; its own gradient stays undefined because backward adds to the buffer itself.
-        Tensor weight = weight_VE->detach();
-        if (gradient_VE) weight.requires_grad_(true);
-        return Embed::apply(weight, *ids_T, optional(gradient_VE));
+        if (!gradient_VE) return weight_VE->index_select(0, *ids_T);
+        return Embed::apply(weight_VE->detach().requires_grad_(true), *ids_T, *gradient_VE);
     });
 }
 
 Tensor* cloze_linear(const Tensor* x_TI, const Tensor* weight_OI, const Tensor* gradient_OI) {
-    return tensor_or_null([&] { return Linear::apply(*x_TI, *weight_OI, optional(gradient_OI)); });
+    return tensor_or_null([&] { return gradient_OI ? Linear::apply(*x_TI, *weight_OI, *gradient_OI) : at::mm(*x_TI, weight_OI->t()); });
 }
 
 Tensor* cloze_layer_norm(const Tensor* x_TE, const Tensor* weight_E, const Tensor* gradient_E, double epsilon) {
-    return tensor_or_null([&] { return LayerNorm::apply(*x_TE, *weight_E, optional(gradient_E), epsilon); });
+    return tensor_or_null([&] {
+        if (!gradient_E) return norm_of(*x_TE, *weight_E, epsilon);
+        return LayerNorm::apply(*x_TE, *weight_E, *gradient_E, epsilon);
+    });
 }
 
 int cloze_add_layer_norm(const Tensor* x_TE, const Tensor* delta_TE, const Tensor* weight_E, const Tensor* gradient_E, double epsilon, Tensor** results) {
     return status_of([&] {
-        auto outputs = AddLayerNorm::apply(*x_TE, *delta_TE, *weight_E, optional(gradient_E), epsilon);
+        tensor_list outputs;
+        if (gradient_E) {
+            outputs = AddLayerNorm::apply(*x_TE, *delta_TE, *weight_E, *gradient_E, epsilon);
+        } else {
+            const Tensor sum_TE = at::add(*x_TE, *delta_TE);
+            outputs = {sum_TE, norm_of(sum_TE, *weight_E, epsilon)};
+        }
         results[0] = new Tensor(outputs[0]);
         results[1] = new Tensor(outputs[1]);
     });
@@ -267,7 +281,8 @@ Tensor* cloze_attention(const Tensor* qkv_T3HD, const Tensor* cos, const Tensor*
 Tensor* cloze_head_loss(const Tensor* h_NE, const Tensor* weight_VE, const Tensor* bias_V, const Tensor* target_N, const Tensor* label_weight_N,
                         const Tensor* gradient_VE, const Tensor* gradient_V) {
     return tensor_or_null([&] {
-        return HeadLoss::apply(*h_NE, *weight_VE, *bias_V, *target_N, *label_weight_N, optional(gradient_VE), optional(gradient_V));
+        if (!gradient_VE) return HeadLoss::compute(*h_NE, *weight_VE, *bias_V, *target_N, *label_weight_N, nullptr, nullptr).first;
+        return HeadLoss::apply(*h_NE, *weight_VE, *bias_V, *target_N, *label_weight_N, *gradient_VE, *gradient_V);
     });
 }
 
