@@ -86,7 +86,7 @@ write_cargo_config() {
 }
 
 main() {
-    [ "$(uname -sm)" = "Linux x86_64" ] || fail "libtorch is set up for Linux on x86_64 only, this is $(uname -sm)" "set CLOZE_TORCH to the torch folder of a PyTorch $TORCH_VERSION environment"
+    [ "$(uname -sm)" = "Linux x86_64" ] || fail "libtorch is set up for Linux on x86_64 only, this is $(uname -sm)" "other platforms need a build of libtorch $TORCH_VERSION and a .cargo/config.toml that sets LIBTORCH to it"
     local view torch
     if [ -n "${CLOZE_TORCH:-}" ]; then
         torch=$(realpath "$CLOZE_TORCH")

@@ -15,7 +15,7 @@ use tch::{Device, Tensor};
 use crate::model::config::Config;
 use crate::model::modernbert::{ModernBert, Placement};
 use crate::model::packed::{Labelled, NOT_SCORED, PackedInput};
-use crate::optim::adamw::{AdamW, Settings};
+use crate::optim::adamw::{AdamW, LossSums, Settings};
 use crate::torch::cuda;
 
 /// What is timed.
@@ -79,8 +79,9 @@ fn train_step(model: &mut ModernBert, optimizer: &mut AdamW, workload: &Workload
     let _ = tch::no_grad(|| model.parameters().gradients().map(|g| g.shallow_clone().zero_()))?;
     let loss = model.loss_sum(&input, &labelled)?;
     loss.f_backward()?;
-    let _norm = optimizer.step(model.parameters_mut(), 1e-4, &denominator)?;
-    Ok(loss.detach() / denominator)
+    let sums = LossSums { loss: loss.detach(), denominator };
+    let _norm = optimizer.step(model.parameters_mut(), 1e-4, &sums)?;
+    Ok(sums.loss / sums.denominator)
 }
 
 struct Measured {

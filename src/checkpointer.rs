@@ -75,6 +75,15 @@ impl Checkpointer {
     }
 }
 
+impl Drop for Checkpointer {
+    /// A write outlives no generation: the next one must not find a half of it, or write beside it.
+    fn drop(&mut self) {
+        if let Err(error) = self.finish() {
+            tracing::warn!(error = format!("{error:#}"), "the checkpoint of a broken generation could not be saved");
+        }
+    }
+}
+
 /// Copies a loaded checkpoint into model and optimizer.
 ///
 /// # Errors

@@ -45,8 +45,8 @@ pub fn evaluate(options: &EvaluateOptions, stdout: &mut dyn Write) -> Result<()>
     let placement =
         Placement { device, trainable: false, bfloat16: recipe.train.precision == Precision::Bfloat16 && device != Device::Cpu };
     let tokenizer = match &options.model {
-        Some(model) => Tokenizer::load(model)?,
-        None => Tokenizer::load(&recipe.model.tokenizer)?,
+        Some(model) => Tokenizer::load_with_anchor(model, &recipe.model.anchor_token)?.0,
+        None => Tokenizer::load_with_anchor(&recipe.model.tokenizer, &recipe.model.anchor_token)?.0,
     };
     let (model, source) = load(options, &recipe, &tokenizer, placement)?;
     let scorer = Scorer { model: &model, tokenizer: &tokenizer, anchor: &recipe.model.anchor_token };

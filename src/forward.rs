@@ -15,7 +15,7 @@ use crate::checkpoint::{NamedTensorOwned, atomic_write};
 use crate::model::folder;
 use crate::model::modernbert::{ModernBert, Placement};
 use crate::model::packed::{Labelled, NOT_SCORED, PackedInput};
-use crate::optim::adamw::{AdamW, Settings};
+use crate::optim::adamw::{AdamW, LossSums, Settings};
 use crate::torch::memory;
 
 /// What is computed beside the logits.
@@ -82,8 +82,9 @@ fn train(model: &mut ModernBert, pack: &Pack, labels: &[i32], extras: ForwardExt
             results.extend(gradients);
         }
         if extras.steps > 0 {
-            losses.extend(((loss.detach() / &denominator).double_value(&[]) as f32).to_le_bytes());
-            let _norm = optimizer.step(model.parameters_mut(), extras.learning_rate, &denominator)?;
+            let sums = LossSums { loss: loss.detach(), denominator: denominator.shallow_clone() };
+            losses.extend(((&sums.loss / &sums.denominator).double_value(&[]) as f32).to_le_bytes());
+            let _norm = optimizer.step(model.parameters_mut(), extras.learning_rate, &sums)?;
         }
     }
     if extras.steps > 0 {

@@ -19,6 +19,9 @@ use crate::model::modernbert::{ModernBert, Placement};
 /// Texts answered together.
 const TEXTS_AT_ONCE: usize = 64;
 
+/// Tokens of one forward pass, at least.
+const PACK_TOKENS_MIN: usize = 4096;
+
 /// Tokens listed where no labels are given.
 const TOP_TOKENS: usize = 5;
 
@@ -79,7 +82,7 @@ impl Predictor {
     fn load(options: PredictOptions) -> Result<Self> {
         let placement = Placement { device: Device::Cpu, trainable: false, bfloat16: false };
         let model = folder::load(&options.model, placement)?;
-        let tokenizer = Tokenizer::load(&options.model)?;
+        let (tokenizer, _anchor_id) = Tokenizer::load_with_anchor(&options.model, &options.anchor)?;
         folder::check_tokenizer(&tokenizer, model.config(), &options.model)?;
         let mask = tokenizer.decode(&[tokenizer.mask_id], false).trim().to_owned();
         let template = Template::parse(&options.template);
@@ -92,7 +95,7 @@ impl Predictor {
     fn answer(&self, texts: &[String], stdout: &mut dyn Write) -> Result<()> {
         let prompts: Vec<Prompt> = texts.iter().map(|text| self.prompt(text)).collect::<Result<_>>()?;
         let mut answers: Vec<Option<Answer>> = texts.iter().map(|_| None).collect();
-        score::at_masks(&self.model, &prompts, self.options.max_length.max(4096) as u32, |index, probabilities| {
+        score::at_masks(&self.model, &prompts, self.options.max_length.max(PACK_TOKENS_MIN) as u32, |index, probabilities| {
             answers[index] = Some(self.read(&texts[index], probabilities));
         })?;
         for answer in answers.iter().flatten() {

@@ -17,7 +17,7 @@ use crate::batch_feed::{BatchFeed, StepBatch};
 use crate::collective::Collective;
 use crate::model::modernbert::ModernBert;
 use crate::model::packed::{Labelled, PackedInput};
-use crate::optim::adamw::AdamW;
+use crate::optim::adamw::{AdamW, LossSums};
 use crate::optim::schedule::Schedule;
 use crate::torch::memory::{self, Readback};
 
@@ -105,8 +105,9 @@ fn train_step(trainer: &mut Trainer, batch: &StepBatch, wants_stop: bool) -> Res
     }
     let stop_agreed = sum_over_workers(trainer, wants_stop)?;
     let learning_rate = trainer.schedule.learning_rate(batch.step);
-    let denominator = extras.narrow(0, EXTRA_DENOMINATOR, 1).squeeze();
-    let norm = trainer.optimizer.step(trainer.model.parameters_mut(), learning_rate, &denominator)?;
+    let scalar = |place| tch::no_grad(|| extras.narrow(0, place, 1).squeeze());
+    let sums = LossSums { loss: scalar(EXTRA_LOSS), denominator: scalar(EXTRA_DENOMINATOR) };
+    let norm = trainer.optimizer.step(trainer.model.parameters_mut(), learning_rate, &sums)?;
     let numbers = tch::no_grad(|| Tensor::cat(&[extras.narrow(0, 0, EXTRA_LABELS + 1), norm.view([1])], 0));
     Ok((Readback::start(&numbers)?, stop_agreed))
 }

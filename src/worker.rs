@@ -61,15 +61,17 @@ pub struct Worker {
     pub device: Device,
 }
 
-/// Runs a worker to its end. A failure that a restart cannot cure is told to the coordinator first.
+/// Runs a worker to its end. A failure that is not a broken collective is told to the coordinator, which ends the run.
 pub fn run(options: &WorkerOptions) -> Result<()> {
     memory::keep_freed_memory();
     let recipe = cloze_recipes::load(&options.run.join("recipe.yaml"), &[])?;
     let listener = TcpListener::bind("127.0.0.1:0").context("listen for peers")?;
     let client = Arc::new(join(options, &recipe, &listener)?);
     let result = prepare(options, recipe, listener, Arc::clone(&client)).and_then(|worker| serve(&worker));
-    if let Err(error) = &result {
-        client.fail(as_failure(error))?;
+    if let Err(error) = &result
+        && let Err(lost) = client.fail(as_failure(error))
+    {
+        tracing::warn!(error = format!("{lost:#}"), "the coordinator could not be told of the failure");
     }
     result
 }

@@ -24,6 +24,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
+use cloze_recipes::failure::Failure;
 use cloze_recipes::recipe::ModelShape;
 use tch::Device;
 
@@ -150,15 +151,16 @@ fn main() -> ExitCode {
     match run(arguments.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let failure = worker::as_failure(&error);
+            let failure = error.downcast_ref::<Failure>();
+            let text = failure.map_or_else(|| format!("{error:#}"), Failure::to_string);
             // Nothing is left to tell where stderr itself is gone.
-            drop(writeln!(stderr(), "error: {failure}"));
-            ExitCode::from(failure.kind.exit_code())
+            drop(writeln!(stderr(), "error: {text}"));
+            ExitCode::from(failure.map_or(1, |failure| failure.kind.exit_code()))
         }
     }
 }
 
-/// Environment variables are read here and nowhere else.
+/// Environment variables of this program are read here and in `main`; the object store reads its own.
 fn run(command: Command) -> Result<()> {
     let torch_folder = std::env::var_os(torch::cuda::TORCH_FOLDER_VARIABLE).map(PathBuf::from);
     let mut stdout = std::io::stdout().lock();

@@ -9,6 +9,8 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use tokenizers::AddedToken;
 
 const FILE_NAME: &str = "tokenizer.json";
+/// Largest tokenizer file that is read; the largest known ones have some 35 MB.
+const FILE_BYTES_MAX: u64 = 256 << 20;
 const MASK: [&str; 2] = ["[MASK]", "<mask>"];
 const START: [&str; 2] = ["[CLS]", "<s>"];
 const END: [&str; 2] = ["[SEP]", "</s>"];
@@ -51,6 +53,11 @@ impl Tokenizer {
     /// Loads a `tokenizer.json`, or the one in a folder. Fails when it is missing, not a tokenizer, or has no mask token.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
         let path = if path.is_dir() { path.join(FILE_NAME) } else { path.to_path_buf() };
+        let size = fs::metadata(&path).map_err(|error| unreadable(&path, &error))?.len();
+        if size > FILE_BYTES_MAX {
+            let failure = Failure::new(FailureKind::Damaged, "tokenizer file is too large").at(path.display());
+            return Err(failure.expected(format!("at most {FILE_BYTES_MAX} bytes")).found(size).into());
+        }
         let bytes = fs::read(&path).map_err(|error| unreadable(&path, &error))?;
         let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| {
             Failure::new(FailureKind::Damaged, "file is not a usable tokenizer")

@@ -7,7 +7,7 @@
 //!   events.jsonl    everything that happened, one line each
 //!   tensorboard/    scalars
 //!   logs/           worker-N.log
-//!   checkpoints/    unless the recipe names another place
+//!   checkpoints/    empty where the recipe names another place
 //!   lock            held by the live controller, with its process id
 //! ```
 

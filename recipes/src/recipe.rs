@@ -116,7 +116,7 @@ pub enum Truncation {
     Right,
 }
 
-/// What is masked and how the loss is formed (papers.md §C1–C3).
+/// What is masked and how the loss is formed ("It's All in The [MASK]", §2.4).
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ObjectiveRecipe {
     /// Objective of the examples that are not answer-token prediction.
@@ -167,7 +167,7 @@ pub enum LossNorm {
 /// Batch, optimizer, schedule, device.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TrainRecipe {
-    /// Optimizer steps of the run. A recipe may say `epochs` instead; the run folder then states the steps.
+    /// Optimizer steps of the run. A recipe may say `epochs` instead.
     pub steps: Option<u64>,
     /// Passes over the data; exactly one of `steps` and `epochs` is set.
     pub epochs: Option<f64>,

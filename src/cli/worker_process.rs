@@ -37,26 +37,8 @@ pub fn worker_binary() -> Result<PathBuf> {
 /// `cloze eval`
 pub fn eval(arguments: &EvalArguments) -> Result<ExitCode> {
     let is_run = arguments.target.is_dir();
-    let (recipe_file, default_output) = if is_run {
-        if !arguments.overrides.is_empty() {
-            return Err(Failure::new(FailureKind::Recipe, "`--set` does not change a run")
-                .hint("evaluate a recipe file with `--model DIR` instead")
-                .into());
-        }
-        (arguments.target.join("recipe.yaml"), arguments.target.join("eval"))
-    } else {
-        let recipe = cloze_recipes::load(&arguments.target, &arguments.overrides)?;
-        let folder = Path::new("runs").join(format!("{}-eval", recipe.name));
-        std::fs::create_dir_all(&folder)
-            .map_err(|error| Failure::new(FailureKind::Storage, "the output folder cannot be made").at(folder.display()).because(error))?;
-        let resolved = folder.join("recipe.yaml");
-        std::fs::write(&resolved, recipe.to_yaml()).map_err(|error| {
-            Failure::new(FailureKind::Storage, "the resolved recipe cannot be written").at(resolved.display()).because(error)
-        })?;
-        (resolved, folder)
-    };
-    let output = arguments.output.clone().unwrap_or(default_output);
-    let mut worker = vec![OsString::from("eval"), "--recipe".into(), recipe_file.into(), "--output".into(), output.clone().into()];
+    let (recipe_file, output) = if is_run { eval_of_run(arguments)? } else { eval_of_recipe(arguments)? };
+    let mut worker = vec![OsString::from("eval"), "--recipe".into(), recipe_file.into(), "--output".into(), output.into()];
     if is_run {
         worker.extend(["--run".into(), arguments.target.clone().into()]);
     }
@@ -64,6 +46,30 @@ pub fn eval(arguments: &EvalArguments) -> Result<ExitCode> {
         worker.extend(["--model".into(), model.into()]);
     }
     run(worker)
+}
+
+/// Recipe file and output folder of a run's evaluation.
+fn eval_of_run(arguments: &EvalArguments) -> Result<(PathBuf, PathBuf)> {
+    if !arguments.overrides.is_empty() {
+        let failure = Failure::new(FailureKind::Recipe, "`--set` does not change a run");
+        return Err(failure.hint("evaluate a recipe file with `--model DIR` instead").into());
+    }
+    let output = arguments.output.clone().unwrap_or_else(|| arguments.target.join("eval"));
+    Ok((arguments.target.join("recipe.yaml"), output))
+}
+
+/// The resolved recipe, written into the output folder, and that folder.
+fn eval_of_recipe(arguments: &EvalArguments) -> Result<(PathBuf, PathBuf)> {
+    let recipe = cloze_recipes::load(&arguments.target, &arguments.overrides)?;
+    let output = arguments.output.clone().unwrap_or_else(|| Path::new("runs").join(format!("{}-eval", recipe.name)));
+    let storage = |error: std::io::Error| {
+        Failure::new(FailureKind::Storage, "the output folder cannot be written").at(output.display()).because(error)
+    };
+    std::fs::create_dir_all(&output).map_err(storage)?;
+    let resolved = output.join("recipe.yaml");
+    let partial = output.join(format!(".recipe.yaml.{}", std::process::id()));
+    std::fs::write(&partial, recipe.to_yaml()).and_then(|()| std::fs::rename(&partial, &resolved)).map_err(storage)?;
+    Ok((resolved, output))
 }
 
 /// `cloze predict`

@@ -26,7 +26,7 @@ pub struct TaskResult {
     pub labels: Vec<String>,
     /// All files together.
     pub scores: Scores,
-    /// Each file alone, where there are several.
+    /// Each file alone.
     pub files: Vec<FileResult>,
     /// Prompts that were cut to fit.
     pub num_cut: u64,

@@ -31,6 +31,15 @@ pub struct Settings {
     pub clip_norm: f64,
 }
 
+/// What was summed over the batch beside the gradients; float32 scalars on the device.
+#[derive(Debug)]
+pub struct LossSums {
+    /// Sum of the weighted losses.
+    pub loss: Tensor,
+    /// What loss and gradients are divided by.
+    pub denominator: Tensor,
+}
+
 impl From<&TrainRecipe> for Settings {
     fn from(recipe: &TrainRecipe) -> Self {
         Self { betas: recipe.betas, epsilon: recipe.epsilon, weight_decay: recipe.weight_decay, clip_norm: recipe.clip_norm }
@@ -51,13 +60,14 @@ impl AdamW {
     }
 
     /// Takes one step with gradients that are sums: they are divided by `denominator` (a float32 scalar on the device) and clipped.
-    /// A norm that is not finite leaves everything as it is. Returns the norm before clipping, still on the device.
-    pub fn step(&mut self, parameters: &mut FlatParameters, learning_rate: f64, denominator: &Tensor) -> Result<Tensor> {
+    /// A loss or norm that is not finite leaves the parameters as they are. Returns the norm before clipping, still on the device.
+    pub fn step(&mut self, parameters: &mut FlatParameters, learning_rate: f64, sums: &LossSums) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
         let total = parameters.values().numel() as i64;
         let gradients = parameters.gradients()?.narrow(0, 0, total);
+        let denominator = &sums.denominator;
         let norm = gradients.norm() / denominator;
-        let skip = norm.isfinite().logical_not().to_kind(Kind::Float);
+        let skip = (&norm + &sums.loss).isfinite().logical_not().to_kind(Kind::Float);
         let divisor = match self.settings.clip_norm {
             limit if limit > 0.0 => denominator * ((&norm + 1e-6) / limit).clamp_min(1.0),
             _ => denominator.shallow_clone(),

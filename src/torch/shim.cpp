@@ -26,8 +26,6 @@ Tensor attend(const Tensor& qkv, const Tensor& cosine, const Tensor& sine, const
 namespace {
 
 thread_local std::string last_error;
-cloze_gradient_hook gradient_hook = nullptr;
-void* gradient_hook_context = nullptr;
 
 template <class F>
 Tensor* tensor_or_null(F compute) {
@@ -52,10 +50,6 @@ int status_of(F run) {
 
 Tensor norm_of(const Tensor& x_TE, const Tensor& weight_E, double epsilon) {
     return std::get<0>(at::native_layer_norm(x_TE, {x_TE.size(-1)}, weight_E, {}, epsilon));
-}
-
-void gradient_added(const Tensor& gradient) {
-    if (gradient_hook) gradient_hook(gradient_hook_context, gradient.storage_offset(), gradient.numel());
 }
 
 bool plain_float(const Tensor& tensor) { return tensor.is_cpu() && tensor.scalar_type() == at::kFloat; }
@@ -84,7 +78,6 @@ struct Embed : Function<Embed> {
         } else {
             gradient_VE.index_add_(0, ids_T, upstream_TE.to(gradient_VE.scalar_type()));
         }
-        gradient_added(gradient_VE);
         return {Tensor(), Tensor(), Tensor()};
     }
 };
@@ -101,7 +94,6 @@ struct Linear : Function<Linear> {
         const Tensor upstream_TO = outputs[0].contiguous();
         const Tensor gradient_OI = context->saved_data["gradient"].toTensor();
         add_matrix_product(gradient_OI, upstream_TO.t(), x_TI);
-        gradient_added(gradient_OI);
         return {at::mm(upstream_TO, context->saved_data["weight"].toTensor()), Tensor(), Tensor()};
     }
 };
@@ -120,7 +112,6 @@ struct LayerNorm : Function<LayerNorm> {
         auto [dx_TE, dweight_E, unused] = at::native_layer_norm_backward(outputs[0].contiguous(), saved[0], {saved[0].size(-1)}, saved[1], saved[2],
                                                                         context->saved_data["weight"].toTensor(), {}, {true, true, false});
         gradient_E.add_(dweight_E);
-        gradient_added(gradient_E);
         return {dx_TE, Tensor(), Tensor(), Tensor()};
     }
 };
@@ -141,7 +132,6 @@ struct AddLayerNorm : Function<AddLayerNorm> {
         auto [dx_TE, dweight_E, unused] = at::native_layer_norm_backward(outputs[1].contiguous(), saved[0], {saved[0].size(-1)}, saved[1], saved[2],
                                                                         context->saved_data["weight"].toTensor(), {}, {true, true, false});
         gradient_E.add_(dweight_E);
-        gradient_added(gradient_E);
         if (outputs[0].defined()) dx_TE.add_(outputs[0]);
         return {dx_TE, dx_TE, Tensor(), Tensor(), Tensor()};
     }
@@ -203,7 +193,6 @@ struct HeadLoss : Function<HeadLoss> {
             add_matrix_product(*gradient_VE, dlogits.t(), h);
             gradient_V->add_(logits.sum(0));
         }
-        if (gradient_V) gradient_added(*gradient_V);
         return {loss, dh_NE};
     }
 
@@ -293,11 +282,6 @@ int cloze_adamw(const Tensor* parameter, const Tensor* gradient, const Tensor* f
         at::_fused_adamw_({*parameter}, {*gradient}, {*first_moment}, {*second_moment}, {}, {*step}, options->learning_rate, options->beta1, options->beta2,
                           options->weight_decay, options->epsilon, false, false, *gradient_divisor, *skip);
     });
-}
-
-void cloze_set_gradient_hook(cloze_gradient_hook hook, void* context) {
-    gradient_hook = hook;
-    gradient_hook_context = context;
 }
 
 void cloze_keep_freed_memory() {

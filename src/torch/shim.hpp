@@ -41,10 +41,6 @@ struct ClozeAdamW { double learning_rate, beta1, beta2, weight_decay, epsilon; }
 int cloze_adamw(const at::Tensor* parameter, const at::Tensor* gradient, const at::Tensor* first_moment, const at::Tensor* second_moment,
                 const at::Tensor* step, const ClozeAdamW* options, const at::Tensor* gradient_divisor, const at::Tensor* skip);
 
-// Called after a backward function has added the gradient of one parameter, with the parameter's offset in the flat buffer.
-typedef void (*cloze_gradient_hook)(void* context, int64_t offset, int64_t length);
-void cloze_set_gradient_hook(cloze_gradient_hook hook, void* context);
-
 // Keeps freed memory in the process instead of giving it back to the kernel after every step.
 void cloze_keep_freed_memory();
 

@@ -22,7 +22,7 @@ use crate::secret::Secret;
 /// Words of workers that wait for the loop.
 const INPUT_MESSAGES: usize = 1024;
 
-/// The clock is looked at this often between a fifth and a fiftieth of the heartbeat timeout; bounds in milliseconds.
+/// The clock is looked at every twentieth of the heartbeat timeout, within these bounds in milliseconds.
 const TICK_MS: (u64, u64) = (10, 250);
 
 /// Wait before accepting again after the operating system refused, for instance for want of file descriptors.

@@ -84,7 +84,7 @@ impl WorkerProcess {
                 Failure::new(FailureKind::Environment, "the worker binary cannot be started")
                     .at(command.binary.display())
                     .because(error)
-                    .hint("`cloze-worker` belongs beside `cloze`; build both with `cargo build --release`")
+                    .hint("`cloze-worker` belongs beside `cloze`; build both with `make build`")
             })?;
         let process_id = child.id().context("read a new process's id")?;
         if let Err(error) = log.note(&format!("== worker {worker}, process {process_id} ==")) {

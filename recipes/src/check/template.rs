@@ -8,7 +8,13 @@ pub(super) fn check_training(context: &mut Context<'_>, path: &str, template: &s
     if !template.contains("{inputs}") {
         context.problem(path, "found no `{inputs}`, expected it at least once");
     }
-    expect_at_most_once(context, path, template, "{anchor}");
+    expect_once(context, path, template, "{anchor}");
+    let place = |placeholder| template.find(placeholder);
+    if let (Some(anchor), Some(target)) = (place("{anchor}"), place("{target}"))
+        && anchor > target
+    {
+        context.problem(path, "found `{target}` before `{anchor}`, expected the anchor first");
+    }
     for name in placeholders(template) {
         let is_identifier = name.chars().all(|character| character.is_ascii_alphanumeric() || character == '_');
         if is_identifier && !["inputs", "anchor", "target"].contains(&name) {

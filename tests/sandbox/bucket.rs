@@ -1,0 +1,146 @@
+//! A real S3 server on this machine: `SeaweedFS`, on loopback and free ports, with everything it stores in a temporary folder.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// Name of the one bucket.
+const BUCKET: &str = "bucket";
+/// The key that the server knows.
+pub const ACCESS_KEY: &str = "integration-key";
+/// Its secret.
+pub const SECRET_KEY: &str = "integration-secret-5d1c";
+/// Longest time until the server takes objects; it needs about three seconds.
+const START_TIMEOUT: Duration = Duration::from_secs(45);
+/// Longest wait for the answer to one request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// Interval at which a server that is starting is asked again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+/// Ports of the server: master, volume, filer and S3, each with one for gRPC.
+const NUM_PORTS: usize = 8;
+/// Starts that are tried; between finding a free port and using it, another program can take it.
+const START_ATTEMPTS: usize = 3;
+
+/// A running server; it is killed when the value is dropped.
+pub struct SeaweedFs {
+    process: Child,
+    s3_port: u16,
+    filer_port: u16,
+    _folder: TempDir,
+}
+
+impl SeaweedFs {
+    /// Starts a server with an empty bucket.
+    pub fn start(weed: &Path) -> Self {
+        (0..START_ATTEMPTS).find_map(|_| Self::try_start(weed)).expect("SeaweedFS starts")
+    }
+
+    /// The options of a store in this server, as YAML.
+    pub fn options(&self) -> String {
+        format!("{{endpoint: 'http://127.0.0.1:{}', allow_http: 'true', region: us-east-1}}", self.s3_port)
+    }
+
+    /// The url of a key or prefix.
+    pub fn url(key: &str) -> String {
+        format!("s3://{BUCKET}/{key}")
+    }
+
+    /// Stores an object, by the server's own interface beside S3, which needs no signature.
+    pub fn put(&self, key: &str, content: &[u8]) {
+        let stored = self.repeat_until_created("PUT", &format!("/buckets/{BUCKET}/{key}"), content);
+        assert!(stored, "the object {key} could not be stored");
+    }
+
+    fn try_start(weed: &Path) -> Option<Self> {
+        let folder = tempfile::tempdir().expect("make a folder for the server");
+        let ports = free_ports();
+        let [s3_port, .., filer_port, _] = ports;
+        let process = command(weed, folder.path(), ports).spawn().expect("start the server");
+        let server = Self { process, s3_port, filer_port, _folder: folder };
+        let is_ready = server.repeat_until_created("POST", &format!("/buckets/{BUCKET}/"), b"") && server.s3_listens();
+        is_ready.then_some(server)
+    }
+
+    fn s3_listens(&self) -> bool {
+        let deadline = Instant::now() + START_TIMEOUT;
+        while TcpStream::connect((Ipv4Addr::LOCALHOST, self.s3_port)).is_err() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            sleep(RETRY_INTERVAL);
+        }
+        true
+    }
+
+    /// Sends a request until it is answered with 201; false where that takes too long.
+    fn repeat_until_created(&self, method: &str, path: &str, body: &[u8]) -> bool {
+        let deadline = Instant::now() + START_TIMEOUT;
+        while !self.request(method, path, body).is_ok_and(|code| code == 201) {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            sleep(RETRY_INTERVAL);
+        }
+        true
+    }
+
+    /// One request to the filer; returns the status code.
+    fn request(&self, method: &str, path: &str, body: &[u8]) -> io::Result<u16> {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.filer_port))?;
+        stream.set_read_timeout(Some(REQUEST_TIMEOUT))?;
+        let length = body.len();
+        write!(stream, "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n")?;
+        stream.write_all(body)?;
+        let mut status_line = String::new();
+        BufReader::new(stream).read_line(&mut status_line)?;
+        let code = status_line.split(' ').nth(1).and_then(|code| code.parse().ok());
+        code.ok_or_else(|| io::Error::other("the answer has no status code"))
+    }
+}
+
+impl Drop for SeaweedFs {
+    fn drop(&mut self) {
+        // It may have ended by itself; either way it is gone after this.
+        drop(self.process.kill());
+        drop(self.process.wait());
+    }
+}
+
+/// The server's command line: every listener stands on loopback at a port of its own, and nothing is reported to anybody.
+fn command(weed: &Path, folder: &Path, ports: [u16; NUM_PORTS]) -> Command {
+    let data = folder.join("data");
+    fs::create_dir(&data).expect("make the server's folder");
+    let identity = format!(
+        "{{\"identities\":[{{\"name\":\"test\",\"credentials\":[{{\"accessKey\":\"{ACCESS_KEY}\",\"secretKey\":\"{SECRET_KEY}\"}}],\
+         \"actions\":[\"Admin\",\"Read\",\"Write\",\"List\",\"Tagging\"]}}]}}"
+    );
+    let config = folder.join("s3.json");
+    fs::write(&config, identity).expect("write the server's identities");
+    let log = File::create(folder.join("log")).expect("make the server's log");
+    let [s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc] = ports;
+    let mut command = Command::new(weed);
+    command.arg("server").arg(format!("-dir={}", data.display())).args(["-ip=127.0.0.1", "-ip.bind=127.0.0.1"]);
+    command.args(["-master.telemetry=false", "-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"]);
+    command.args(["-master.volumeSizeLimitMB=64", "-volume.max=40", "-volume.preStopSeconds=0"]);
+    command.args(["-filer", "-s3", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]);
+    command.arg(format!("-s3.config={}", config.display()));
+    command.args([format!("-s3.port={s3}"), format!("-s3.port.grpc={s3_grpc}")]);
+    command.args([format!("-master.port={master}"), format!("-master.port.grpc={master_grpc}")]);
+    command.args([format!("-volume.port={volume}"), format!("-volume.port.grpc={volume_grpc}")]);
+    command.args([format!("-filer.port={filer}"), format!("-filer.port.grpc={filer_grpc}")]);
+    command.stdin(Stdio::null()).stdout(log.try_clone().expect("share the server's log")).stderr(log);
+    command
+}
+
+/// Ports that are free now; all are held until all are found, so that they differ.
+fn free_ports() -> [u16; NUM_PORTS] {
+    let listeners: [TcpListener; NUM_PORTS] =
+        std::array::from_fn(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("find a free port"));
+    listeners.map(|listener| listener.local_addr().expect("read a port").port())
+}
