@@ -23,6 +23,7 @@ use crate::model::modernbert::{ModernBert, Placement};
 use crate::optim::adamw::{AdamW, Settings};
 use crate::optim::schedule::Schedule;
 use crate::torch::memory;
+use crate::torch::overlap::Buckets;
 use crate::train::{TrainEnd, Trainer, Watcher, train};
 use crate::worker::Worker;
 
@@ -95,7 +96,8 @@ fn build(worker: &Worker, collective: Box<dyn Collective>, total_steps: u64) -> 
     let model = ModernBert::new(folder::config_of(&recipe.model, &worker.tokenizer)?, placement)?;
     let optimizer = AdamW::new(model.parameters(), Settings::from(&recipe.train), 0);
     let schedule = Schedule::new(&recipe.train.schedule, recipe.train.learning_rate, total_steps);
-    Ok(Trainer { recipe, model, optimizer, schedule, collective })
+    let buckets = Buckets::new(&model.parameters().matrix_places(), model.parameters().gradients()?.numel());
+    Ok(Trainer { recipe, model, optimizer, schedule, collective, buckets })
 }
 
 fn feed_plan(worker: &Worker, trainer: &Trainer, from_step: u64, total_steps: u64) -> FeedPlan {

@@ -20,6 +20,7 @@ use crate::model::packed::{Labelled, PackedInput};
 use crate::optim::adamw::{AdamW, LossSums};
 use crate::optim::schedule::Schedule;
 use crate::torch::memory::{self, Readback};
+use crate::torch::overlap::{self, Buckets};
 
 /// Places of the numbers behind the gradients.
 const EXTRA_LOSS: i64 = 0;
@@ -39,6 +40,8 @@ pub struct Trainer<'a> {
     pub schedule: Schedule,
     /// The other workers.
     pub collective: Box<dyn Collective>,
+    /// How gradients are summed over the workers while the backward pass runs.
+    pub buckets: Buckets,
 }
 
 /// What the loop tells the world, and what it asks; `worker.rs` answers.
@@ -93,23 +96,29 @@ pub fn train(trainer: &mut Trainer, feed: &BatchFeed, steps_done: u64, watcher: 
 
 /// One optimizer step. Returns loss, denominator, labels and gradient norm on their way to the host, and whether the workers agreed to stop.
 fn train_step(trainer: &mut Trainer, batch: &StepBatch, wants_stop: bool) -> Result<(Readback, bool)> {
-    let device = trainer.model.device();
     let mut extras = zero_gradients(trainer)?;
-    add_extras(trainer.recipe, &batch.packs, wants_stop, &mut extras, device)?;
-    for pack in &batch.packs {
-        let input = PackedInput::new(&pack.input_ids, &pack.lengths, device)?;
-        let labelled = Labelled::new(&pack.labels, &pack.label_weights, device)?;
-        let loss_sum = trainer.model.loss_sum(&input, &labelled)?;
-        loss_sum.f_backward()?;
-        let _ = tch::no_grad(|| extras.narrow(0, EXTRA_LOSS, 1).f_add_(&loss_sum.detach()))?;
+    add_extras(trainer.recipe, &batch.packs, wants_stop, &mut extras, trainer.model.device())?;
+    let (last, before) = batch.packs.split_last().map_or((None, &batch.packs[..]), |(last, before)| (Some(last), before));
+    for pack in before {
+        add_gradients(&trainer.model, pack, &extras)?;
     }
-    let stop_agreed = sum_over_workers(trainer, wants_stop)?;
+    let stop_agreed = finish_and_sum(trainer, last, &extras, wants_stop)?;
     let learning_rate = trainer.schedule.learning_rate(batch.step);
     let scalar = |place| tch::no_grad(|| extras.narrow(0, place, 1).squeeze());
     let sums = LossSums { loss: scalar(EXTRA_LOSS), denominator: scalar(EXTRA_DENOMINATOR) };
     let norm = trainer.optimizer.step(trainer.model.parameters_mut(), learning_rate, &sums)?;
     let numbers = tch::no_grad(|| Tensor::cat(&[extras.narrow(0, 0, EXTRA_LABELS + 1), norm.view([1])], 0));
     Ok((Readback::start(&numbers)?, stop_agreed))
+}
+
+/// Forward and backward of one pack: adds its gradients to the flat buffer and its loss to the extras.
+fn add_gradients(model: &ModernBert, pack: &Pack, extras: &Tensor) -> Result<()> {
+    let input = PackedInput::new(&pack.input_ids, &pack.lengths, model.device())?;
+    let labelled = Labelled::new(&pack.labels, &pack.label_weights, model.device())?;
+    let loss_sum = model.loss_sum(&input, &labelled)?;
+    loss_sum.f_backward()?;
+    let _ = tch::no_grad(|| extras.narrow(0, EXTRA_LOSS, 1).f_add_(&loss_sum.detach()))?;
+    Ok(())
 }
 
 /// Zeroes gradients and extras; returns the extras.
@@ -134,26 +143,29 @@ fn add_extras(recipe: &Recipe, packs: &[Pack], wants_stop: bool, extras: &mut Te
     numbers[EXTRA_LABELS as usize] = labels as f32;
     numbers[EXTRA_STOP as usize] = f32::from(u8::from(wants_stop));
     let _guard = tch::no_grad_guard();
-    extras.f_copy_(&Tensor::f_from_slice(&numbers)?.to_device(device))?;
+    extras.f_copy_(&memory::to_device(Tensor::f_from_slice(&numbers)?, device)?)?;
     Ok(())
 }
 
-/// Sums gradients and extras over the workers; returns whether any of them wants to stop.
-fn sum_over_workers(trainer: &mut Trainer, wants_stop: bool) -> Result<bool> {
-    if trainer.collective.world_size() == 1 {
-        return Ok(wants_stop);
+/// Runs the last pack and sums gradients and extras over the workers; returns whether any of them wants to stop.
+///
+/// On a CPU each bucket of gradients is summed as soon as the backward pass has completed it; gradients on a GPU go through host memory.
+fn finish_and_sum(trainer: &mut Trainer, last: Option<&Pack>, extras: &Tensor, wants_stop: bool) -> Result<bool> {
+    let Trainer { model, collective, buckets, .. } = trainer;
+    let last_pack = || last.map_or(Ok(()), |pack| add_gradients(model, pack, extras));
+    if collective.world_size() == 1 {
+        return last_pack().map(|()| wants_stop);
     }
-    let _guard = tch::no_grad_guard();
-    let mut gradients = trainer.model.parameters().gradients()?.shallow_clone();
-    let stop_at = trainer.model.parameters().values().numel() + EXTRA_STOP as usize;
-    // The ring works on host memory: on a CPU in place, on a GPU through a copy.
-    let mut host = gradients.to_device(Device::Cpu);
-    let collective = &mut trainer.collective;
-    let any_stop = memory::with_floats_mut(&mut host, |data| collective.all_reduce_sum(data).map(|()| data[stop_at] > 0.0))??;
-    if gradients.device() != Device::Cpu {
-        gradients.f_copy_(&host)?;
+    let mut gradients = model.parameters().gradients()?.shallow_clone();
+    if gradients.device() == Device::Cpu {
+        overlap::reduce_during(&mut gradients, buckets, collective.as_mut(), last_pack)?;
+    } else {
+        last_pack()?;
+        let mut host = gradients.to_device(Device::Cpu);
+        memory::with_floats_mut(&mut host, |data| collective.all_reduce_sum(data))??;
+        tch::no_grad(|| gradients.f_copy_(&host))?;
     }
-    Ok(any_stop)
+    Ok(extras.double_value(&[EXTRA_STOP]) > 0.0)
 }
 
 /// What is known of a step before its numbers arrive.

@@ -146,7 +146,9 @@ struct BenchArguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let stderr = std::io::stderr;
-    let filter = tracing_subscriber::EnvFilter::try_from_env("CLOZE_LOG").unwrap_or_else(|_| "info".into());
+    // A worker's log goes to a file of the run folder; the other commands share the user's terminal.
+    let default_level = if matches!(arguments.command, Command::Train(_)) { "info" } else { "warn" };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("CLOZE_LOG").unwrap_or_else(|_| default_level.into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr).with_target(false).with_ansi(false).init();
     match run(arguments.command) {
         Ok(()) => ExitCode::SUCCESS,

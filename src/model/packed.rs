@@ -3,8 +3,9 @@
 //! Shape legend: T tokens of the pack, B documents, N labelled positions.
 
 use anyhow::{Result, ensure};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
+use crate::torch::memory::to_device;
 use crate::torch::ops::Targets;
 
 /// Value of a label that is not scored.
@@ -48,9 +49,9 @@ impl PackedInput {
         }
         let wide: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
         Ok(Self {
-            ids: to_device(Tensor::f_from_slice(&wide)?, device),
-            positions: to_device(Tensor::f_from_slice(&positions)?, device),
-            cu_lengths: to_device(Tensor::f_from_slice(&cu_lengths_host)?, device),
+            ids: to_device(Tensor::f_from_slice(&wide)?, device)?,
+            positions: to_device(Tensor::f_from_slice(&positions)?, device)?,
+            cu_lengths: to_device(Tensor::f_from_slice(&cu_lengths_host)?, device)?,
             cu_lengths_host,
             longest: i64::from(lengths.iter().copied().max().unwrap_or(0)),
         })
@@ -65,22 +66,11 @@ impl Labelled {
         let tokens: Vec<i64> = positions.iter().map(|&t| i64::from(labels[t as usize])).collect();
         let chosen: Vec<f32> = positions.iter().map(|&t| weights[t as usize]).collect();
         Ok(Self {
-            position: to_device(Tensor::f_from_slice(&positions)?, device),
+            position: to_device(Tensor::f_from_slice(&positions)?, device)?,
             targets: Targets {
-                token: to_device(Tensor::f_from_slice(&tokens)?, device),
-                weight: to_device(Tensor::f_from_slice(&chosen)?, device),
+                token: to_device(Tensor::f_from_slice(&tokens)?, device)?,
+                weight: to_device(Tensor::f_from_slice(&chosen)?, device)?,
             },
         })
-    }
-}
-
-/// Copies to a GPU through pinned memory, without waiting for the copy.
-fn to_device(host: Tensor, device: Device) -> Tensor {
-    match device {
-        Device::Cuda(_) => {
-            let kind: Kind = host.kind();
-            host.pin_memory(device).to_device_(device, kind, true, false)
-        }
-        _ => host,
     }
 }

@@ -10,6 +10,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use crate::checkpoint::NamedTensorOwned;
 use crate::torch::memory;
 use crate::torch::ops::Parameter;
+use crate::torch::overlap::Place;
 
 /// Every parameter begins at a multiple of this many floats (256 bytes), so that vector loads and matrix products are aligned.
 const ALIGNMENT: i64 = 64;
@@ -136,6 +137,13 @@ impl FlatParameters {
     /// The part of `[P]` that has weight decay lies before this offset.
     pub fn decayed_length(&self) -> i64 {
         self.decayed_length
+    }
+
+    /// Where the matrices lie in the flat buffer, in the order of the forward pass, each up to the next one.
+    pub fn matrix_places(&self) -> Vec<Place> {
+        let matrices: Vec<&Entry> = self.entries.iter().filter(|e| e.offset < self.decayed_length).collect();
+        let ends = matrices.iter().skip(1).map(|e| e.offset).chain([self.decayed_length]);
+        matrices.iter().zip(ends).map(|(e, end)| Place { offset: e.offset as usize, length: (end - e.offset) as usize }).collect()
     }
 
     /// Copies tensors by name into a flat buffer of this layout; every parameter must be there in its shape.

@@ -33,6 +33,14 @@ pub fn with_bytes_mut<R>(tensor: &mut Tensor, work: impl FnOnce(&mut [u8]) -> R)
     Ok(work(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), length * 4) }))
 }
 
+/// Copies a host tensor to a device. To a GPU it goes through pinned memory on a stream of its own: nothing waits on the host, and the copy
+/// overlaps with what is computed; on a CPU the tensor stays as it is.
+pub fn to_device(host: Tensor, device: Device) -> Result<Tensor> {
+    let Device::Cuda(index) = device else { return Ok(host) };
+    // SAFETY: the pointer comes from a live tensor; the shim keeps its own references.
+    sys::owned("copy to the device", unsafe { sys::cloze_copy_aside(host.as_ptr(), index as i64) })
+}
+
 /// Numbers on their way from a device to the host; nothing waits until [`Readback::finish`].
 #[derive(Debug)]
 pub struct Readback {
@@ -48,8 +56,8 @@ impl Readback {
     pub fn start(tensor: &Tensor) -> Result<Self> {
         let _guard = tch::no_grad_guard();
         let Device::Cuda(index) = tensor.device() else { return Ok(Self { host: tensor.copy(), event: None }) };
-        let host = Tensor::empty(tensor.size(), (Kind::Float, Device::Cpu)).pin_memory(tensor.device());
-        host.shallow_clone().f_copy_(tensor)?;
+        // A copy from a GPU that does not block lands in pinned memory, which libtorch allocates for it.
+        let host = tensor.f_to_device_(Device::Cpu, Kind::Float, true, false)?;
         // SAFETY: no pointers are passed; a null result is an error of the shim.
         let event = unsafe { sys::cloze_event_record(index as i64) };
         ensure!(!event.is_null(), "record an event: {}", sys::error_text());

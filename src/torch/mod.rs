@@ -5,4 +5,5 @@
 pub mod cuda;
 pub mod memory;
 pub mod ops;
+pub mod overlap;
 mod sys;

@@ -26,6 +26,8 @@ Tensor attend(const Tensor& qkv, const Tensor& cosine, const Tensor& sine, const
 namespace {
 
 thread_local std::string last_error;
+cloze_gradient_hook gradient_hook = nullptr;
+void* gradient_hook_context = nullptr;
 
 template <class F>
 Tensor* tensor_or_null(F compute) {
@@ -50,6 +52,10 @@ int status_of(F run) {
 
 Tensor norm_of(const Tensor& x_TE, const Tensor& weight_E, double epsilon) {
     return std::get<0>(at::native_layer_norm(x_TE, {x_TE.size(-1)}, weight_E, {}, epsilon));
+}
+
+void gradient_added(const Tensor& gradient) {
+    if (gradient_hook) gradient_hook(gradient_hook_context, gradient.storage_offset(), gradient.numel());
 }
 
 bool plain_float(const Tensor& tensor) { return tensor.is_cpu() && tensor.scalar_type() == at::kFloat; }
@@ -78,6 +84,7 @@ struct Embed : Function<Embed> {
         } else {
             gradient_VE.index_add_(0, ids_T, upstream_TE.to(gradient_VE.scalar_type()));
         }
+        gradient_added(gradient_VE);
         return {Tensor(), Tensor(), Tensor()};
     }
 };
@@ -94,6 +101,7 @@ struct Linear : Function<Linear> {
         const Tensor upstream_TO = outputs[0].contiguous();
         const Tensor gradient_OI = context->saved_data["gradient"].toTensor();
         add_matrix_product(gradient_OI, upstream_TO.t(), x_TI);
+        gradient_added(gradient_OI);
         return {at::mm(upstream_TO, context->saved_data["weight"].toTensor()), Tensor(), Tensor()};
     }
 };
@@ -112,6 +120,7 @@ struct LayerNorm : Function<LayerNorm> {
         auto [dx_TE, dweight_E, unused] = at::native_layer_norm_backward(outputs[0].contiguous(), saved[0], {saved[0].size(-1)}, saved[1], saved[2],
                                                                         context->saved_data["weight"].toTensor(), {}, {true, true, false});
         gradient_E.add_(dweight_E);
+        gradient_added(gradient_E);
         return {dx_TE, Tensor(), Tensor(), Tensor()};
     }
 };
@@ -132,6 +141,7 @@ struct AddLayerNorm : Function<AddLayerNorm> {
         auto [dx_TE, dweight_E, unused] = at::native_layer_norm_backward(outputs[1].contiguous(), saved[0], {saved[0].size(-1)}, saved[1], saved[2],
                                                                         context->saved_data["weight"].toTensor(), {}, {true, true, false});
         gradient_E.add_(dweight_E);
+        gradient_added(gradient_E);
         if (outputs[0].defined()) dx_TE.add_(outputs[0]);
         return {dx_TE, dx_TE, Tensor(), Tensor(), Tensor()};
     }
@@ -193,6 +203,7 @@ struct HeadLoss : Function<HeadLoss> {
             add_matrix_product(*gradient_VE, dlogits.t(), h);
             gradient_V->add_(logits.sum(0));
         }
+        if (gradient_V) gradient_added(*gradient_V);
         return {loss, dh_NE};
     }
 
@@ -284,6 +295,11 @@ int cloze_adamw(const Tensor* parameter, const Tensor* gradient, const Tensor* f
     });
 }
 
+void cloze_set_gradient_hook(cloze_gradient_hook hook, void* context) {
+    gradient_hook = hook;
+    gradient_hook_context = context;
+}
+
 void cloze_keep_freed_memory() {
     // The same shapes come back every step: mapping and zeroing fresh pages for each tensor would cost more than small layers' arithmetic.
     mallopt(M_MMAP_MAX, 0);
@@ -295,6 +311,27 @@ int cloze_cuda_open(const char* libtorch_cuda_path) {
     if (dlopen(libtorch_cuda_path, RTLD_NOW | RTLD_GLOBAL)) return 0;
     last_error = dlerror();
     return 1;
+}
+
+Tensor* cloze_copy_aside(const Tensor* host, int64_t device) {
+    return tensor_or_null([&] {
+        const c10::Device where(c10::kCUDA, static_cast<c10::DeviceIndex>(device));
+        const c10::impl::VirtualGuardImpl cuda(c10::kCUDA);
+        const c10::Stream current = cuda.getStream(where);
+        thread_local const c10::Stream side = cuda.getStreamFromGlobalPool(where);
+        const Tensor pinned = host->pin_memory();
+        c10::Event copied(c10::kCUDA);
+        Tensor result;
+        {
+            const c10::StreamGuard on_side(side);
+            result = pinned.to(where, pinned.scalar_type(), /*non_blocking=*/true);
+            copied.record(side);
+        }
+        copied.block(current);
+        // The allocator gave the memory to the side stream; it must not be reused before the current stream is done with it.
+        result.record_stream(current);
+        return result;
+    });
 }
 
 void* cloze_event_record(int64_t device) {

@@ -41,11 +41,19 @@ struct ClozeAdamW { double learning_rate, beta1, beta2, weight_decay, epsilon; }
 int cloze_adamw(const at::Tensor* parameter, const at::Tensor* gradient, const at::Tensor* first_moment, const at::Tensor* second_moment,
                 const at::Tensor* step, const ClozeAdamW* options, const at::Tensor* gradient_divisor, const at::Tensor* skip);
 
+// Called after a backward function has added the gradient of one parameter, with its place in the flat buffer. Every parameter is reported
+// once in a backward pass, the shared embedding when its last part is added. A null hook switches the calls off.
+typedef void (*cloze_gradient_hook)(void* context, int64_t offset, int64_t length);
+void cloze_set_gradient_hook(cloze_gradient_hook hook, void* context);
+
 // Keeps freed memory in the process instead of giving it back to the kernel after every step.
 void cloze_keep_freed_memory();
 
 // CUDA, reached through libc10's virtual interface, so that nothing here links CUDA. Returns 0, or 1 with cloze_error().
 int cloze_cuda_open(const char* libtorch_cuda_path);
+// Copies a host tensor to a CUDA device through pinned memory, on a stream of its own: the copy overlaps with what the current stream computes,
+// and later work of the current stream waits for it.
+at::Tensor* cloze_copy_aside(const at::Tensor* host, int64_t device);
 // An event behind all work queued so far on the device's current stream; cloze_event_wait blocks until it is reached and frees it.
 void* cloze_event_record(int64_t device);
 int cloze_event_wait(void* event);

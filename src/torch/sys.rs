@@ -26,6 +26,9 @@ pub struct AdamWOptions {
     pub epsilon: f64,
 }
 
+/// Called with the context, and the offset and length of a parameter in the flat gradient buffer.
+pub type GradientHook = extern "C" fn(*mut c_void, i64, i64);
+
 unsafe extern "C" {
     fn cloze_error() -> *const c_char;
     pub fn cloze_embed(ids: RawConst, weight: RawConst, gradient: RawConst) -> Raw;
@@ -70,6 +73,8 @@ unsafe extern "C" {
         gradient_divisor: RawConst,
         skip: RawConst,
     ) -> c_int;
+    pub fn cloze_set_gradient_hook(hook: Option<GradientHook>, context: *mut c_void);
+    pub fn cloze_copy_aside(host: RawConst, device: i64) -> Raw;
     pub fn cloze_keep_freed_memory();
     pub fn cloze_cuda_open(libtorch_cuda_path: *const c_char) -> c_int;
     pub fn cloze_event_record(device: i64) -> *mut c_void;

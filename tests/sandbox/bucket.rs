@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use tempfile::TempDir;
 
 /// Name of the one bucket.
@@ -68,26 +69,12 @@ impl SeaweedFs {
     }
 
     fn s3_listens(&self) -> bool {
-        let deadline = Instant::now() + START_TIMEOUT;
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, self.s3_port)).is_err() {
-            if Instant::now() >= deadline {
-                return false;
-            }
-            sleep(RETRY_INTERVAL);
-        }
-        true
+        holds_in_time(|| TcpStream::connect((Ipv4Addr::LOCALHOST, self.s3_port)).is_ok())
     }
 
     /// Sends a request until it is answered with 201; false where that takes too long.
     fn repeat_until_created(&self, method: &str, path: &str, body: &[u8]) -> bool {
-        let deadline = Instant::now() + START_TIMEOUT;
-        while !self.request(method, path, body).is_ok_and(|code| code == 201) {
-            if Instant::now() >= deadline {
-                return false;
-            }
-            sleep(RETRY_INTERVAL);
-        }
-        true
+        holds_in_time(|| self.request(method, path, body).ok() == Some(201))
     }
 
     /// One request to the filer; returns the status code.
@@ -112,16 +99,29 @@ impl Drop for SeaweedFs {
     }
 }
 
+/// Looks until something holds; false where that takes too long.
+fn holds_in_time(mut holds: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + START_TIMEOUT;
+    loop {
+        if holds() {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        sleep(RETRY_INTERVAL);
+    }
+}
+
 /// The server's command line: every listener stands on loopback at a port of its own, and nothing is reported to anybody.
 fn command(weed: &Path, folder: &Path, ports: [u16; NUM_PORTS]) -> Command {
     let data = folder.join("data");
     fs::create_dir(&data).expect("make the server's folder");
-    let identity = format!(
-        "{{\"identities\":[{{\"name\":\"test\",\"credentials\":[{{\"accessKey\":\"{ACCESS_KEY}\",\"secretKey\":\"{SECRET_KEY}\"}}],\
-         \"actions\":[\"Admin\",\"Read\",\"Write\",\"List\",\"Tagging\"]}}]}}"
-    );
+    let credentials = json!([{ "accessKey": ACCESS_KEY, "secretKey": SECRET_KEY }]);
+    let actions = ["Admin", "Read", "Write", "List", "Tagging"];
+    let identities = json!({ "identities": [{ "name": "test", "credentials": credentials, "actions": actions }] });
     let config = folder.join("s3.json");
-    fs::write(&config, identity).expect("write the server's identities");
+    fs::write(&config, identities.to_string()).expect("write the server's identities");
     let log = File::create(folder.join("log")).expect("make the server's log");
     let [s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc] = ports;
     let mut command = Command::new(weed);

@@ -13,7 +13,9 @@ impl SmallDisk {
     pub fn mount(path: PathBuf, size: &str) -> Option<Self> {
         std::fs::create_dir(&path).expect("make the mount point");
         let options = format!("size={size}");
-        succeeds(Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&path)).then_some(Self { path })
+        let mounted = succeeds(Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&path));
+        // Not `then_some`, which would make a value, and unmount it, in any case.
+        if mounted { Some(Self { path }) } else { None }
     }
 
     /// Where it is mounted.

@@ -32,7 +32,7 @@ impl Outcome {
     #[track_caller]
     pub fn expect_words(self, parts: &[&str]) -> Self {
         for part in parts {
-            assert!(self.stderr.contains(part), "`{part}` is missing in:\n{}", self.stderr);
+            assert!(self.stderr.contains(*part), "`{part}` is missing in:\n{}", self.stderr);
         }
         self
     }
@@ -71,11 +71,6 @@ impl Process {
             sleep(POLL_INTERVAL);
         };
         Outcome { code: status.code(), stdout: text_of(self.stdout.take()), stderr: text_of(self.stderr.take()) }
-    }
-
-    /// Whether the program has ended.
-    pub fn has_ended(&mut self) -> bool {
-        self.child.try_wait().expect("look at a program").is_some()
     }
 
     /// Ends the program with SIGKILL.

@@ -25,7 +25,8 @@ pub fn tool(test: &str, name: &str) -> Option<PathBuf> {
 
 /// Says that a test is skipped. It writes to stderr itself: what goes through the macros is shown for failed tests only.
 pub fn skipped(test: &str, reason: &str) {
-    writeln!(std::io::stderr(), "SKIPPED: {test}: {reason}").expect("write to stderr");
+    let line = format!("SKIPPED: {test}: {reason}\n");
+    std::io::stderr().write_all(line.as_bytes()).expect("write to stderr");
 }
 
 /// Runs a script of `tests/python` and reads the last line that it prints as JSON.
@@ -36,5 +37,5 @@ pub fn python_json(python: &Path, script: &str, arguments: &[&OsStr]) -> Value {
     // Everything is in the given folders; nothing may be looked up elsewhere.
     command.env("HF_HUB_OFFLINE", "1").env("TRANSFORMERS_OFFLINE", "1");
     let outcome = run_command(&mut command).expect_code(0);
-    serde_json::from_str(outcome.stdout.lines().last().unwrap_or_default()).expect("the script prints a line of JSON")
+    serde_json::from_str(outcome.stdout.lines().next_back().unwrap_or_default()).expect("the script prints a line of JSON")
 }

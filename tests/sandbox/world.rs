@@ -53,13 +53,17 @@ pub fn repository() -> &'static Path {
 
 /// A temporary folder in which the programs run.
 pub struct World {
-    folder: TempDir,
+    root: PathBuf,
+    _folder: TempDir,
 }
 
 impl World {
     /// A recipe and a corpus of this many records, not prepared.
     pub fn with_corpus(records: u32) -> Self {
-        let world = Self { folder: tempfile::tempdir().expect("make a temporary folder") };
+        let folder = tempfile::tempdir().expect("make a temporary folder");
+        // Without links, so that paths compare with those that the programs show.
+        let root = folder.path().canonicalize().expect("find the temporary folder");
+        let world = Self { root, _folder: folder };
         world.write(RECIPE, RECIPE_TEXT);
         world.done(&["data", "synth", "corpus", "--examples", &records.to_string()]);
         world
@@ -74,7 +78,7 @@ impl World {
 
     /// A path in this world.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.root.join(name)
     }
 
     /// Writes a file of this world.
@@ -92,7 +96,7 @@ impl World {
     /// `cloze` with arguments, in this world, without what the caller's environment says about buckets and logs.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(CLOZE);
-        command.current_dir(self.folder.path()).args(arguments).env("CLOZE_WORKER", WORKER).env("NO_PROXY", "127.0.0.1");
+        command.current_dir(&self.root).args(arguments).env("CLOZE_WORKER", WORKER).env("NO_PROXY", "127.0.0.1");
         let is_foreign = |name: &str| name.starts_with("AWS_") || name == "CLOZE_LOG";
         for (name, _) in std::env::vars_os().filter(|(name, _)| is_foreign(&name.to_string_lossy())) {
             command.env_remove(name);
@@ -131,5 +135,5 @@ impl World {
 }
 
 fn train_arguments<'a>(name: &'a str, arguments: &[&'a str]) -> Vec<&'a str> {
-    [&["train", RECIPE, "--run", name], arguments].concat()
+    [["train", RECIPE, "--run", name].as_slice(), arguments].concat()
 }

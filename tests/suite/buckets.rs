@@ -1,0 +1,95 @@
+//! Data and checkpoints in a bucket of a real S3 server.
+
+use std::time::Duration;
+
+use crate::sandbox::{ACCESS_KEY, Outcome, Process, SECRET_KEY, SeaweedFs, World, tool, wait_until};
+
+/// With a checkpoint every 10 steps: when step 35 is reported, those of steps 10 and 20 are complete.
+const STEPS: u64 = 300;
+const WRONG_SECRET: &str = "wrong-secret-9f3b";
+
+/// A world whose data comes from a bucket and whose checkpoints go there.
+struct Cloud {
+    world: World,
+    server: SeaweedFs,
+}
+
+impl Cloud {
+    fn new(server: SeaweedFs) -> Self {
+        let world = World::with_corpus(2000);
+        server.put("corpus/part-0000.jsonl.gz", &world.read("corpus/train/part-0000.jsonl.gz"));
+        let cloud = Self { world, server };
+        cloud.world.write("cloud.yaml", cloud.recipe());
+        cloud
+    }
+
+    /// The recipe of the world, with another place for what is read and saved.
+    fn recipe(&self) -> String {
+        let (source, checkpoints, options) = (SeaweedFs::url("corpus"), SeaweedFs::url("checkpoints"), self.server.options());
+        format!(
+            "version: 1\nextends: recipe.yaml\ndata:\n  sources: [{{url: '{source}', options: {options}}}]\n  output: from-bucket\n\
+             train:\n  steps: {STEPS}\ncheckpoint:\n  url: {checkpoints}\n  options: {options}\n  every_steps: 10\n"
+        )
+    }
+
+    fn start(&self, secret: &str, arguments: &[&str]) -> Process {
+        let mut command = self.world.command(arguments);
+        Process::start(command.env("AWS_ACCESS_KEY_ID", ACCESS_KEY).env("AWS_SECRET_ACCESS_KEY", secret), "")
+    }
+
+    fn cloze(&self, arguments: &[&str]) -> Outcome {
+        self.start(SECRET_KEY, arguments).wait()
+    }
+
+    fn refused(&self, arguments: &[&str]) -> Outcome {
+        let outcome = self.start(WRONG_SECRET, arguments).wait().expect_code(6);
+        assert!(!outcome.stderr.contains(WRONG_SECRET), "{}", outcome.stderr);
+        outcome.expect_words(&["403 Forbidden", "hint: check the ", "s3://bucket/"])
+    }
+}
+
+/// The same training on files of this machine: prepared data and losses must not depend on where things are.
+fn check_against_local_files(cloud: &Cloud) {
+    let world = &cloud.world;
+    world.done(&["data", "prepare", "recipe.yaml"]);
+    assert!(world.read("from-bucket/shard-00000.arrow") == world.read("prepared/shard-00000.arrow"), "the shards differ");
+    let local = world.train("local", &["--workers", "2", "--quiet", "--set", &format!("train.steps={STEPS}")]);
+    assert_eq!(world.run("cloud").loss_bits(), local.loss_bits());
+    let exported = world.read("exported/model.safetensors");
+    assert!(exported == local.checkpoint_file(STEPS, "model.safetensors"), "the exported weights differ");
+}
+
+#[test]
+fn a_run_lives_in_a_bucket() {
+    let Some(weed) = tool("a run lives in a bucket", "weed") else { return };
+    let cloud = Cloud::new(SeaweedFs::start(&weed));
+    cloud.cloze(&["data", "prepare", "cloud.yaml"]).expect_code(0);
+
+    // One worker is killed at step 35, and the controller after step 80.
+    let train = ["train", "cloud.yaml", "--run", "cloud", "--workers", "2", "--quiet", "--kill-worker", "1@35"];
+    let process = cloud.start(SECRET_KEY, &train);
+    let run = cloud.world.run("cloud");
+    wait_until("the run trains", Duration::from_secs(90), || run.last_step() >= 80);
+    process.kill();
+    wait_until("the workers leave by themselves", Duration::from_secs(10), || run.live_workers() == 0);
+    assert!(run.last_step() < STEPS, "the kill came too late");
+    cloud.cloze(&["resume", "cloud", "--workers", "2", "--quiet"]).expect_code(0);
+    let restored = run.events_named("restored");
+    assert_eq!(restored.len(), 3, "{restored:?}");
+    for event in &restored[1..] {
+        assert!(event["source"].as_str().is_some_and(|source| source.starts_with("s3://bucket/checkpoints/step-")), "{event}");
+    }
+    cloud.cloze(&["export", "cloud", "--output", "exported"]).expect_code(0);
+    check_against_local_files(&cloud);
+
+    // Nothing that stays on this machine holds the secret.
+    for file in ["recipe.yaml", "run.json", "events.jsonl", "logs/worker-0.log", "logs/worker-1.log"] {
+        let text = String::from_utf8_lossy(&cloud.world.read(&format!("cloud/{file}"))).into_owned();
+        assert!(!text.contains(SECRET_KEY), "{file} holds the secret");
+    }
+
+    // A wrong secret is refused while data are read, and while checkpoints are looked for.
+    cloud.refused(&["data", "prepare", "cloud.yaml", "--set", "data.output=other"]).expect_words(&["access refused"]);
+    assert!(!cloud.world.path("other/manifest.json").exists());
+    cloud.refused(&["train", "cloud.yaml", "--run", "refused"]);
+}

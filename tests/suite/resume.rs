@@ -1,0 +1,44 @@
+//! A run that is killed and resumed computes what it would have computed without that, bit for bit.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::sandbox::{World, wait_until};
+
+/// About 45 epochs, and two seconds.
+const STEPS: u64 = 300;
+/// The kill comes after this step, in the fourteenth epoch.
+const KILLED_AFTER_STEP: u64 = 90;
+
+#[test]
+fn a_killed_run_goes_on_bit_for_bit() {
+    let world = World::prepared();
+    let steps = format!("train.steps={STEPS}");
+    let arguments = ["--workers", "2", "--quiet", "--set", &steps, "--set", "checkpoint.every_steps=20"];
+    let whole = world.train("whole", &arguments);
+    let process = world.start_training("killed", &arguments);
+    let killed = world.run("killed");
+    wait_until("the run trains", Duration::from_secs(90), || killed.last_step() >= KILLED_AFTER_STEP);
+    assert_eq!(killed.live_workers(), 2);
+    process.kill();
+    wait_until("the workers leave by themselves", Duration::from_secs(10), || killed.live_workers() == 0);
+    assert!(killed.last_step() < STEPS, "the kill came too late");
+
+    world.done(&["resume", "killed", "--workers", "2", "--quiet"]);
+    let restored = killed.restored_steps();
+    assert_eq!((restored.len(), restored[0]), (2, 0));
+    assert!(restored[1] > 0 && restored[1].is_multiple_of(20), "{restored:?}");
+    assert_eq!(whole.loss_bits().len() as u64, STEPS);
+    assert_eq!(killed.loss_bits(), whole.loss_bits());
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        assert!(killed.checkpoint_file(STEPS, file) == whole.checkpoint_file(STEPS, file), "{file} differs");
+    }
+
+    // The claim is worth something only over several epochs, and where every worker adds up several packs in a step.
+    let manifest: Value = serde_json::from_slice(&world.read("prepared/manifest.json")).expect("the manifest is JSON");
+    let samples = manifest["samples"].as_u64().expect("the manifest counts samples");
+    assert!(STEPS * 48 > 2 * samples, "{samples} samples");
+    let tokens = whole.events_named("step").iter().map(|event| event["tokens"].as_u64()).min().flatten();
+    assert!(tokens > Some(3 * 256), "a step of {tokens:?} tokens may fit into fewer than four packs");
+}
