@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use cloze_data::tokenizer::Tokenizer;
 use serde::Serialize;
+use serde_json::{Map, Value};
 use tch::Device;
 
 use crate::eval::prompt::{Marks, Prompt, Template};
@@ -46,7 +47,8 @@ struct Answer<'a> {
     text: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     label: Option<&'a str>,
-    scores: BTreeMap<String, f32>,
+    /// By label as given, or by token with the most probable first.
+    scores: Map<String, Value>,
 }
 
 struct Predictor {
@@ -114,12 +116,13 @@ impl Predictor {
         if self.label_tokens.is_empty() {
             let mut order: Vec<usize> = (0..probabilities.len()).collect();
             order.sort_by(|&a, &b| probabilities[b].total_cmp(&probabilities[a]));
-            let scores = order.iter().take(TOP_TOKENS).map(|&id| (self.tokenizer.decode(&[id as u32], false), probabilities[id])).collect();
+            let scores =
+                order.iter().take(TOP_TOKENS).map(|&id| (self.tokenizer.decode(&[id as u32], false), probabilities[id].into())).collect();
             return Answer { text, label: None, scores };
         }
         let sums = label_sums(probabilities, &self.label_tokens);
         let best = (0..sums.len()).rev().max_by(|&a, &b| sums[a].total_cmp(&sums[b]));
-        let scores = self.options.labels.iter().cloned().zip(sums.iter().copied()).collect();
+        let scores = self.options.labels.iter().cloned().zip(sums.iter().map(|&sum| sum.into())).collect();
         Answer { text, label: best.map(|index| self.options.labels[index].as_str()), scores }
     }
 }

@@ -103,23 +103,10 @@ fn prepare(options: &WorkerOptions, recipe: Recipe, listener: TcpListener, clien
     crate::device::set_threads(recipe.train.threads, options.local_workers);
     let dataset = Arc::new(Dataset::open(&recipe.data.output)?);
     let (tokenizer, anchor_id) = Tokenizer::load_with_anchor(&recipe.model.tokenizer, &recipe.model.anchor_token)?;
-    check_fingerprint(&dataset, &tokenizer, &recipe)?;
+    dataset.check_tokenizer(&tokenizer)?;
     let url = checkpoint_url(&recipe, &options.run);
     let store = Arc::new(CheckpointStore::open(&url, &recipe.checkpoint.options, recipe.checkpoint.keep_last)?);
     Ok(Worker { recipe, dataset, tokenizer, anchor_id, store, client, listener, device })
-}
-
-/// Refuses data that another tokenizer made.
-fn check_fingerprint(dataset: &Dataset, tokenizer: &Tokenizer, recipe: &Recipe) -> Result<(), Failure> {
-    let expected = &dataset.manifest().tokenizer_fingerprint;
-    if expected == tokenizer.fingerprint() {
-        return Ok(());
-    }
-    Err(Failure::new(FailureKind::Mismatch, "the data was prepared with another tokenizer")
-        .at(recipe.data.output.display())
-        .expected(format!("{expected} (hash of tokenizer.json)"))
-        .found(format!("{} ({})", tokenizer.fingerprint(), tokenizer.file_path().display()))
-        .hint("prepare the data again with this recipe: cloze data prepare RECIPE --force"))
 }
 
 /// Takes part in generations until the run is over.

@@ -4,9 +4,12 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use cloze_recipes::failure::{Failure, FailureKind};
+
 use crate::files;
 use crate::manifest::Manifest;
 use crate::shard::{ShardReader, damaged};
+use crate::tokenizer::Tokenizer;
 
 /// One example with the answer in its place.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +73,22 @@ impl Dataset {
     /// What the folder was made from, tasks and counts.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// Refuses a tokenizer other than the one that made the tokens.
+    ///
+    /// # Errors
+    /// [`FailureKind::Mismatch`] with both fingerprints.
+    pub fn check_tokenizer(&self, tokenizer: &Tokenizer) -> Result<(), Failure> {
+        let expected = &self.manifest.tokenizer_fingerprint;
+        if expected == tokenizer.fingerprint() {
+            return Ok(());
+        }
+        Err(Failure::new(FailureKind::Mismatch, "the data was prepared with another tokenizer")
+            .at(self.folder.display())
+            .expected(format!("{expected} (hash of tokenizer.json)"))
+            .found(format!("{} ({})", tokenizer.fingerprint(), tokenizer.file_path().display()))
+            .hint("prepare the data again with this recipe: cloze data prepare RECIPE --force"))
     }
 
     /// Hashes every shard. Fails on the first that is not what the manifest says.

@@ -232,10 +232,10 @@ pub struct ForwardArguments {
     /// Model folder
     #[arg(long)]
     pub model: PathBuf,
-    /// safetensors file with `input_ids` int32 [T], `lengths` int32 [B] and optional `labels` int32 [T]
+    /// safetensors file with `input_ids` int32 `[T]`, `lengths` int32 `[B]` and optional `labels` int32 `[T]`
     #[arg(long)]
     pub input: PathBuf,
-    /// safetensors file to write, with `logits` float32 [T, vocab] and `loss` where labels were given
+    /// safetensors file to write, with `logits` float32 `[T, vocab]` and `loss` where labels were given
     #[arg(long)]
     pub output: PathBuf,
     /// Also write the gradient of the mean loss for every parameter, as `gradient.NAME`
@@ -268,7 +268,7 @@ pub enum PresetName {
 /// Arguments of `cloze bench`.
 #[derive(Args)]
 pub struct BenchArguments {
-    /// safetensors file with `input_ids` and `labels` int32 [T] and `offsets` int64 [examples + 1]
+    /// safetensors file with `input_ids` and `labels` int32 `[T]` and `offsets` int64 `[examples + 1]`
     pub workload: PathBuf,
     /// Preset of the model
     #[arg(long, value_enum, default_value_t = PresetName::Tiny)]

@@ -1,12 +1,14 @@
 //! `cloze train` and `cloze resume`: a run folder, a coordinator and workers on this machine.
 
 use std::io::{IsTerminal, Write};
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use cloze_data::batch::total_steps;
 use cloze_data::dataset::Dataset;
+use cloze_data::tokenizer::Tokenizer;
 use cloze_launcher::{LaunchOptions, NewRun, PlannedFault, RunEnd, RunFolder, TerminalStyle, launch};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
@@ -22,6 +24,8 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
     let recipe = cloze_recipes::load(&arguments.recipe.recipe, &arguments.recipe.overrides)?;
     let dataset = Dataset::open(&recipe.data.output)?;
     check_has_samples(&dataset, &recipe)?;
+    dataset.check_tokenizer(&Tokenizer::load(&recipe.model.tokenizer)?)?;
+    check_port(arguments.watch.listen)?;
     let fault = arguments.watch.kill_worker.as_deref().map(parse_fault).transpose()?;
     let binary = worker_binary()?;
     let folder = arguments.run.clone().unwrap_or_else(|| Path::new(RUNS_FOLDER).join(&recipe.name));
@@ -116,6 +120,16 @@ fn check_has_samples(dataset: &Dataset, recipe: &Recipe) -> Result<(), Failure> 
     Err(Failure::new(FailureKind::Input, "the prepared data holds no samples")
         .at(recipe.data.output.display())
         .hint("look at the counts in its manifest.json: the filters dropped every record"))
+}
+
+/// Finds a taken port before a run folder is made.
+fn check_port(address: SocketAddr) -> Result<(), Failure> {
+    TcpListener::bind(address).map(drop).map_err(|error| {
+        Failure::new(FailureKind::Environment, "the coordinator cannot listen there")
+            .at(address)
+            .because(error)
+            .hint("name another address with --listen; port 0 takes a free one")
+    })
 }
 
 /// Reads `N@STEP`.

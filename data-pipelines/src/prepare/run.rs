@@ -94,16 +94,19 @@ pub enum ProgressLine {
 impl fmt::Display for ProgressLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Inputs { files, bytes, finished: 0 } => write!(f, "{files} files, {} MiB", bytes >> 20),
             Self::Inputs { files, bytes, finished } => {
-                write!(f, "{files} files, {} MiB; {finished} of them finished before", bytes >> 20)
+                let mib = *bytes as f64 / f64::from(1 << 20);
+                write!(f, "{files} {}, {mib:.1} MiB", if *files == 1 { "file" } else { "files" })?;
+                if *finished > 0 { write!(f, "; {finished} finished before") } else { Ok(()) }
             }
             Self::Reading { files, finished, records, samples } => {
                 write!(f, "read {finished} of {files} files: {records} records, {samples} samples")
             }
             Self::Capped { cap_per_task: Some(cap), kept } => write!(f, "at most {cap} samples per task: {kept} samples"),
             Self::Capped { cap_per_task: None, kept } => write!(f, "no cap: {kept} samples"),
-            Self::Writing { shards, samples } => write!(f, "wrote {shards} shards with {samples} samples"),
+            Self::Writing { shards, samples } => {
+                write!(f, "wrote {shards} {} with {samples} samples", if *shards == 1 { "shard" } else { "shards" })
+            }
         }
     }
 }

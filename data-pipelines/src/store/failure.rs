@@ -10,6 +10,10 @@ use super::Store;
 /// Longest cause that is shown, in characters; some stores answer with whole pages.
 const MAX_CAUSE_CHARACTERS: usize = 800;
 
+/// What helps when a store refuses; without credentials in the environment it asks the cloud's metadata service, which refuses too.
+const REFUSED_HINT: &str =
+    "check the permissions, and for a bucket that `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` are set in the environment and right";
+
 /// Turns a store's error into a failure with url, operation, elapsed time and hint; `operation` is a verb phrase.
 ///
 /// A missing object is of kind input, everything else of kind storage.
@@ -29,15 +33,17 @@ fn classify(store: &Store, error: &object_store::Error) -> (FailureKind, &'stati
             .downcast_ref::<std::io::Error>()
             .is_some_and(|error| matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded))
     });
+    // A list call hands refusals on without their kind; the answer's status is in the text of a cause.
+    let answered = |status: &str| causes(error).any(|cause| cause.to_string().contains(status));
+    let refused = !store.is_local() && (answered("403 Forbidden") || answered("401 Unauthorized"));
+    let absent = !store.is_local() && answered("404 Not Found");
     match error {
+        _ if refused => (FailureKind::Storage, "access refused", REFUSED_HINT),
+        _ if absent => (FailureKind::Input, "no such bucket or object", "check the bucket, the prefix and the endpoint"),
         _ if disk_full => (FailureKind::Storage, "no space left on the disk", "free space there; what was finished is kept"),
         StoreError::NotFound { .. } if store.is_local() => (FailureKind::Input, "no such file", "check the path"),
         StoreError::NotFound { .. } => (FailureKind::Input, "no such bucket or object", "check the bucket, the prefix and the endpoint"),
-        StoreError::PermissionDenied { .. } | StoreError::Unauthenticated { .. } => (
-            FailureKind::Storage,
-            "access refused",
-            "check the permissions, and for a bucket `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`",
-        ),
+        StoreError::PermissionDenied { .. } | StoreError::Unauthenticated { .. } => (FailureKind::Storage, "access refused", REFUSED_HINT),
         StoreError::Precondition { .. } | StoreError::NotModified { .. } => {
             (FailureKind::Storage, "the object changed meanwhile", "let its writer finish, then run the same command again")
         }
