@@ -2,7 +2,7 @@
 CARGO ?= cargo
 BINARY := target/release/cloze
 
-.PHONY: demo test setup build check lint docs clean-demo bench
+.PHONY: demo test setup build lint clean-demo
 
 demo: build            ## generate data, train with a worker killed on the way, evaluate, export
 	@bash scripts/demo.sh
@@ -14,7 +14,7 @@ setup:                 ## fetch libtorch once per machine and point this checkou
 	@bash scripts/libtorch.sh
 
 build: setup           ## build `cloze` and `cloze-worker`
-	@$(CARGO) build --release --locked
+	@$(CARGO) build --release --locked --target-dir target
 
 lint: setup            ## formatting and clippy
 	$(CARGO) fmt --all --check

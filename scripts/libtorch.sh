@@ -80,7 +80,7 @@ write_cargo_config() {
     local view="$1"
     mkdir -p .cargo
     local text
-    text=$(printf '# Written by scripts/libtorch.sh; not committed.\n[env]\nLIBTORCH = "%s"\nLIBTORCH_CXX11_ABI = "1"\n' "$view")
+    text=$(printf '# Written by scripts/libtorch.sh; not committed.\n[env]\nLIBTORCH = { value = "%s", force = true }\nLIBTORCH_CXX11_ABI = { value = "1", force = true }\n' "$view")
     # Unchanged text keeps its time stamp, and cargo its build.
     if [ "$(cat .cargo/config.toml 2>/dev/null)" != "$text" ]; then printf '%s\n' "$text" > .cargo/config.toml; fi
 }
@@ -100,13 +100,17 @@ main() {
         torch="$CACHE/unpacked-$TORCH_VERSION/torch"
         if [ ! -e "$view/build-version" ]; then
             mkdir -p "$CACHE"
-            exec 9> "$CACHE/lock"; flock 9      # two checkouts set up at once: the second waits
-            if [ ! -e "$torch/lib/libtorch_cpu.so" ]; then
-                download_wheels
-                unpack_wheels "$CACHE/unpacked-$TORCH_VERSION"
-                rm -rf "$CACHE/wheels"
+            exec 9> "$CACHE/lock"; flock 9      # two checkouts set up at once: the second waits, and finds it done
+            if [ ! -e "$view/build-version" ]; then
+                rm -rf "$CACHE"/*.partial.*
+                if [ ! -e "$torch/lib/libtorch_cpu.so" ]; then
+                    download_wheels
+                    rm -rf "$CACHE/unpacked-$TORCH_VERSION"
+                    unpack_wheels "$CACHE/unpacked-$TORCH_VERSION"
+                    rm -rf "$CACHE/wheels"
+                fi
+                lay_out "$torch" "$view"
             fi
-            lay_out "$torch" "$view"
         fi
     fi
     write_cargo_config "$view"

@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use cloze_data::batch::{BatchSpec, Pack, slots, worker_batch};
 use cloze_data::dataset::Dataset;
 
@@ -22,8 +21,6 @@ pub struct StepBatch {
     pub global_examples: u64,
     /// Tokens of all workers.
     pub global_tokens: u64,
-    /// How long the loop waited for this batch, in seconds.
-    pub waited_seconds: f64,
 }
 
 /// Which batches are built.
@@ -47,6 +44,7 @@ pub struct FeedPlan {
 #[derive(Debug)]
 pub struct BatchFeed {
     total_steps: u64,
+    next_step: u64,
     receiver: Receiver<Result<StepBatch>>,
 }
 
@@ -54,20 +52,23 @@ impl BatchFeed {
     /// Starts the thread `batch-builder`; it ends with the last step, with the first error, or when the feed is dropped.
     pub fn start(plan: FeedPlan) -> Result<Self> {
         let (sender, receiver) = sync_channel(STEPS_AHEAD_MAX);
-        let total_steps = plan.total_steps;
+        let (total_steps, next_step) = (plan.total_steps, plan.from_step);
         std::thread::Builder::new()
             .name("batch-builder".to_owned())
             .spawn(move || build_all(&plan, &sender))
             .context("start the batch builder")?;
-        Ok(Self { total_steps, receiver })
+        Ok(Self { total_steps, next_step, receiver })
     }
 
     /// The next batch, or `None` after the last step.
-    pub fn next_batch(&self) -> Result<Option<StepBatch>> {
-        let clock = Instant::now();
+    pub fn next_batch(&mut self) -> Result<Option<StepBatch>> {
         match self.receiver.recv() {
-            Ok(batch) => batch.map(|batch| Some(StepBatch { waited_seconds: clock.elapsed().as_secs_f64(), ..batch })),
-            Err(_) => Ok(None),
+            Ok(batch) => {
+                self.next_step += 1;
+                batch.map(Some)
+            }
+            Err(_) if self.next_step >= self.total_steps => Ok(None),
+            Err(_) => bail!("the batch builder ended before step {}", self.next_step),
         }
     }
 
@@ -91,5 +92,5 @@ fn build(plan: &FeedPlan, step: u64) -> Result<StepBatch> {
     let packs = worker_batch(plan.dataset.as_ref(), &plan.spec, step, plan.rank, plan.world_size)?;
     let slots = slots(&plan.spec.plan, step);
     let global_tokens = slots.iter().map(|slot| u64::from(plan.dataset.length(slot.sample))).sum();
-    Ok(StepBatch { step, packs, global_examples: slots.len() as u64, global_tokens, waited_seconds: 0.0 })
+    Ok(StepBatch { step, packs, global_examples: slots.len() as u64, global_tokens })
 }

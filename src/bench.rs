@@ -50,13 +50,13 @@ pub fn bench(path: &Path, options: &BenchOptions) -> Result<String> {
     model.parameters_mut().initialise(0);
     model.parameters_mut().refresh();
     let settings = Settings { betas: [0.9, 0.999], epsilon: 1e-8, weight_decay: 0.01, clip_norm: 1.0 };
-    let mut optimizer = AdamW::new(model.parameters(), settings, 0);
+    let mut optimizer = AdamW::new(model.parameters(), settings);
     let mut clock = Instant::now();
     let (mut tokens, mut examples) = (0, 0);
     let mut loss = Tensor::from(0.0);
     for step in 0..options.warmup_steps + options.steps {
         if step == options.warmup_steps {
-            cuda::synchronize(options.placement.device);
+            cuda::synchronize(options.placement.device)?;
             (clock, tokens, examples) = (Instant::now(), 0, 0);
         }
         let batch = &batches[step % batches.len()];
@@ -64,7 +64,7 @@ pub fn bench(path: &Path, options: &BenchOptions) -> Result<String> {
         tokens += batch.iter().map(|&example| workload.length(example)).sum::<usize>();
         examples += batch.len();
     }
-    cuda::synchronize(options.placement.device);
+    cuda::synchronize(options.placement.device)?;
     let seconds = clock.elapsed().as_secs_f64();
     Ok(report(&model, options, &Measured { seconds, tokens, examples, loss: loss.double_value(&[]) }))
 }

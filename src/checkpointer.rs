@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
 use cloze_recipes::failure::{Failure, FailureKind};
 
@@ -50,16 +50,21 @@ impl Checkpointer {
         Self { store, writing: None }
     }
 
-    /// Starts writing a snapshot; waits for the one before, whose result it returns.
-    pub fn start(&mut self, snapshot: Snapshot) -> Result<Option<(u64, Saved)>> {
-        let before = self.finish()?;
+    /// Whether a write is in progress, or its result not yet taken.
+    pub fn is_writing(&self) -> bool {
+        self.writing.is_some()
+    }
+
+    /// Starts writing a snapshot; the result of the one before must have been taken.
+    pub fn start(&mut self, snapshot: Snapshot) -> Result<()> {
+        ensure!(!self.is_writing(), "a checkpoint is still being written");
         let store = Arc::clone(&self.store);
         let step = snapshot.state.step;
         let write = move || store.save(&snapshot.state, &snapshot.model, &snapshot.optimizer, &snapshot.companions);
         let thread =
             std::thread::Builder::new().name("checkpoint-writer".to_owned()).spawn(write).context("start the checkpoint writer")?;
         self.writing = Some((step, thread));
-        Ok(before)
+        Ok(())
     }
 
     /// The result of a write that is over, without waiting for one that is not.
@@ -90,6 +95,7 @@ impl Drop for Checkpointer {
 /// [`FailureKind::Mismatch`] for a checkpoint of another recipe or other data, [`FailureKind::Damaged`] for tensors that do not fit.
 pub fn restore(loaded: &Loaded, expected: &CheckpointState, model: &mut ModernBert, optimizer: &AdamW) -> Result<()> {
     check_same("recipe", &expected.recipe_hash, &loaded.state.recipe_hash, &loaded.url)?;
+    check_same("number of optimizer steps", &loaded.state.step.to_string(), &loaded.state.adam_step.to_string(), &loaded.url)?;
     check_same("prepared data", &expected.data_fingerprint, &loaded.state.data_fingerprint, &loaded.url)?;
     model.parameters_mut().load(&loaded.model, &loaded.url)?;
     for (prefix, flat) in [(FIRST_MOMENT, &optimizer.first_moment), (SECOND_MOMENT, &optimizer.second_moment)] {

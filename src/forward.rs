@@ -68,7 +68,7 @@ fn train(model: &mut ModernBert, pack: &Pack, labels: &[i32], extras: ForwardExt
     let labelled = Labelled::new(labels, &vec![1.0; labels.len()], device)?;
     let denominator = Tensor::full([] as [i64; 0], labelled.position.numel() as f64, (Kind::Float, device));
     let settings = Settings { betas: [0.9, 0.999], epsilon: 1e-8, weight_decay: 0.01, clip_norm: 1.0 };
-    let mut optimizer = AdamW::new(model.parameters(), settings, 0);
+    let mut optimizer = AdamW::new(model.parameters(), settings);
     let mut results = Vec::new();
     let mut losses = Vec::new();
     for step in 0..extras.steps.max(1) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use cloze_cluster::client::Client;
 use cloze_cluster::protocol::{Phase, StepReport, WorkerMessage};
@@ -16,8 +16,8 @@ use tch::{Device, Tensor};
 use crate::batch_feed::{BatchFeed, FeedPlan};
 use crate::checkpoint::{CheckpointState, Saved};
 use crate::checkpointer::{self, Checkpointer, Snapshot};
-use crate::collective::Collective;
 use crate::collective::local::{Ring, RingOptions};
+use crate::collective::{Collective, CollectiveError, is_leader, leader_work};
 use crate::model::folder;
 use crate::model::modernbert::{ModernBert, Placement};
 use crate::optim::adamw::{AdamW, Settings};
@@ -49,17 +49,25 @@ pub fn run(worker: &Worker, assignment: Assignment) -> Result<TrainEnd> {
     worker.client.progress(generation, 0, Phase::Building);
     let interrupt = Arc::clone(&assignment.interrupt);
     let collective = connect(worker, assignment)?;
-    watch_for_abort(&worker.client, generation, interrupt, collective.as_ref());
+    watch_for_abort(&worker.client, generation, Arc::clone(&interrupt), collective.as_ref());
     let total_steps = total_steps(&worker.recipe.train, worker.dataset.num_samples());
     let mut trainer = build(worker, collective, total_steps)?;
     worker.client.progress(generation, 0, Phase::Restoring);
     let steps_done = restore(worker, &mut trainer, generation)?;
-    let feed = BatchFeed::start(feed_plan(worker, &trainer, steps_done, total_steps))?;
-    let mut watcher = RunWatcher::new(worker, &trainer, generation, total_steps)?;
+    let mut feed = BatchFeed::start(feed_plan(worker, &trainer, steps_done, total_steps))?;
+    let mut watcher = RunWatcher::new(worker, &trainer, GenerationFacts { generation, total_steps, interrupt })?;
     worker.client.progress(generation, steps_done, Phase::Training);
-    let end = train(&mut trainer, &feed, steps_done, &mut watcher)?;
-    watcher.finish()?;
+    let end = match train(&mut trainer, &mut feed, steps_done, &mut watcher) {
+        Ok(end) => end,
+        Err(error) if error.is::<CollectiveError>() => {
+            // The checkpoint in progress is good, or its failure is what ends the run: both are told before the generation is left.
+            watcher.finish()?;
+            return Err(error);
+        }
+        Err(error) => return Err(error),
+    };
     // Nobody reports the run as finished before everybody is past the last collective and the last checkpoint is written.
+    leader_work(trainer.collective.as_mut(), keep_alive_interval(worker), || watcher.finish())?;
     trainer.collective.barrier()?;
     worker.client.progress(generation, end.steps_done, Phase::Leaving);
     Ok(end)
@@ -94,7 +102,7 @@ fn build(worker: &Worker, collective: Box<dyn Collective>, total_steps: u64) -> 
     let recipe = &worker.recipe;
     let placement = Placement { device: worker.device, trainable: true, bfloat16: recipe.train.precision == Precision::Bfloat16 };
     let model = ModernBert::new(folder::config_of(&recipe.model, &worker.tokenizer)?, placement)?;
-    let optimizer = AdamW::new(model.parameters(), Settings::from(&recipe.train), 0);
+    let optimizer = AdamW::new(model.parameters(), Settings::from(&recipe.train));
     let schedule = Schedule::new(&recipe.train.schedule, recipe.train.learning_rate, total_steps);
     let buckets = Buckets::new(&model.parameters().matrix_places(), model.parameters().gradients()?.numel());
     Ok(Trainer { recipe, model, optimizer, schedule, collective, buckets })
@@ -121,18 +129,16 @@ fn feed_plan(worker: &Worker, trainer: &Trainer, from_step: u64, total_steps: u6
 /// Returns the steps done.
 fn restore(worker: &Worker, trainer: &mut Trainer, generation: u64) -> Result<u64> {
     let mut steps_done = 0;
-    if is_leader(trainer.collective.as_ref()) {
-        let (source, skipped) = match worker.store.latest_good()? {
-            Some(loaded) => {
-                let expected = state_of(worker, trainer, loaded.state.step);
-                checkpointer::restore(&loaded, &expected, &mut trainer.model, &trainer.optimizer)?;
-                steps_done = loaded.state.step;
-                (loaded.url, loaded.skipped)
-            }
-            None => {
-                folder::first_values(&mut trainer.model, &worker.recipe.model, worker.recipe.seed)?;
-                ("scratch".to_owned(), Vec::new())
-            }
+    let interval = keep_alive_interval(worker);
+    if let Some(found) = leader_work(trainer.collective.as_mut(), interval, || worker.store.latest_good())? {
+        let (source, skipped) = if let Some(loaded) = found {
+            let expected = state_of(worker, trainer, loaded.state.step);
+            checkpointer::restore(&loaded, &expected, &mut trainer.model, &trainer.optimizer)?;
+            steps_done = loaded.state.step;
+            (loaded.url, loaded.skipped)
+        } else {
+            folder::first_values(&mut trainer.model, &worker.recipe.model, worker.recipe.seed)?;
+            ("scratch".to_owned(), Vec::new())
         };
         worker.client.send(&WorkerMessage::Restored { generation, step: steps_done, source, skipped })?;
     }
@@ -163,9 +169,9 @@ fn broadcast_tensor(collective: &mut dyn Collective, mut flat: Tensor) -> Result
     Ok(())
 }
 
-/// The one worker that reads and writes checkpoints and reports steps.
-fn is_leader(collective: &dyn Collective) -> bool {
-    collective.rank() == 0
+/// How often the leader says that its storage work goes on: three times within a collective's timeout.
+fn keep_alive_interval(worker: &Worker) -> Duration {
+    Duration::from_millis(worker.recipe.cluster.collective_timeout_ms / 3)
 }
 
 fn state_of(worker: &Worker, trainer: &Trainer, step: u64) -> CheckpointState {
@@ -181,38 +187,60 @@ fn state_of(worker: &Worker, trainer: &Trainer, step: u64) -> CheckpointState {
 /// Answers the loop's questions from the coordinator's messages and the recipe; only the leader reports and saves.
 struct RunWatcher<'a> {
     worker: &'a Worker,
+    facts: GenerationFacts,
+    leader: Option<Leader>,
+}
+
+/// What a generation's end is decided by.
+struct GenerationFacts {
     generation: u64,
     total_steps: u64,
-    leader: Option<Leader>,
+    interrupt: Arc<AtomicBool>,
 }
 
 struct Leader {
     checkpointer: Checkpointer,
     companions: Vec<(String, Bytes)>,
+    /// Taken while another one was being written.
+    pending: Option<Snapshot>,
+}
+
+impl Leader {
+    fn start_pending(&mut self) -> Result<()> {
+        match self.pending.take() {
+            Some(snapshot) => self.checkpointer.start(snapshot),
+            None => Ok(()),
+        }
+    }
 }
 
 impl<'a> RunWatcher<'a> {
-    fn new(worker: &'a Worker, trainer: &Trainer, generation: u64, total_steps: u64) -> Result<Self> {
+    fn new(worker: &'a Worker, trainer: &Trainer, facts: GenerationFacts) -> Result<Self> {
         let leader = if is_leader(trainer.collective.as_ref()) {
             let companions = folder::companion_files(trainer.model.config(), &worker.tokenizer)?;
-            Some(Leader { checkpointer: Checkpointer::new(Arc::clone(&worker.store)), companions })
+            Some(Leader { checkpointer: Checkpointer::new(Arc::clone(&worker.store)), companions, pending: None })
         } else {
             None
         };
-        Ok(Self { worker, generation, total_steps, leader })
+        Ok(Self { worker, facts, leader })
     }
 
-    /// Waits for the last checkpoint.
+    /// Waits for the checkpoint in progress, and writes the last one where it had to wait for that.
     fn finish(&mut self) -> Result<()> {
-        match self.leader.as_mut().map(|leader| leader.checkpointer.finish()).transpose()?.flatten() {
-            Some(saved) => self.announce(saved),
-            None => Ok(()),
+        for _ in 0..2 {
+            let Some(leader) = &mut self.leader else { return Ok(()) };
+            let saved = leader.checkpointer.finish()?;
+            leader.start_pending()?;
+            if let Some(saved) = saved {
+                self.announce(saved)?;
+            }
         }
+        Ok(())
     }
 
     fn announce(&self, (step, saved): (u64, Saved)) -> Result<()> {
         let message = WorkerMessage::CheckpointSaved {
-            generation: self.generation,
+            generation: self.facts.generation,
             step,
             url: saved.url,
             bytes: saved.bytes,
@@ -228,21 +256,36 @@ impl Watcher for RunWatcher<'_> {
     }
 
     fn step_done(&mut self, report: &StepReport) -> Result<()> {
-        self.worker.client.progress(self.generation, report.step, Phase::Training);
-        let is_logged = report.step.is_multiple_of(self.worker.recipe.train.log_every_steps) || report.step == self.total_steps;
+        // In a world of one no collective ends with the generation; without this, a worker whose controller is gone would go on.
+        ensure!(!self.facts.interrupt.load(Ordering::SeqCst), "the generation is over or the coordinator is gone");
+        self.worker.client.progress(self.facts.generation, report.step, Phase::Training);
+        let is_logged = report.step.is_multiple_of(self.worker.recipe.train.log_every_steps) || report.step == self.facts.total_steps;
+        if let Some(saved) = self.leader.as_mut().map(|leader| leader.checkpointer.poll()).transpose()?.flatten() {
+            self.announce(saved)?;
+        }
         if self.leader.is_some() && is_logged {
-            self.worker.client.send(&WorkerMessage::Step { generation: self.generation, report: report.clone() })?;
+            self.worker.client.send(&WorkerMessage::Step { generation: self.facts.generation, report: report.clone() })?;
         }
         Ok(())
     }
 
-    fn save_point(&mut self, trainer: &Trainer, steps_done: u64, is_last: bool) -> Result<()> {
+    fn save_due(&self, steps_done: u64, is_last: bool) -> bool {
+        is_last || steps_done.is_multiple_of(self.worker.recipe.checkpoint.every_steps)
+    }
+
+    fn save(&mut self, trainer: &Trainer, steps_done: u64, is_last: bool) -> Result<()> {
         let Some(leader) = &mut self.leader else { return Ok(()) };
-        let mut saved = leader.checkpointer.poll()?;
-        if is_last || steps_done.is_multiple_of(self.worker.recipe.checkpoint.every_steps) {
+        let saved = leader.checkpointer.poll()?;
+        if leader.checkpointer.is_writing() && !is_last {
+            // Waiting here would hold up all workers; the state is saved at the next point instead.
+            tracing::warn!(step = steps_done, "checkpoint skipped: the one before is still being written");
+        } else {
+            self.worker.client.progress(self.facts.generation, steps_done, Phase::Saving);
             let state = state_of(self.worker, trainer, steps_done);
-            let snapshot = Snapshot::take(state, &trainer.model, &trainer.optimizer, &leader.companions)?;
-            saved = leader.checkpointer.start(snapshot)?.or(saved);
+            leader.pending = Some(Snapshot::take(state, &trainer.model, &trainer.optimizer, &leader.companions)?);
+            if !leader.checkpointer.is_writing() {
+                leader.start_pending()?;
+            }
         }
         match saved {
             Some(saved) => self.announce(saved),

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use cloze_data::tokenizer::Tokenizer;
+use cloze_recipes::failure::{Failure, FailureKind};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use tch::Device;
@@ -88,6 +89,14 @@ impl Predictor {
         folder::check_tokenizer(&tokenizer, model.config(), &options.model)?;
         let mask = tokenizer.decode(&[tokenizer.mask_id], false).trim().to_owned();
         let template = Template::parse(&options.template);
+        if template.columns().any(|name| name != "text") || template.columns().next().is_none() {
+            let found = template.columns().map(|name| format!("`{{{name}}}`")).collect::<Vec<_>>().join(", ");
+            let failure = Failure::new(FailureKind::Recipe, "the template does not hold the text");
+            return Err(failure
+                .expected("`{text}`, `{anchor}` and `{mask}`")
+                .found(if found.is_empty() { "no name".to_owned() } else { found })
+                .into());
+        }
         let marks = Marks { anchor: &options.anchor, mask: &mask };
         let tokens_of = |label: &String| template.label_tokens(std::slice::from_ref(label), &tokenizer, marks);
         let label_tokens = options.labels.iter().map(tokens_of).collect::<Result<_>>()?;

@@ -50,8 +50,10 @@ pub trait Watcher {
     fn stop_requested(&self) -> bool;
     /// A step is done.
     fn step_done(&mut self, report: &StepReport) -> Result<()>;
-    /// State may be saved: all workers hold the same after `steps_done` steps.
-    fn save_point(&mut self, trainer: &Trainer, steps_done: u64, is_last: bool) -> Result<()>;
+    /// Whether the state after `steps_done` steps is to be saved.
+    fn save_due(&self, steps_done: u64, is_last: bool) -> bool;
+    /// Saves the state, which all workers hold alike and whose loss is known to be finite.
+    fn save(&mut self, trainer: &Trainer, steps_done: u64, is_last: bool) -> Result<()>;
 }
 
 /// How the loop ended.
@@ -70,22 +72,27 @@ struct PendingReport {
 }
 
 /// Trains from `steps_done` to the end of the feed or until the workers agree to stop.
-pub fn train(trainer: &mut Trainer, feed: &BatchFeed, steps_done: u64, watcher: &mut dyn Watcher) -> Result<TrainEnd> {
+pub fn train(trainer: &mut Trainer, feed: &mut BatchFeed, steps_done: u64, watcher: &mut dyn Watcher) -> Result<TrainEnd> {
     let mut end = TrainEnd { steps_done, stopped: false };
     let mut pending = None;
+    let mut clock = Instant::now();
     while let Some(batch) = feed.next_batch()? {
-        let clock = Instant::now();
-        trainer.collective.set_step(batch.step);
+        trainer.collective.set_step(batch.step + 1);
         let (numbers, stop_agreed) = train_step(trainer, &batch, watcher.stop_requested())?;
         end.steps_done = batch.step + 1;
-        end.stopped = stop_agreed && end.steps_done < feed.total_steps();
-        let last = pending.replace(PendingReport { numbers, partial: partial_report(trainer, &batch, clock) });
+        let is_last = end.steps_done == feed.total_steps();
+        end.stopped = stop_agreed && !is_last;
         // On a GPU the numbers of a step are read when the next one is queued, so that the device never waits for the host.
-        report(last, watcher)?;
-        if trainer.model.device() == Device::Cpu {
+        report(pending.take(), watcher)?;
+        let partial = partial_report(trainer, &batch, std::mem::replace(&mut clock, Instant::now()).elapsed().as_secs_f64());
+        pending = Some(PendingReport { numbers, partial });
+        let save_due = watcher.save_due(end.steps_done, end.stopped || is_last);
+        if trainer.model.device() == Device::Cpu || save_due {
             report(pending.take(), watcher)?;
         }
-        watcher.save_point(trainer, end.steps_done, end.stopped || end.steps_done == feed.total_steps())?;
+        if save_due {
+            watcher.save(trainer, end.steps_done, end.stopped || is_last)?;
+        }
         if end.stopped {
             break;
         }
@@ -161,16 +168,17 @@ fn finish_and_sum(trainer: &mut Trainer, last: Option<&Pack>, extras: &Tensor, w
         overlap::reduce_during(&mut gradients, buckets, collective.as_mut(), last_pack)?;
     } else {
         last_pack()?;
+        let stop_at = model.parameters().values().numel() + EXTRA_STOP as usize;
         let mut host = gradients.to_device(Device::Cpu);
-        memory::with_floats_mut(&mut host, |data| collective.all_reduce_sum(data))??;
+        let any_stop = memory::with_floats_mut(&mut host, |data| collective.all_reduce_sum(data).map(|()| data[stop_at] > 0.0))??;
         tch::no_grad(|| gradients.f_copy_(&host))?;
+        return Ok(any_stop);
     }
     Ok(extras.double_value(&[EXTRA_STOP]) > 0.0)
 }
 
-/// What is known of a step before its numbers arrive.
-fn partial_report(trainer: &Trainer, batch: &StepBatch, clock: Instant) -> StepReport {
-    let seconds = clock.elapsed().as_secs_f64() + batch.waited_seconds;
+/// What is known of a step before its numbers arrive. `seconds` is the time since the step before, everything included.
+fn partial_report(trainer: &Trainer, batch: &StepBatch, seconds: f64) -> StepReport {
     StepReport {
         step: batch.step + 1,
         loss: f64::NAN,
@@ -200,7 +208,10 @@ fn report(pending: Option<PendingReport>, watcher: &mut dyn Watcher) -> Result<(
         return Err(Failure::new(FailureKind::Run, "the loss or its gradient is not finite")
             .at(format!("step {}", partial.step))
             .found(format!("loss {}, gradient norm {norm}", partial.loss))
-            .hint("lower `train.learning_rate`, lengthen the warm-up, or look at the batch with `cloze data inspect --step`")
+            .hint(format!(
+                "lower `train.learning_rate`, lengthen the warm-up, or look at the batch: cloze data inspect RECIPE --step {}",
+                partial.step - 1
+            ))
             .into());
     }
     watcher.step_done(&partial)

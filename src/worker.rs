@@ -1,6 +1,8 @@
 //! A worker's life: join -> build -> restore -> train -> leave; a new generation re-enters at build.
 
+use std::any::Any;
 use std::net::TcpListener;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -67,13 +69,21 @@ pub fn run(options: &WorkerOptions) -> Result<()> {
     let recipe = cloze_recipes::load(&options.run.join("recipe.yaml"), &[])?;
     let listener = TcpListener::bind("127.0.0.1:0").context("listen for peers")?;
     let client = Arc::new(join(options, &recipe, &listener)?);
-    let result = prepare(options, recipe, listener, Arc::clone(&client)).and_then(|worker| serve(&worker));
+    let work = || prepare(options, recipe, listener, Arc::clone(&client)).and_then(|worker| serve(&worker));
+    // tch panics where libtorch fails, for instance for want of memory: that too is a failure with a reason, not a worker that vanished.
+    let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(panicked(panic.as_ref())));
     if let Err(error) = &result
         && let Err(lost) = client.fail(as_failure(error))
     {
         tracing::warn!(error = format!("{lost:#}"), "the coordinator could not be told of the failure");
     }
     result
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> anyhow::Error {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    let cause = text.unwrap_or("no message").lines().next().unwrap_or_default();
+    Failure::new(FailureKind::Run, "a worker panicked").because(cause).hint("its log in the run folder holds the backtrace").into()
 }
 
 /// Folder or url of a run's checkpoints.

@@ -3,6 +3,7 @@
 //! It is written last, so that a folder with a manifest is complete.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -18,6 +19,9 @@ use crate::files;
 pub const MANIFEST_VERSION: u32 = 1;
 /// Name of the manifest in its folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
+
+/// Largest manifest that is read; a million tasks and shards take about a quarter of it.
+const FILE_BYTES_MAX: u64 = 1 << 30;
 
 /// Everything known about a prepared folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -137,6 +141,10 @@ impl Manifest {
     /// Reads the manifest of a folder; `None` when there is none. Fails when it is damaged or of another version.
     pub fn find(folder: &Path) -> anyhow::Result<Option<Self>> {
         let path = folder.join(MANIFEST_FILE);
+        let too_large = fs::metadata(&path).is_ok_and(|file| file.len() > FILE_BYTES_MAX);
+        if too_large {
+            return Err(damaged(&path, format!("it has more than {FILE_BYTES_MAX} bytes")).into());
+        }
         let content = match fs::read(&path) {
             Ok(content) => content,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -153,7 +161,12 @@ impl Manifest {
                 .hint("prepare it again: `cloze data prepare RECIPE --force`")
                 .into());
         }
-        Ok(Some(serde_json::from_value(value).map_err(|error| damaged(&path, &error))?))
+        let manifest: Self = serde_json::from_value(value).map_err(|error| damaged(&path, &error))?;
+        let is_plain = |name: &str| !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\']);
+        match manifest.shards.iter().find(|shard| !is_plain(&shard.file)) {
+            Some(shard) => Err(damaged(&path, format!("`{}` is no name for a shard", shard.file)).into()),
+            None => Ok(Some(manifest)),
+        }
     }
 
     /// Reads the manifest of a folder. Fails when there is none, or when it is damaged or of another version.
@@ -190,7 +203,7 @@ impl Manifest {
     }
 }
 
-fn damaged(path: &Path, error: &serde_json::Error) -> Failure {
+fn damaged(path: &Path, error: impl fmt::Display) -> Failure {
     Failure::new(FailureKind::Damaged, "manifest of the prepared data is damaged")
         .at(path.display())
         .because(error)

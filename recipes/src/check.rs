@@ -8,6 +8,7 @@ mod model;
 mod template;
 mod train;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -96,6 +97,7 @@ fn checked_checkpoint(context: &mut Context<'_>, raw: CheckpointRaw) -> Checkpoi
     let CheckpointRaw { url, options, every_steps, keep_last } = raw;
     let current_folder = context.current_folder;
     let url = url.map(|url| context.url("checkpoint.url", &url, current_folder));
+    context.no_secrets("checkpoint.options", &options);
     CheckpointRecipe { url, options, every_steps, keep_last }
 }
 
@@ -184,6 +186,16 @@ impl Context<'_> {
         paths::resolve(folder, stated)
     }
 
+    /// Refuses secrets among an object store's options: a recipe is printed, hashed and copied into run folders.
+    fn no_secrets(&mut self, path: &str, options: &BTreeMap<String, String>) {
+        for name in options.keys() {
+            let plain = name.to_ascii_lowercase();
+            if ["secret", "token", "customer_key", "password"].iter().any(|word| plain.contains(word)) {
+                self.problem(&format!("{path}.{name}"), "a secret does not belong into a recipe; set it in the environment (`AWS_…`)");
+            }
+        }
+    }
+
     /// A URL whose scheme is known, or a path made absolute in `folder`.
     fn url(&mut self, path: &str, stated: &str, folder: &Path) -> String {
         let Some((scheme, rest)) = stated.split_once("://") else {
@@ -256,9 +268,22 @@ train: {steps: 10, batch_examples: 4, micro_batch_tokens: 256, learning_rate: 1e
             ("model.shape.local_attention=5", "found 5, expected an even number: half of it lies on each side"),
             ("model.shape.max_position_embeddings=64", "found 128, expected at most the model's max_position_embeddings, which is 64"),
             ("data.hold_out=[\"(\"]", "data.hold_out.0: found `(`, expected a regular expression (unclosed group)"),
-            ("data.template=\"{inputs}\"", "data.template: found `{target}` 0 times, expected it once"),
-            ("data.template=\"{target}\"", "data.template: found no `{inputs}`, expected it at least once"),
-            ("data.template=\"{inputs} {x} {target}\"", "data.template: found `{x}`, expected `{inputs}`, `{anchor}` or `{target}`"),
+            ("data.template=\"{inputs} {anchor}\"", "data.template: found `{target}` 0 times, expected it once"),
+            ("data.template=\"{inputs} {target}\"", "data.template: found `{anchor}` 0 times, expected it once"),
+            ("data.template=\"{anchor} {target}\"", "data.template: found no `{inputs}`, expected it at least once"),
+            (
+                "data.template=\"{inputs} {x} {anchor} {target}\"",
+                "data.template: found `{x}`, expected `{inputs}`, `{anchor}` or `{target}`",
+            ),
+            (
+                "data.template=\"{inputs} {target} {anchor}\"",
+                "data.template: found `{target}` before `{anchor}`, expected the anchor first",
+            ),
+            ("data.template=\"{anchor} {inputs} {target}\"", "data.template: found `{inputs}` after `{anchor}`, expected the inputs first"),
+            (
+                "checkpoint.options={aws_secret_access_key: x}",
+                "checkpoint.options.aws_secret_access_key: a secret does not belong into a recipe; set it in the environment (`AWS_…`)",
+            ),
             ("data.sources.0.url=gs://b", "data.sources.0.url: found `gs://b`, expected `file:///path`, `s3://bucket/prefix` or a path"),
             ("checkpoint.url=s3://", "checkpoint.url: found `s3://`, expected `file:///path`, `s3://bucket/prefix` or a path"),
             ("train.epochs=1", "found both `steps` and `epochs`, expected exactly one of them; unset the other with `null`"),

@@ -1,6 +1,6 @@
 //! The recipe: what a run is to do, as one YAML file.
 //!
-//! [`load`] reads a file (and the files that it `extends`), applies `--set` overrides, and answers with a checked
+//! [`load()`] reads a file (and the files that it `extends`), applies `--set` overrides, and answers with a checked
 //! [`recipe::Recipe`] or with one [`failure::Failure`] that lists every problem with its file, line and column.
 //! The way of a recipe through this crate:
 //!

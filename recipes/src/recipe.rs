@@ -116,7 +116,7 @@ pub enum Truncation {
     Right,
 }
 
-/// What is masked and how the loss is formed ("It's All in The [MASK]", §2.4).
+/// What is masked and how the loss is formed (the `ModernBERT`-Instruct paper, §2.4).
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ObjectiveRecipe {
     /// Objective of the examples that are not answer-token prediction.

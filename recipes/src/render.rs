@@ -10,7 +10,7 @@ use crate::recipe::Recipe;
 const INDENT_SPACES: usize = 2;
 
 impl Recipe {
-    /// The recipe as YAML; [`load`](crate::load) reads it back to an equal recipe.
+    /// The recipe as YAML; [`load`](crate::load()) reads it back to an equal recipe.
     pub fn to_yaml(&self) -> String {
         let mut text = String::new();
         if let Value::Object(map) = json(self) {

@@ -26,7 +26,7 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
     check_has_samples(&dataset, &recipe)?;
     dataset.check_tokenizer(&Tokenizer::load(&recipe.model.tokenizer)?)?;
     check_port(arguments.watch.listen)?;
-    let fault = arguments.watch.kill_worker.as_deref().map(parse_fault).transpose()?;
+    let fault = arguments.watch.kill_worker.as_deref().map(|text| parse_fault(text, arguments.workers)).transpose()?;
     let binary = worker_binary()?;
     let folder = arguments.run.clone().unwrap_or_else(|| Path::new(RUNS_FOLDER).join(&recipe.name));
     let (root, name) = split(&folder)?;
@@ -44,7 +44,7 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
 
 /// Goes on with a run.
 pub fn resume(arguments: &ResumeArguments) -> Result<ExitCode> {
-    let fault = arguments.watch.kill_worker.as_deref().map(parse_fault).transpose()?;
+    let fault = arguments.watch.kill_worker.as_deref().map(|text| parse_fault(text, arguments.workers)).transpose()?;
     let (run, recipe) = RunFolder::open(&arguments.run)?;
     let dataset = Dataset::open(&recipe.data.output)?;
     let (expected, found) = (&run.info().data_fingerprint, dataset.manifest().fingerprint());
@@ -94,7 +94,12 @@ fn go(start: Start, watch: &WatchArguments) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         RunEnd::Stopped { step } => {
-            let failure = Failure::new(FailureKind::Interrupted, format!("stopped after step {step}")).at(&shown);
+            let what = if step == 0 {
+                "stopped before anything was saved or restored".to_owned()
+            } else {
+                format!("stopped; step {step} is saved")
+            };
+            let failure = Failure::new(FailureKind::Interrupted, what).at(&shown);
             Err(failure.hint(format!("go on with: cloze resume {shown} --workers {}", start.workers)).into())
         }
         RunEnd::Failed(failure) => Err(failure.into()),
@@ -132,12 +137,13 @@ fn check_port(address: SocketAddr) -> Result<(), Failure> {
     })
 }
 
-/// Reads `N@STEP`.
-fn parse_fault(text: &str) -> Result<PlannedFault, Failure> {
-    let parsed =
-        text.split_once('@').and_then(|(worker, step)| Some(PlannedFault { worker: worker.parse().ok()?, step: step.parse().ok()? }));
-    parsed
-        .ok_or_else(|| Failure::new(FailureKind::Recipe, "`--kill-worker` is not understood").expected("N@STEP, such as 1@60").found(text))
+/// Reads `N@STEP`, with N below the number of workers.
+fn parse_fault(text: &str, workers: u32) -> Result<PlannedFault, Failure> {
+    let parse = |(worker, step): (&str, &str)| Some(PlannedFault { worker: worker.parse().ok()?, step: step.parse().ok()? });
+    text.split_once('@').and_then(parse).filter(|fault| fault.worker < workers).ok_or_else(|| {
+        let expected = format!("N@STEP, such as 0@60, with N below {workers}");
+        Failure::new(FailureKind::Recipe, "`--kill-worker` names no worker and step").expected(expected).found(text)
+    })
 }
 
 fn split(folder: &Path) -> Result<(PathBuf, String)> {

@@ -274,7 +274,7 @@ fn describe(bytes: &[u8; HEADER_BYTES]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::atomic::Ordering;
     use std::thread;
     use std::time::Instant;
@@ -316,6 +316,12 @@ mod tests {
 
     fn rings(world_size: usize) -> Vec<Box<dyn Collective>> {
         connect(world_size, |_| {}).into_iter().map(|ring| Box::new(ring.unwrap()) as Box<dyn Collective>).collect()
+    }
+
+    /// Rings whose operations give up after `timeout`.
+    pub(in crate::collective) fn rings_with_timeout(world_size: usize, timeout: Duration) -> Vec<Box<dyn Collective>> {
+        let rings = connect(world_size, |options| options.timeout = timeout);
+        rings.into_iter().map(|ring| Box::new(ring.unwrap()) as Box<dyn Collective>).collect()
     }
 
     #[test]

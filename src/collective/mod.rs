@@ -8,9 +8,11 @@ pub mod local;
 
 mod handshake;
 mod layout;
+mod leader;
 mod link;
 
 #[cfg(test)]
 mod conformance;
 
 pub use api::{Collective, CollectiveError};
+pub use leader::{is_leader, leader_work};

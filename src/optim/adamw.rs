@@ -47,10 +47,10 @@ impl From<&TrainRecipe> for Settings {
 }
 
 impl AdamW {
-    /// Zeroed state for parameters that have taken `steps_done` steps.
-    pub fn new(parameters: &FlatParameters, settings: Settings, steps_done: u64) -> Self {
+    /// Zeroed state for parameters that have taken no step.
+    pub fn new(parameters: &FlatParameters, settings: Settings) -> Self {
         let zeros = || parameters.values().zeros_like();
-        let step = Tensor::full([] as [i64; 0], steps_done as f64, (Kind::Float, parameters.values().device()));
+        let step = Tensor::zeros([] as [i64; 0], (Kind::Float, parameters.values().device()));
         Self { first_moment: zeros(), second_moment: zeros(), step, settings }
     }
 

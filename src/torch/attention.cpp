@@ -209,9 +209,11 @@ Tensor rotated(const Tensor& x_T3HD, const Tensor& cosine, const Tensor& sine, d
 
 enum class Path { CudaFlash, CpuFlash, Plain };
 
-Path path_for(const Tensor& qkv, bool force_plain) {
+Path path_for(const Tensor& qkv, int64_t head_width, bool force_plain) {
     const bool half = qkv.scalar_type() == at::kBFloat16 || qkv.scalar_type() == at::kHalf;
-    if (!force_plain && qkv.is_cuda() && half) return Path::CudaFlash;
+    // Flash attention takes head widths that are multiples of 8, up to 256.
+    const bool fits_flash = head_width % 8 == 0 && head_width <= 256;
+    if (!force_plain && qkv.is_cuda() && half && fits_flash) return Path::CudaFlash;
     if (!force_plain && qkv.is_cpu() && qkv.scalar_type() == at::kFloat) return Path::CpuFlash;
     return Path::Plain;
 }
@@ -232,10 +234,10 @@ struct Attention : Function<Attention> {
         const Shape shape{cu, window, 1.0 / std::sqrt(static_cast<double>(head_width))};
         context->saved_data["cu"] = cu;
         context->saved_data["window"] = window;
-        context->saved_data["path"] = static_cast<int64_t>(path_for(qkv, force_plain));
+        context->saved_data["path"] = static_cast<int64_t>(path_for(qkv, head_width, force_plain));
         std::vector<Tensor> kept{rotated_T3HD, cosine, sine, cu_device};
         Tensor out_THD;
-        switch (path_for(qkv, force_plain)) {
+        switch (path_for(qkv, head_width, force_plain)) {
             case Path::CudaFlash: {
                 auto [out, normaliser, random_state, unused, debug] = at::_flash_attention_forward(
                     rotated_T3HD.select(1, 0), rotated_T3HD.select(1, 1), rotated_T3HD.select(1, 2), cu_device, cu_device, longest(cu), longest(cu), 0.0,
@@ -260,6 +262,7 @@ struct Attention : Function<Attention> {
 
     static tensor_list backward(AutogradContext* context, tensor_list outputs) {
         const auto kept = context->saved_data["kept"].toTensorVector();
+        context->saved_data.erase("kept");  // else the tensors of all layers would live until the whole graph is gone
         const Tensor& rotated_T3HD = kept[0];
         const Tensor& cu_device = kept[3];
         const Shape shape{context->saved_data["cu"].toIntVector(), context->saved_data["window"].toInt(),

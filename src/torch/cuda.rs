@@ -34,16 +34,22 @@ pub fn open(index: usize, torch_folder: Option<&Path>) -> Result<Device, Failure
         let failure = missing("the recipe asks for a GPU that is not there", &library);
         return Err(failure.expected(format!("CUDA device {index}")).found(format!("{count} CUDA devices")));
     }
+    // SAFETY: no pointers are passed.
+    let status = unsafe { sys::cloze_cuda_set_device(index as i64) };
+    if status != 0 {
+        return Err(missing("the GPU does not answer", &library).at(format!("CUDA device {index}")).because(sys::error_text()));
+    }
     Ok(Device::Cuda(index))
 }
 
 /// Waits until all work of a device is done; for timings.
-pub fn synchronize(device: Device) {
-    if let Device::Cuda(index) = device {
-        // SAFETY: no pointers are passed.
-        let status = unsafe { sys::cloze_device_synchronize(index as i64) };
-        debug_assert_eq!(status, 0, "{}", sys::error_text());
-    }
+///
+/// # Errors
+/// The first error of that work, such as a kernel that failed.
+pub fn synchronize(device: Device) -> anyhow::Result<()> {
+    let Device::Cuda(index) = device else { return Ok(()) };
+    // SAFETY: no pointers are passed.
+    sys::checked("wait for the GPU", unsafe { sys::cloze_device_synchronize(index as i64) })
 }
 
 fn library_path(torch_folder: Option<&Path>) -> PathBuf {

@@ -51,6 +51,13 @@ pub struct Readback {
 #[derive(Debug)]
 struct Event(*mut std::ffi::c_void);
 
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: the event came from cloze_event_record and is given back once.
+        unsafe { sys::cloze_event_free(self.0) };
+    }
+}
+
 impl Readback {
     /// Starts copying a float32 tensor; on a CPU the numbers are there at once.
     pub fn start(tensor: &Tensor) -> Result<Self> {
@@ -67,7 +74,7 @@ impl Readback {
     /// Waits for the copy and gives the numbers.
     pub fn finish(mut self) -> Result<Vec<f32>> {
         if let Some(event) = self.event.take() {
-            // SAFETY: the event came from cloze_event_record and is given back once.
+            // SAFETY: the event came from cloze_event_record and lives until it is dropped.
             let status = unsafe { sys::cloze_event_wait(event.0) };
             sys::checked("wait for an event", status)?;
         }

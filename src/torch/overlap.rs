@@ -103,8 +103,11 @@ pub fn reduce_during<R>(
             tracker.complete_all();
         }
         drop(tracker);
-        reducer.join().map_err(|_| anyhow!("the gradient reducer panicked"))??;
-        result
+        let reduced = reducer.join().map_err(|_| anyhow!("the gradient reducer panicked"))?;
+        // An error of the backward pass is the cause where both failed.
+        let result = result?;
+        reduced?;
+        Ok(result)
     })
 }
 

@@ -128,6 +128,7 @@ struct LayerNorm : Function<LayerNorm> {
 struct AddLayerNorm : Function<AddLayerNorm> {
     static tensor_list forward(AutogradContext* context, const Tensor& x_TE, const Tensor& delta_TE, const Tensor& weight_E, const Tensor& gradient_E,
                                double epsilon) {
+        context->set_materialize_grads(false);  // the sum behind the last norm has no gradient, and need not get a zero one
         const Tensor sum_TE = at::add(x_TE, delta_TE);
         auto [y_TE, mean_T, rstd_T] = at::native_layer_norm(sum_TE, {sum_TE.size(-1)}, weight_E, {}, epsilon);
         context->save_for_backward({sum_TE, mean_T, rstd_T});
@@ -281,7 +282,8 @@ Tensor* cloze_attention(const Tensor* qkv_T3HD, const Tensor* cos, const Tensor*
 Tensor* cloze_head_loss(const Tensor* h_NE, const Tensor* weight_VE, const Tensor* bias_V, const Tensor* target_N, const Tensor* label_weight_N,
                         const Tensor* gradient_VE, const Tensor* gradient_V) {
     return tensor_or_null([&] {
-        if (!gradient_VE) return HeadLoss::compute(*h_NE, *weight_VE, *bias_V, *target_N, *label_weight_N, nullptr, nullptr).first;
+        // Gradients are added in the forward pass, so that a loss without a graph must not take that path.
+        if (!gradient_VE || !c10::GradMode::is_enabled()) return HeadLoss::compute(*h_NE, *weight_VE, *bias_V, *target_N, *label_weight_N, nullptr, nullptr).first;
         return HeadLoss::apply(*h_NE, *weight_VE, *bias_V, *target_N, *label_weight_N, *gradient_VE, *gradient_V);
     });
 }
@@ -347,9 +349,16 @@ void* cloze_event_record(int64_t device) {
 }
 
 int cloze_event_wait(void* event) {
+    return status_of([&] { static_cast<c10::Event*>(event)->synchronize(); });
+}
+
+void cloze_event_free(void* event) { delete static_cast<c10::Event*>(event); }
+
+int cloze_cuda_set_device(int64_t device) {
     return status_of([&] {
-        const std::unique_ptr<c10::Event> owned(static_cast<c10::Event*>(event));
-        owned->synchronize();
+        const c10::Device where(c10::kCUDA, static_cast<c10::DeviceIndex>(device));
+        c10::impl::VirtualGuardImpl(c10::kCUDA).setDevice(where);
+        at::zeros({1}, at::TensorOptions().device(where).dtype(at::kFloat));
     });
 }
 

@@ -54,8 +54,11 @@ int cloze_cuda_open(const char* libtorch_cuda_path);
 // Copies a host tensor to a CUDA device through pinned memory, on a stream of its own: the copy overlaps with what the current stream computes,
 // and later work of the current stream waits for it.
 at::Tensor* cloze_copy_aside(const at::Tensor* host, int64_t device);
-// An event behind all work queued so far on the device's current stream; cloze_event_wait blocks until it is reached and frees it.
+// Makes a device the current one of this thread and takes a little memory there, which shows whether it answers.
+int cloze_cuda_set_device(int64_t device);
+// An event behind all work queued so far on the device's current stream; cloze_event_wait blocks until it is reached.
 void* cloze_event_record(int64_t device);
 int cloze_event_wait(void* event);
+void cloze_event_free(void* event);
 int cloze_device_synchronize(int64_t device);
 }

@@ -79,6 +79,8 @@ unsafe extern "C" {
     pub fn cloze_cuda_open(libtorch_cuda_path: *const c_char) -> c_int;
     pub fn cloze_event_record(device: i64) -> *mut c_void;
     pub fn cloze_event_wait(event: *mut c_void) -> c_int;
+    pub fn cloze_event_free(event: *mut c_void);
+    pub fn cloze_cuda_set_device(device: i64) -> c_int;
     pub fn cloze_device_synchronize(device: i64) -> c_int;
 }
 

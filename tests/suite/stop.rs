@@ -23,7 +23,7 @@ fn a_terminated_run_saves_its_step_and_resume_finishes_it() {
     assert_eq!(stopped.events_named("run_stopped")[0]["step"], step);
     assert_eq!(stopped.live_workers(), 0);
     assert!(stopped.checkpoint_path(step, "manifest.json").is_file());
-    outcome.expect_words(&[&format!("error: stopped after step {step}"), "hint: go on with: cloze resume ", " --workers 2"]);
+    outcome.expect_words(&[&format!("error: stopped; step {step} is saved"), "hint: go on with: cloze resume ", " --workers 2"]);
 
     world.done(&["resume", "stopped", "--workers", "2"]);
     assert_eq!(stopped.restored_steps(), [0, step]);

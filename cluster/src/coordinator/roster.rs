@@ -35,6 +35,8 @@ pub(super) struct Roster {
     step: u64,
     /// Whether the newest generation has reported a step.
     stepped: bool,
+    /// Step at which the generation's state was restored.
+    stepped_from: Option<u64>,
     events: Vec<Event>,
     /// Outboxes of workers that are done. They close after the events are sent, so that a worker that saw its connection
     /// close can rely on its last words having been heard.
@@ -51,6 +53,7 @@ impl Roster {
             generation: 0,
             step: 0,
             stepped: false,
+            stepped_from: None,
             events: Vec::new(),
             departing: Vec::new(),
         }
@@ -82,6 +85,15 @@ impl Roster {
         self.events.push(Event::WorkerJoined { worker: join.worker, host: join.host });
     }
 
+    /// Takes every connected worker as heard now.
+    pub(super) fn excuse_silence(&mut self, now: Duration) {
+        for worker in &mut self.state.workers {
+            if let Worker::Present { heard } = worker {
+                *heard = now.max(*heard);
+            }
+        }
+    }
+
     /// A connected worker says something.
     pub(super) fn message(&mut self, connection: u64, worker: u32, at: Duration, message: WorkerMessage) {
         if !self.sits_on(worker, connection) {
@@ -93,7 +105,14 @@ impl Roster {
         let leads = worker == LEADER;
         match message {
             WorkerMessage::Join(_) => self.lose(worker, "joined twice on one connection"),
-            WorkerMessage::Heartbeat { generation, step, .. } if leads && self.runs(generation) => self.step = self.step.max(step),
+            WorkerMessage::Heartbeat { generation, step, .. } if leads && self.runs(generation) => {
+                // Not every step is reported, but a heartbeat tells how far the leader is.
+                if step > self.step && self.stepped_from.is_some_and(|restored| step > restored) {
+                    self.stepped = true;
+                    self.state.fruitless_generations = 0;
+                }
+                self.step = self.step.max(step);
+            }
             WorkerMessage::Step { generation, report } if leads && self.runs(generation) => {
                 self.step = report.step;
                 self.stepped = true;
@@ -107,6 +126,7 @@ impl Roster {
             }
             WorkerMessage::Restored { generation, step, source, skipped } if leads && self.runs(generation) => {
                 self.step = step;
+                self.stepped_from = Some(step);
                 self.state.saved_step = step;
                 self.events.push(Event::Restored { generation, step, source, skipped });
             }
@@ -189,6 +209,7 @@ impl Roster {
         self.state.stage = Stage::Running { generation: self.generation };
         self.state.broken = None;
         self.stepped = false;
+        self.stepped_from = None;
         self.events.push(Event::GenerationStarted { generation: self.generation, world_size, reason: reason.to_string() });
         for rank in 0..world_size {
             let (generation, peers, collective_key) = (self.generation, peers.clone(), key.clone());

@@ -128,6 +128,7 @@ impl Coordinator {
         let mut reception = Reception::new(self.listener, &self.options, sender);
         let mut roster = Roster::new(self.options.workers, limits(&self.options));
         let mut tick = clock(self.options.heartbeat_timeout);
+        let mut last_pass = started.elapsed();
         let end = loop {
             tokio::select! {
                 Some(order) = control.recv() => roster.control(order),
@@ -135,6 +136,12 @@ impl Coordinator {
                 () = reception.attend() => {}
                 _ = tick.tick() => {}
             }
+            // A process that was stopped itself, or whose reporters were slow, has heard nothing meanwhile: that is nobody's silence.
+            let now = started.elapsed();
+            if now.saturating_sub(last_pass) > self.options.heartbeat_timeout / 2 {
+                roster.excuse_silence(now);
+            }
+            last_pass = now;
             // What was said before now must be heard before silence is judged.
             for _ in 0..INPUT_MESSAGES {
                 let Ok(input) = inputs.try_recv() else { break };

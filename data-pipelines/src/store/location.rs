@@ -151,7 +151,7 @@ fn option_key(url: &str, name: &str) -> Result<AmazonS3ConfigKey, Failure> {
             .expected("an option such as `endpoint`, `region`, `allow_http`, `virtual_hosted_style_request`, `skip_signature`")
             .hint("remove it or correct its name")
     })?;
-    if matches!(key, AmazonS3ConfigKey::SecretAccessKey | AmazonS3ConfigKey::Token) {
+    if matches!(key, AmazonS3ConfigKey::SecretAccessKey | AmazonS3ConfigKey::Token) || name.to_ascii_lowercase().contains("customer_key") {
         return Err(Failure::new(FailureKind::Recipe, format!("object store option `{name}` is a secret"))
             .at(url)
             .hint("set `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` and `AWS_SESSION_TOKEN` in the environment instead"));

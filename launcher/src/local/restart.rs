@@ -96,8 +96,15 @@ fn backoff(slot_restarts: u32) -> Duration {
     Duration::from_millis((FIRST_BACKOFF_MS * factor).min(LONGEST_BACKOFF_MS))
 }
 
+/// Exit codes with which the system itself ends a program that it cannot execute, or whose libraries it cannot load.
+const EXIT_CODE_NOT_EXECUTABLE: i32 = 126;
+const EXIT_CODE_NOT_LOADED: i32 = 127;
+
 /// Kinds of failure that depend on what the worker was given, not on chance.
 fn incurable_kind(code: i32) -> Option<FailureKind> {
+    if [EXIT_CODE_NOT_EXECUTABLE, EXIT_CODE_NOT_LOADED].contains(&code) {
+        return Some(FailureKind::Environment);
+    }
     [FailureKind::Recipe, FailureKind::Input, FailureKind::Environment, FailureKind::Damaged, FailureKind::Mismatch]
         .into_iter()
         .find(|kind| i32::from(kind.exit_code()) == code)

@@ -1,16 +1,16 @@
-//! SIGINT and SIGTERM as flags that the loop looks at.
+//! SIGINT, SIGTERM and SIGHUP as flags that the loop looks at.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::{SigId, flag, low_level};
 
-/// The flags. While this value lives, the two signals do not end the program by themselves.
+/// The flags. While this value lives, the signals do not end the program by themselves.
 #[derive(Debug)]
 pub(super) struct Signals {
-    flags: [(&'static str, Arc<AtomicBool>, SigId); 2],
+    flags: [(&'static str, Arc<AtomicBool>, SigId); 3],
 }
 
 impl Signals {
@@ -21,12 +21,14 @@ impl Signals {
             let id = flag::register(signal, Arc::clone(&raised))?;
             io::Result::Ok((name, raised, id))
         };
-        Ok(Self { flags: [listen("SIGINT", SIGINT)?, listen("SIGTERM", SIGTERM)?] })
+        Ok(Self { flags: [listen("SIGINT", SIGINT)?, listen("SIGTERM", SIGTERM)?, listen("SIGHUP", SIGHUP)?] })
     }
 
-    /// The name of a signal that came since the last call.
+    /// The name of a signal that came since the last call. Several at once are one request, as from a wrapper that forwards them all.
     pub(super) fn take(&self) -> Option<&'static str> {
-        self.flags.iter().find(|(_, raised, _)| raised.swap(false, Ordering::SeqCst)).map(|(name, _, _)| *name)
+        let raised: Vec<&str> =
+            self.flags.iter().filter(|(_, raised, _)| raised.swap(false, Ordering::SeqCst)).map(|(name, _, _)| *name).collect();
+        raised.first().copied()
     }
 }
 

@@ -31,5 +31,6 @@ fn checked_source(context: &mut Context<'_>, index: usize, raw: SourceRaw) -> Da
     let path = format!("data.sources.{index}.url");
     let folder = context.root.place_of(&path).folder();
     let url = context.url(&path, &url, folder);
+    context.no_secrets(&format!("data.sources.{index}.options"), &options);
     DataSource { url, task, options }
 }

@@ -15,6 +15,11 @@ pub(super) fn check_training(context: &mut Context<'_>, path: &str, template: &s
     {
         context.problem(path, "found `{target}` before `{anchor}`, expected the anchor first");
     }
+    if let (Some(anchor), Some(inputs)) = (place("{anchor}"), template.rfind("{inputs}"))
+        && inputs > anchor
+    {
+        context.problem(path, "found `{inputs}` after `{anchor}`, expected the inputs first");
+    }
     for name in placeholders(template) {
         let is_identifier = name.chars().all(|character| character.is_ascii_alphanumeric() || character == '_');
         if is_identifier && !["inputs", "anchor", "target"].contains(&name) {
