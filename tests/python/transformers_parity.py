@@ -1,8 +1,9 @@
 """Compares `cloze forward` with Hugging Face transformers on the same random weights: logits, loss, gradients and a 20-step AdamW curve.
 
-  transformers_parity.py CLOZE_BINARY WORK_FOLDER [--device cpu]      prints one JSON line with the largest differences
+  transformers_parity.py CLOZE_BINARY WORK_FOLDER [--device cuda [--bfloat16]]      prints one JSON line with the largest differences
 """
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,8 @@ ids = rng.integers(1, 512, sum(lengths)).astype(np.int32)
 labels = np.where(rng.random(len(ids)) < 0.2, rng.integers(0, 512, len(ids)), -100).astype(np.int32)
 save_file({"input_ids": ids, "lengths": np.array(lengths, np.int32), "labels": labels}, folder / "input.safetensors")
 subprocess.run([binary, "forward", "--model", folder / "model", "--input", folder / "input.safetensors", "--output", folder / "output.safetensors",
-                "--gradients", "--steps", str(STEPS), "--learning-rate", str(LEARNING_RATE), *extra], check=True)
+                "--gradients", "--steps", str(STEPS), "--learning-rate", str(LEARNING_RATE), *extra], check=True,
+               env=dict(os.environ, CLOZE_TORCH=os.path.dirname(torch.__file__)))  # a GPU run opens the CUDA half of this PyTorch
 ours = load_file(folder / "output.safetensors")
 
 longest = max(lengths)
