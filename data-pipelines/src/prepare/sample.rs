@@ -35,6 +35,9 @@ struct Tail {
 #[derive(Default)]
 pub(super) struct TailMemory(HashMap<String, Option<Tail>>);
 
+/// Two answers, to see where the tokens of an answer begin.
+const PROBES: [&str; 2] = ["A", "7"];
+
 /// Makes samples by a recipe.
 pub(super) struct SampleEncoder<'a> {
     tokenizer: &'a Tokenizer,
@@ -57,7 +60,7 @@ impl<'a> SampleEncoder<'a> {
     pub(super) fn new(recipe: &Recipe, tokenizer: &'a Tokenizer, anchor_id: u32) -> anyhow::Result<Self> {
         let anchor = &recipe.model.anchor_token;
         let template = Template::parse(&recipe.data.template, anchor)?;
-        let before_ids = tokenizer.encode(template.before().trim_end(), false)?;
+        let before_ids = before_ids(tokenizer, template.before())?;
         let mut cue_ids = tokenizer.encode(&[template.cue(), anchor.as_str()].concat(), false)?;
         cue_ids.pop();
         // The anchor is one token, so that whatever else stands around it alone comes from the tokenizer.
@@ -162,6 +165,17 @@ impl<'a> SampleEncoder<'a> {
             && self.before_ids.first() != Some(&ids[answer]);
         Ok(fits.then_some(Tail { ids, answer }))
     }
+}
+
+/// Tokens before the answer, whatever it is: a space before it may become part of its token, a line end stays a token of its own.
+fn before_ids(tokenizer: &Tokenizer, before: &str) -> anyhow::Result<Vec<u32>> {
+    let [one, other] = PROBES.map(|answer| tokenizer.encode(&[before, answer].concat(), false));
+    let (one, other) = (one?, other?);
+    if one == other {
+        // A vocabulary of few words knows neither probe.
+        return tokenizer.encode(before.trim_end(), false);
+    }
+    Ok(one.iter().zip(&other).take_while(|(a, b)| a == b).map(|(a, _)| *a).collect())
 }
 
 /// Whether a space stands between two letters or digits.
