@@ -1,6 +1,6 @@
 //! `cloze predict`: texts in, one JSON line each out: the best label, or the most probable tokens at the mask.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, Write};
 use std::path::PathBuf;
 
@@ -69,16 +69,29 @@ pub fn predict(options: PredictOptions, texts: &[String], stdin: &mut dyn BufRea
     }
     let mut waiting = Vec::new();
     for line in stdin.lines() {
-        let line = line.context("read a line of stdin as UTF-8")?;
-        if !line.trim().is_empty() {
-            waiting.push(line);
-        }
+        waiting.push(line.context("read a line of stdin as UTF-8")?);
         if waiting.len() == TEXTS_AT_ONCE {
             predictor.answer(&waiting, stdout)?;
             waiting.clear();
         }
     }
     predictor.answer(&waiting, stdout)
+}
+
+/// A probability with the digits that float32 has.
+fn shown(probability: f32) -> Value {
+    Value::from((f64::from(probability) * 1e7).round() / 1e7)
+}
+
+/// Refuses labels among which nothing can be chosen; none at all is another question.
+fn check_labels(labels: &[String]) -> Result<(), Failure> {
+    let distinct: BTreeSet<&String> = labels.iter().collect();
+    if labels.is_empty() || (labels.len() > 1 && distinct.len() == labels.len() && labels.iter().all(|label| !label.is_empty())) {
+        return Ok(());
+    }
+    Err(Failure::new(FailureKind::Recipe, "`--labels` leaves nothing to choose")
+        .expected("two or more different words, separated by commas")
+        .found(labels.join(",")))
 }
 
 impl Predictor {
@@ -97,6 +110,7 @@ impl Predictor {
                 .found(if found.is_empty() { "no name".to_owned() } else { found })
                 .into());
         }
+        check_labels(&options.labels)?;
         let marks = Marks { anchor: &options.anchor, mask: &mask };
         let tokens_of = |label: &String| template.label_tokens(std::slice::from_ref(label), &tokenizer, marks);
         let label_tokens = options.labels.iter().map(tokens_of).collect::<Result<_>>()?;
@@ -126,12 +140,12 @@ impl Predictor {
             let mut order: Vec<usize> = (0..probabilities.len()).collect();
             order.sort_by(|&a, &b| probabilities[b].total_cmp(&probabilities[a]));
             let scores =
-                order.iter().take(TOP_TOKENS).map(|&id| (self.tokenizer.decode(&[id as u32], false), probabilities[id].into())).collect();
+                order.iter().take(TOP_TOKENS).map(|&id| (self.tokenizer.decode(&[id as u32], false), shown(probabilities[id]))).collect();
             return Answer { text, label: None, scores };
         }
         let sums = label_sums(probabilities, &self.label_tokens);
         let best = (0..sums.len()).rev().max_by(|&a, &b| sums[a].total_cmp(&sums[b]));
-        let scores = self.options.labels.iter().cloned().zip(sums.iter().map(|&sum| sum.into())).collect();
+        let scores = self.options.labels.iter().cloned().zip(sums.iter().map(|&sum| shown(sum))).collect();
         Answer { text, label: best.map(|index| self.options.labels[index].as_str()), scores }
     }
 }

@@ -176,6 +176,7 @@ fn run(command: Command) -> Result<()> {
             evaluate::evaluate(&EvaluateOptions { recipe, run, model, output, torch_folder }, &mut stdout)
         }
         Command::Predict(PredictArguments { model, labels, template, anchor, max_length, texts }) => {
+            let labels = labels.iter().map(|label| label.trim().to_owned()).collect();
             let options = PredictOptions { model, labels, template, anchor, max_length };
             predict::predict(options, &texts, &mut std::io::stdin().lock(), &mut stdout)
         }

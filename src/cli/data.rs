@@ -9,7 +9,7 @@ use cloze_data::dataset::Dataset;
 use cloze_data::inspect::{Inspection, inspect as write_inspection};
 use cloze_data::manifest::Manifest;
 use cloze_data::mask::TokenFacts;
-use cloze_data::prepare::{PrepareOptions, PrepareOutcome, ProgressLine, prepare as prepare_data};
+use cloze_data::prepare::{PrepareOptions, PrepareOutcome, ProgressLine, check_prepared, prepare as prepare_data};
 use cloze_data::synth::{SynthOptions, synth as write_corpus};
 use cloze_data::tokenizer::Tokenizer;
 
@@ -39,6 +39,7 @@ pub fn prepare(arguments: &PrepareArguments) -> Result<ExitCode> {
 pub fn inspect(arguments: &InspectArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
     let recipe = cloze_recipes::load(&arguments.recipe.recipe, &arguments.recipe.overrides)?;
     let dataset = Dataset::open(&recipe.data.output)?;
+    check_prepared(&recipe, dataset.manifest())?;
     let (tokenizer, anchor_id) = Tokenizer::load_with_anchor(&recipe.model.tokenizer, &recipe.model.anchor_token)?;
     let facts =
         TokenFacts { mask_id: tokenizer.mask_id, special_ids: tokenizer.special_ids(), vocab_size: tokenizer.vocab_size(), anchor_id };

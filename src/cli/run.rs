@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use cloze_data::batch::total_steps;
 use cloze_data::dataset::Dataset;
+use cloze_data::prepare::check_prepared;
 use cloze_data::tokenizer::Tokenizer;
 use cloze_launcher::{LaunchOptions, NewRun, PlannedFault, RunEnd, RunFolder, TerminalStyle, launch};
 use cloze_recipes::failure::{Failure, FailureKind};
@@ -22,8 +23,10 @@ const RUNS_FOLDER: &str = "runs";
 /// Starts a new run.
 pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
     let recipe = cloze_recipes::load(&arguments.recipe.recipe, &arguments.recipe.overrides)?;
+    check_model_folder(&recipe)?;
     let dataset = Dataset::open(&recipe.data.output)?;
     check_has_samples(&dataset, &recipe)?;
+    check_prepared(&recipe, dataset.manifest())?;
     dataset.check_tokenizer(&Tokenizer::load(&recipe.model.tokenizer)?)?;
     check_port(arguments.watch.listen)?;
     let fault = arguments.watch.kill_worker.as_deref().map(|text| parse_fault(text, arguments.workers)).transpose()?;
@@ -37,8 +40,9 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
         command_line: std::env::args().collect(),
         worker_build: build_name(),
     };
-    let run = RunFolder::create(&root, &new)?;
     let total = total_steps(&recipe.train, dataset.num_samples());
+    check_fault_step(fault, total)?;
+    let run = RunFolder::create(&root, &new)?;
     go(Start { run, recipe, total, workers: arguments.workers, binary, fault }, &arguments.watch)
 }
 
@@ -144,6 +148,24 @@ fn parse_fault(text: &str, workers: u32) -> Result<PlannedFault, Failure> {
         let expected = format!("N@STEP, such as 0@60, with N below {workers}");
         Failure::new(FailureKind::Recipe, "`--kill-worker` names no worker and step").expected(expected).found(text)
     })
+}
+
+fn check_model_folder(recipe: &Recipe) -> Result<(), Failure> {
+    match recipe.model.path.as_ref().filter(|path| !path.join("config.json").is_file()) {
+        None => Ok(()),
+        Some(path) => Err(Failure::new(FailureKind::Input, "`model.path` is no model folder")
+            .at(path.display())
+            .expected("a folder with config.json, model.safetensors and tokenizer.json")),
+    }
+}
+
+fn check_fault_step(fault: Option<PlannedFault>, total: u64) -> Result<(), Failure> {
+    match fault.filter(|fault| fault.step >= total) {
+        None => Ok(()),
+        Some(fault) => Err(Failure::new(FailureKind::Recipe, "`--kill-worker` names a step that the run does not reach")
+            .expected(format!("a step below {total}"))
+            .found(fault.step)),
+    }
 }
 
 fn split(folder: &Path) -> Result<(PathBuf, String)> {

@@ -37,6 +37,9 @@ pub fn worker_binary() -> Result<PathBuf> {
 /// `cloze eval`
 pub fn eval(arguments: &EvalArguments) -> Result<ExitCode> {
     let is_run = arguments.target.is_dir();
+    if is_run {
+        check_run(&arguments.target)?;
+    }
     let (recipe_file, output) = if is_run { eval_of_run(arguments)? } else { eval_of_recipe(arguments)? };
     let mut worker = vec![OsString::from("eval"), "--recipe".into(), recipe_file.into(), "--output".into(), output.into()];
     if is_run {
@@ -46,6 +49,16 @@ pub fn eval(arguments: &EvalArguments) -> Result<ExitCode> {
         worker.extend(["--model".into(), model.into()]);
     }
     run(worker)
+}
+
+/// Refuses a folder that is no run.
+fn check_run(folder: &Path) -> Result<(), Failure> {
+    if folder.join("run.json").is_file() {
+        return Ok(());
+    }
+    Err(Failure::new(FailureKind::Input, "this folder holds no run")
+        .at(folder.display())
+        .hint("`cloze train RECIPE` starts a run and names its folder"))
 }
 
 /// Recipe file and output folder of a run's evaluation.
@@ -87,6 +100,7 @@ pub fn predict(arguments: &PredictArguments) -> Result<ExitCode> {
 
 /// `cloze export`
 pub fn export(arguments: &ExportArguments) -> Result<ExitCode> {
+    check_run(&arguments.run)?;
     run(vec!["export".into(), arguments.run.clone().into(), arguments.output.clone().into()])
 }
 

@@ -119,3 +119,25 @@ fn a_second_preparation_does_nothing_until_the_input_changes() {
     assert!(snapshot(&world.path("prepared")) != before);
     world.done(&["data", "verify", RECIPE]);
 }
+
+/// What was held out, cut and filtered must be what the run's recipe says; another seed may share the data.
+#[test]
+fn data_of_another_recipe_is_refused_and_another_seed_is_not() {
+    let world = World::prepared();
+    let outcome = world.cloze(&["train", "recipe.yaml", "--run", "run", "--set", "data.hold_out=[sentiment]"]).expect_code(8);
+    outcome.expect_words(&["error: the data was prepared by another recipe", "data.hold_out was ", "hint: "]);
+    assert!(!world.path("run").exists());
+    world.cloze(&["data", "inspect", "recipe.yaml", "--set", "data.max_length=64"]).expect_code(8);
+    world.done(&["train", "recipe.yaml", "--run", "run", "--set", "seed=7", "--set", "train.steps=3"]);
+}
+
+/// Nothing is written into a folder that holds the user's own files.
+#[test]
+fn an_output_folder_with_other_files_is_refused() {
+    let world = World::with_corpus(50);
+    std::fs::create_dir(world.path("mine")).expect("make a folder");
+    world.write("mine/notes.txt", "keep me");
+    let outcome = world.cloze(&["data", "prepare", "recipe.yaml", "--set", "data.output=mine"]).expect_code(3);
+    outcome.expect_words(&["error: the output folder holds something else", "notes.txt"]);
+    assert_eq!(std::fs::read_dir(world.path("mine")).expect("read the folder").count(), 1);
+}

@@ -61,10 +61,10 @@ fn predict_answers_every_line_with_one_of_the_labels() {
     let world = World::prepared();
     trained(&world);
     world.done(&["export", "run", "--output", "model"]);
-    let texts = ["Is it good?", "Is it \"bad\"?", "I found the acting brilliant."];
+    // An empty line is a text too, so that answers stay beside their lines.
+    let texts = ["Is it good?", "Is it \"bad\"?", "", "I found the acting brilliant."];
     let mut command = world.command(&["predict", "--model", "model", "--labels", "positive,negative"]);
-    // An empty line is no text.
-    let outcome = Process::start(&mut command, &format!("{}\n\n", texts.join("\n"))).wait().expect_code(0);
+    let outcome = Process::start(&mut command, &format!("{}\n", texts.join("\n"))).wait().expect_code(0);
     let answers: Vec<Value> = outcome.stdout.lines().map(|line| serde_json::from_str(line).expect("an answer is JSON")).collect();
     assert_eq!(answers.len(), texts.len(), "{}", outcome.stdout);
     for (answer, text) in answers.iter().zip(texts) {
@@ -75,9 +75,9 @@ fn predict_answers_every_line_with_one_of_the_labels() {
         assert_eq!(answer["label"], if positive > negative { "positive" } else { "negative" });
     }
     // The same text as an argument has the same answer.
-    let alone = world.done(&["predict", "--model", "model", "--labels", "positive,negative", texts[2]]).stdout;
+    let alone = world.done(&["predict", "--model", "model", "--labels", "positive,negative", texts[3]]).stdout;
     let alone: Value = serde_json::from_str(&alone).expect("an answer is JSON");
-    assert_eq!(alone["label"], answers[2]["label"]);
+    assert_eq!(alone["label"], answers[3]["label"]);
 
     world.cloze(&["predict", "--model", "none", "text"]).expect_code(4);
 }

@@ -25,3 +25,4 @@ mod template;
 mod write;
 
 pub use run::{PrepareOptions, PrepareOutcome, ProgressLine, prepare};
+pub use settings::check_prepared;

@@ -16,7 +16,7 @@ use super::sample::SampleEncoder;
 use super::settings::{Origin, part_key, settings};
 use super::write::{Written, write_shards};
 use crate::files;
-use crate::manifest::{Counts, InputEntry, MANIFEST_VERSION, Manifest};
+use crate::manifest::{Counts, InputEntry, MANIFEST_FILE, MANIFEST_VERSION, Manifest};
 use crate::record::{Input, list_inputs};
 use crate::tokenizer::Tokenizer;
 
@@ -123,6 +123,7 @@ pub fn prepare(recipe: &Recipe, options: &PrepareOptions, progress: &mut dyn FnM
     let inputs = list_inputs(&recipe.data.sources)?;
     let output = &recipe.data.output;
     files::create_folder(output)?;
+    check_own_folder(output)?;
     let _lock = lock(output)?;
     let origin = Origin { settings: settings(recipe), tokenizer_fingerprint: tokenizer.fingerprint(), inputs: &inputs };
     if !options.force
@@ -140,6 +141,23 @@ pub fn prepare(recipe: &Recipe, options: &PrepareOptions, progress: &mut dyn FnM
     manifest.save(output)?;
     fs::remove_dir_all(&parts_folder).map_err(|error| files::disk_failure("remove finished parts", &parts_folder, &error))?;
     Ok(PrepareOutcome::Prepared(manifest))
+}
+
+/// Refuses a folder that holds anything but prepared data, such as the records themselves.
+fn check_own_folder(output: &Path) -> Result<(), Failure> {
+    let unreadable = |error: io::Error| files::disk_failure("read the output folder", output, &error);
+    for entry in fs::read_dir(output).map_err(unreadable)? {
+        let name = entry.map_err(unreadable)?.file_name().to_string_lossy().into_owned();
+        let is_ours = name.starts_with('.') || name == MANIFEST_FILE || name.starts_with("shard-");
+        if !is_ours {
+            return Err(Failure::new(FailureKind::Recipe, "the output folder holds something else")
+                .at(output.display())
+                .expected("a new folder, or one that `cloze data prepare` made")
+                .found(name)
+                .hint("set another `data.output`"));
+        }
+    }
+    Ok(())
 }
 
 /// Makes the parts that are missing and answers with all of them by key.

@@ -15,6 +15,9 @@ use crate::shard;
 /// Changes whenever the same records would become other parts.
 const PART_FORMAT: u32 = 1;
 
+/// The setting that decides which samples a cap keeps.
+const SEED: &str = "seed";
+
 /// What a preparation is made from.
 pub(super) struct Origin<'a> {
     pub(super) settings: BTreeMap<String, Value>,
@@ -52,14 +55,7 @@ impl Origin<'_> {
     }
 
     fn changes(&self, manifest: &Manifest) -> anyhow::Result<Vec<String>> {
-        let mut changes = Vec::new();
-        let keys: BTreeSet<&String> = manifest.settings.keys().chain(self.settings.keys()).collect();
-        for key in keys {
-            let (old, new) = (manifest.settings.get(key).unwrap_or(&Value::Null), self.settings.get(key).unwrap_or(&Value::Null));
-            if old != new {
-                changes.push(format!("{key} was {old}, is {new}"));
-            }
-        }
+        let mut changes = setting_changes(&manifest.settings, &self.settings);
         if manifest.tokenizer_fingerprint != self.tokenizer_fingerprint {
             let (old, new) = (&manifest.tokenizer_fingerprint, self.tokenizer_fingerprint);
             changes.push(format!("tokenizer was blake3 {}, is {}", short(old), short(new)));
@@ -88,6 +84,35 @@ impl Origin<'_> {
     }
 }
 
+/// Refuses prepared data whose recipe said something else about it: what was held out, cut or filtered must be what the run states.
+///
+/// The seed may differ, so that runs with several seeds share their data.
+///
+/// # Errors
+/// [`FailureKind::Mismatch`] that names every setting with both values.
+pub fn check_prepared(recipe: &Recipe, manifest: &Manifest) -> Result<(), Failure> {
+    let without_seed = |mut settings: BTreeMap<String, Value>| {
+        settings.remove(SEED);
+        settings
+    };
+    let changes = setting_changes(&without_seed(manifest.settings.clone()), &without_seed(settings(recipe)));
+    if changes.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::new(FailureKind::Mismatch, "the data was prepared by another recipe")
+        .at(recipe.data.output.display())
+        .expected("the settings that it was prepared with")
+        .found(changes.join("; "))
+        .hint("prepare it again (`cloze data prepare RECIPE --force`), or set another `data.output`"))
+}
+
+fn setting_changes(old: &BTreeMap<String, Value>, new: &BTreeMap<String, Value>) -> Vec<String> {
+    let keys: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+    let value = |settings: &BTreeMap<String, Value>, key: &String| settings.get(key).cloned().unwrap_or(Value::Null);
+    let pairs = keys.into_iter().map(|key| (key, value(old, key), value(new, key)));
+    pairs.filter(|(_, old, new)| old != new).map(|(key, old, new)| format!("{key} was {old}, is {new}")).collect()
+}
+
 /// Says how an input changed. One of the same size with a new date is read, since copying a file changes its date.
 fn input_change(entry: &InputEntry, input: &Input) -> anyhow::Result<Option<String>> {
     if entry.size != input.info.size {
@@ -108,7 +133,7 @@ fn short(hash: &str) -> &str {
 /// All settings that decide what is in the shards.
 pub(super) fn settings(recipe: &Recipe) -> BTreeMap<String, Value> {
     let mut settings = sample_settings(recipe);
-    settings.insert("seed".to_owned(), json!(recipe.seed));
+    settings.insert(SEED.to_owned(), json!(recipe.seed));
     settings.insert("data.cap_per_task".to_owned(), json!(recipe.data.cap_per_task));
     settings.insert("data.wanted_total".to_owned(), json!(recipe.data.wanted_total));
     let tasks: Vec<&Option<String>> = recipe.data.sources.iter().map(|source| &source.task).collect();

@@ -1,6 +1,6 @@
 //! All readers of one run behind one call.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -36,10 +36,12 @@ impl Reporters {
         let recorded = Recorded { time, event };
         self.jsonl.write(&recorded).map_err(|error| storage("write the event log", &self.events_path, &error))?;
         self.tensorboard.write(&recorded).map_err(|error| storage("write a TensorBoard file", &self.tensorboard_path, &error))?;
-        self.terminal
-            .write(&recorded)
-            .map_err(|error| Failure::new(FailureKind::Storage, "failed to write progress to standard error").because(error))?;
-        Ok(())
+        match self.terminal.write(&recorded) {
+            // Somebody closed the other end, as `| head` does; the run goes on, and the files have everything.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            Err(error) => Err(Failure::new(FailureKind::Storage, "failed to write progress to standard error").because(error).into()),
+            Ok(()) => Ok(()),
+        }
     }
 }
 
@@ -50,8 +52,6 @@ pub(crate) fn terminal(output: Box<dyn Write + Send>, style: TerminalStyle, run:
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-
     use super::*;
     use crate::run_folder::NewRun;
     use crate::sample::recipe;
