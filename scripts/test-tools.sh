@@ -1,12 +1,46 @@
 #!/usr/bin/env bash
-# Install what some tests compare with: Hugging Face transformers, TensorBoard, and an S3 server; once per machine, outside the checkout.
-# Tests that need a tool that is not there say so loudly and are skipped. Prints the folder of the tools.
+# Install what some tests compare with: Hugging Face transformers, TensorBoard, an S3 server, an Azure server and a browser; once per machine,
+# outside the checkout. Tests that need a tool that is not there say so loudly and are skipped. Prints the folder of the tools.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 readonly CACHE="${CLOZE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/cloze}"
 readonly REQUIREMENTS="scripts/test-tools-requirements.txt"
-stamp=$(cksum < "$REQUIREMENTS" | cut -d' ' -f1)
+# Packages of the npm registry: drives a browser; speaks Azure's protocol.
+readonly NODE_PACKAGES=(playwright-core@1.65.1 azurite@3.35.0)
+# Debian's packages: the browser with one font, a linter of metrics, and what makes and disturbs networks.
+readonly SYSTEM_PACKAGES=(chromium fonts-dejavu-core prometheus iproute2 gdb)
+stamp=$(printf '%s' "${NODE_PACKAGES[*]}" | cat "$REQUIREMENTS" - | cksum | cut -d' ' -f1)
 tools="$CACHE/test-tools-$stamp"
+
+warn() { printf 'warning: %s; the tests that need it will be SKIPPED\n' "$1" >&2; }
+
+# The system's packages are only installed where root and apt are there, and none of the services is started.
+install_system_packages() {
+    command -v chromium > /dev/null && command -v promtool > /dev/null && command -v ip > /dev/null && return
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
+        warn 'no root or no apt-get, so no Chromium, promtool or ip'
+        return
+    fi
+    printf 'installing %s\n' "${SYSTEM_PACKAGES[*]}" >&2
+    local policy=/usr/sbin/policy-rc.d
+    if [ ! -e "$policy" ]; then
+        printf '#!/bin/sh\nexit 101\n' > "$policy"
+        chmod 755 "$policy"
+        trap 'rm -f /usr/sbin/policy-rc.d' RETURN
+    fi
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${SYSTEM_PACKAGES[@]}"; } \
+        > /dev/null 2>&1 || warn 'apt-get could not install Chromium, promtool or ip'
+}
+
+install_node_packages() {
+    if ! command -v npm > /dev/null; then
+        warn 'npm is missing, so no browser driver and no Azure server'
+        return
+    fi
+    mkdir -p "$tools/node"
+    PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm install --prefix "$tools/node" --silent --no-audit --no-fund "${NODE_PACKAGES[@]}" > /dev/null 2>&1 \
+        || warn 'npm could not install the browser driver and the Azure server'
+}
 
 if [ ! -e "$tools/complete" ]; then
     mkdir -p "$CACHE"
@@ -18,11 +52,13 @@ if [ ! -e "$tools/complete" ]; then
         if python3 -m venv "$tools/uv" && "$tools/uv/bin/python" -m pip install --quiet --disable-pip-version-check uv==0.9.* \
             && "$tools/uv/bin/uv" venv --quiet --python "$(command -v python3)" "$tools/venv" \
             && "$tools/uv/bin/uv" pip install --quiet --python "$tools/venv/bin/python" --requirement "$REQUIREMENTS"; then
+            install_node_packages
             touch "$tools/complete"
         else
-            printf 'warning: the test tools could not be installed; the tests that need them will be SKIPPED\n' >&2
-            exit 0
+            warn 'the Python tools could not be installed'
         fi
     fi
 fi
-printf '%s\n' "$tools/venv"
+install_system_packages
+[ -e "$tools/complete" ] && printf '%s\n' "$tools/venv"
+exit 0

@@ -1,114 +1,250 @@
-//! Between tensors and checkpoints: a snapshot is taken while the loop stands still, and written while it goes on.
+//! Between tensors and checkpoints: a thread copies this worker's share of the state while the next step computes, and stores it
+//! while the steps after that go on.
+//!
+//! The copy may last until parameters and moments are about to change; only if it is not done by then does the loop wait for it.
 
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
+use cloze_cluster::client::Client;
+use cloze_cluster::protocol::{SavedFile, WorkerMessage};
 use cloze_recipes::failure::{Failure, FailureKind};
+use tch::Device;
 
-use crate::checkpoint::{CheckpointState, CheckpointStore, Loaded, NamedTensorOwned, Saved};
-use crate::model::modernbert::ModernBert;
-use crate::optim::adamw::AdamW;
+use crate::checkpoint::{CheckpointState, CheckpointStore, Loaded, Piece, Share};
+use crate::step::{Group, SharePart};
+use crate::torch::memory;
 
-const FIRST_MOMENT: &str = "exp_avg.";
-const SECOND_MOMENT: &str = "exp_avg_sq.";
+/// Checkpoints in a row that may fail before the run ends: an outage may pass, a place that takes nothing will not.
+const FAILED_SAVES_MAX: u32 = 3;
 
-/// State of a run on the host, ready to be written.
-pub struct Snapshot {
+/// What is written, and on whose behalf.
+pub struct SaveOrder {
     /// Where the run stands.
     pub state: CheckpointState,
-    model: Vec<NamedTensorOwned>,
-    optimizer: Vec<NamedTensorOwned>,
-    companions: Vec<(String, Bytes)>,
+    /// Generation that saves.
+    pub generation: u64,
+    /// This worker's rank.
+    pub rank: u32,
+    /// This worker's share of the state.
+    pub parts: Vec<SharePart>,
+    /// The files that make a checkpoint a complete model folder; the leader's part.
+    pub companions: Vec<(String, Bytes)>,
 }
 
-/// Writes snapshots one at a time on a thread of its own; used by the leader only.
+/// Writes one checkpoint at a time; outlives generations, so that a slow store holds up no recovery.
 pub struct Checkpointer {
     store: Arc<CheckpointStore>,
-    writing: Option<(u64, JoinHandle<Result<Saved>>)>,
+    client: Arc<Client>,
+    upload_timeout: Duration,
+    writing: Option<Writing>,
+    failed_in_a_row: u32,
+    newest_known_step: u64,
 }
 
-impl Snapshot {
-    /// Copies the state to the host. `companions` are the files that make the checkpoint a complete model folder.
-    pub fn take(state: CheckpointState, model: &ModernBert, optimizer: &AdamW, companions: &[(String, Bytes)]) -> Result<Self> {
-        let parameters = model.parameters();
-        let moment = |prefix: &str, flat| -> Result<Vec<NamedTensorOwned>> {
-            let mut tensors = parameters.named(flat)?;
-            tensors.iter_mut().for_each(|tensor| tensor.name.insert_str(0, prefix));
-            Ok(tensors)
-        };
-        let mut moments = moment(FIRST_MOMENT, &optimizer.first_moment)?;
-        moments.extend(moment(SECOND_MOMENT, &optimizer.second_moment)?);
-        Ok(Self { state, model: parameters.named(parameters.values())?, optimizer: moments, companions: companions.to_vec() })
-    }
+/// A save in progress.
+struct Writing {
+    step: u64,
+    generation: u64,
+    /// Closed when the copy is complete.
+    copied: Option<Receiver<()>>,
+    /// Tells the writer how long the loop stood still.
+    blocked: Option<Sender<f64>>,
+    blocked_s: f64,
+    thread: JoinHandle<Result<()>>,
 }
 
 impl Checkpointer {
-    /// A writer to a store.
-    pub fn new(store: Arc<CheckpointStore>) -> Self {
-        Self { store, writing: None }
+    /// A writer to a store, which tells the coordinator what it wrote.
+    pub fn new(store: Arc<CheckpointStore>, client: Arc<Client>, upload_timeout: Duration) -> Self {
+        Self { store, client, upload_timeout, writing: None, failed_in_a_row: 0, newest_known_step: 0 }
     }
 
-    /// Whether a write is in progress, or its result not yet taken.
-    pub fn is_writing(&self) -> bool {
-        self.writing.is_some()
+    /// Whether a write is in progress. Takes the result of one that is over.
+    ///
+    /// # Errors
+    /// The failure of a write, when there were too many in a row.
+    pub fn is_writing(&mut self) -> Result<bool> {
+        if self.writing.as_ref().is_some_and(|writing| writing.thread.is_finished()) {
+            self.take_result(false)?;
+        }
+        Ok(self.writing.is_some())
     }
 
-    /// Starts writing a snapshot; the result of the one before must have been taken.
-    pub fn start(&mut self, snapshot: Snapshot) -> Result<()> {
-        ensure!(!self.is_writing(), "a checkpoint is still being written");
-        let store = Arc::clone(&self.store);
-        let step = snapshot.state.step;
-        let write = move || store.save(&snapshot.state, &snapshot.model, &snapshot.optimizer, &snapshot.companions);
+    /// The store may hold checkpoints up to this step, from before this process.
+    pub fn set_newest_known_step(&mut self, step: u64) {
+        self.newest_known_step = self.newest_known_step.max(step);
+    }
+
+    /// Whether the store already holds this checkpoint, because the step was done before. Asks the store only where that is possible.
+    pub fn is_saved(&self, step: u64, recipe_hash: &str) -> Result<bool> {
+        if step > self.newest_known_step { Ok(false) } else { self.store.is_saved(step, recipe_hash) }
+    }
+
+    /// Starts a save; the one before must be over.
+    pub fn start(&mut self, order: SaveOrder) -> Result<()> {
+        ensure!(self.writing.is_none(), "a checkpoint is still being written");
+        let started = Instant::now();
+        let (copy_done, copied) = channel();
+        let (blocked, blocked_told) = channel();
+        let (step, generation) = (order.state.step, order.generation);
+        let writer = Writer {
+            store: Arc::clone(&self.store),
+            client: Arc::clone(&self.client),
+            started,
+            deadline: started + self.upload_timeout,
+            blocked: blocked_told,
+        };
+        // Tensors on a GPU are copied here: behind the work that is queued, and before any that changes them.
+        let on_host = order.parts.iter().all(|part| part.tensor.device() == Device::Cpu);
+        let order = if on_host { order } else { to_host(order)? };
+        let write = move || writer.write(order, copy_done);
         let thread =
             std::thread::Builder::new().name("checkpoint-writer".to_owned()).spawn(write).context("start the checkpoint writer")?;
-        self.writing = Some((step, thread));
+        let blocked_s = started.elapsed().as_secs_f64();
+        self.writing = Some(Writing { step, generation, copied: Some(copied), blocked: Some(blocked), blocked_s, thread });
         Ok(())
     }
 
-    /// The result of a write that is over, without waiting for one that is not.
-    pub fn poll(&mut self) -> Result<Option<(u64, Saved)>> {
-        if self.writing.as_ref().is_some_and(|(_, thread)| thread.is_finished()) { self.finish() } else { Ok(None) }
+    /// Returns when the state may change: when the copy of a save in progress is complete.
+    pub fn wait_for_copy(&mut self) {
+        let Some(writing) = &mut self.writing else { return };
+        let Some(copied) = writing.copied.take() else { return };
+        let started = Instant::now();
+        // The writer sends nothing; the channel closes with the copy, or with the writer.
+        let _closed = copied.recv();
+        writing.blocked_s += started.elapsed().as_secs_f64();
+        if let Some(blocked) = writing.blocked.take() {
+            // A writer that has failed needs no time.
+            let _ = blocked.send(writing.blocked_s);
+        }
     }
 
-    /// Waits for the write in progress; `None` where there is none.
-    pub fn finish(&mut self) -> Result<Option<(u64, Saved)>> {
-        let Some((step, thread)) = self.writing.take() else { return Ok(None) };
-        let saved = thread.join().map_err(|_| anyhow!("the checkpoint writer panicked"))?;
-        Ok(Some((step, saved.with_context(|| format!("save the checkpoint of step {step}"))?)))
+    /// Waits for the write in progress, if there is one. The last checkpoint of a run may not fail.
+    pub fn finish(&mut self, is_last: bool) -> Result<()> {
+        self.wait_for_copy();
+        if self.writing.is_some() { self.take_result(is_last) } else { Ok(()) }
+    }
+
+    /// Waits for the write in progress, whose failure no longer matters: another one follows at once.
+    pub fn settle(&mut self) -> Result<()> {
+        self.wait_for_copy();
+        self.failed_in_a_row = 0;
+        self.finish(false)
+    }
+
+    fn take_result(&mut self, is_last: bool) -> Result<()> {
+        let Some(writing) = self.writing.take() else { return Ok(()) };
+        let Writing { step, generation, thread, .. } = writing;
+        let result = thread.join().map_err(|_| anyhow!("the checkpoint writer panicked"))?;
+        let Err(error) = result else {
+            self.failed_in_a_row = 0;
+            return Ok(());
+        };
+        // A generation that ends in the middle of a save says nothing about the store.
+        self.failed_in_a_row += u32::from(!error.is::<SharesMissing>());
+        tracing::warn!(step, error = format!("{error:#}"), "checkpoint given up");
+        if is_last || self.failed_in_a_row >= FAILED_SAVES_MAX || is_conflict(&error) {
+            return Err(error.context(format!("save the checkpoint of step {step}")));
+        }
+        let reason =
+            error.downcast_ref::<Failure>().map_or_else(|| format!("{error:#}"), |failure| failure.to_string().replace("\n  ", ", "));
+        self.client.send(&WorkerMessage::CheckpointFailed { generation, step, reason })
     }
 }
 
 impl Drop for Checkpointer {
-    /// A write outlives no generation: the next one must not find a half of it, or write beside it.
     fn drop(&mut self) {
-        if let Err(error) = self.finish() {
-            tracing::warn!(error = format!("{error:#}"), "the checkpoint of a broken generation could not be saved");
+        if let Err(error) = self.finish(false) {
+            tracing::warn!(error = format!("{error:#}"), "the last checkpoint of a worker could not be saved");
         }
     }
 }
 
-/// Copies a loaded checkpoint into model and optimizer.
+/// The other workers' shares did not arrive.
+#[derive(Debug, thiserror::Error)]
+#[error("the other workers' shares did not arrive: {0:#}")]
+struct SharesMissing(anyhow::Error);
+
+/// Another run writes to the same place: that does not pass.
+fn is_conflict(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Failure>().is_some_and(|failure| failure.kind == FailureKind::Mismatch)
+}
+
+/// What the writing thread needs.
+struct Writer {
+    store: Arc<CheckpointStore>,
+    client: Arc<Client>,
+    started: Instant,
+    deadline: Instant,
+    blocked: Receiver<f64>,
+}
+
+impl Writer {
+    fn write(self, order: SaveOrder, copy_done: Sender<()>) -> Result<()> {
+        let SaveOrder { state, generation, rank, parts, companions } = order;
+        let share = copy(parts, rank, state.world_size, companions)?;
+        drop(copy_done);
+        let step = state.step;
+        let mut files = self.store.save_share(step, &share)?;
+        drop(share);
+        if rank > 0 {
+            return self.client.send(&WorkerMessage::ShareSaved { generation, step, files });
+        }
+        files.extend(self.other_files(generation, &state)?);
+        let saved = self.store.commit(&state, files)?;
+        let message = WorkerMessage::CheckpointSaved {
+            generation,
+            step,
+            url: saved.url,
+            bytes: saved.bytes,
+            seconds: self.started.elapsed().as_secs_f64(),
+            blocked_s: self.blocked.recv().unwrap_or_default(),
+        };
+        self.client.send(&message)
+    }
+
+    fn other_files(&self, generation: u64, state: &CheckpointState) -> Result<Vec<SavedFile>> {
+        if state.world_size == 1 {
+            return Ok(Vec::new());
+        }
+        self.client.wait_shares(generation, state.step, state.world_size, self.deadline).map_err(|error| SharesMissing(error).into())
+    }
+}
+
+/// Copies the share out of the live tensors.
+fn copy(parts: Vec<SharePart>, rank: u32, world_size: u32, companions: Vec<(String, Bytes)>) -> Result<Share> {
+    let (mut model, mut optimizer) = (Vec::new(), Vec::new());
+    for part in parts {
+        let data = memory::with_bytes(&part.tensor, Bytes::copy_from_slice)?;
+        let piece = Piece { name: part.name, full_shape: part.full_shape, start: part.start, data };
+        match part.group {
+            Group::Model => model.push(piece),
+            Group::Optimizer => optimizer.push(piece),
+        }
+    }
+    Ok(Share { rank, world_size, model, optimizer, companions })
+}
+
+fn to_host(mut order: SaveOrder) -> Result<SaveOrder> {
+    for part in &mut order.parts {
+        part.tensor = part.tensor.f_to_device(Device::Cpu)?;
+    }
+    Ok(order)
+}
+
+/// Refuses a checkpoint of another recipe or of other data.
 ///
 /// # Errors
-/// [`FailureKind::Mismatch`] for a checkpoint of another recipe or other data, [`FailureKind::Damaged`] for tensors that do not fit.
-pub fn restore(loaded: &Loaded, expected: &CheckpointState, model: &mut ModernBert, optimizer: &AdamW) -> Result<()> {
+/// [`FailureKind::Mismatch`] with both values.
+pub fn check_belongs(loaded: &Loaded, expected: &CheckpointState) -> Result<()> {
     check_same("recipe", &expected.recipe_hash, &loaded.state.recipe_hash, &loaded.url)?;
     check_same("number of optimizer steps", &loaded.state.step.to_string(), &loaded.state.adam_step.to_string(), &loaded.url)?;
     check_same("prepared data", &expected.data_fingerprint, &loaded.state.data_fingerprint, &loaded.url)?;
-    model.parameters_mut().load(&loaded.model, &loaded.url)?;
-    for (prefix, flat) in [(FIRST_MOMENT, &optimizer.first_moment), (SECOND_MOMENT, &optimizer.second_moment)] {
-        let tensors: Vec<NamedTensorOwned> = loaded
-            .optimizer
-            .iter()
-            .filter_map(|tensor| {
-                let name = tensor.name.strip_prefix(prefix)?.to_owned();
-                Some(NamedTensorOwned { name, shape: tensor.shape.clone(), data: tensor.data.clone() })
-            })
-            .collect();
-        model.parameters().load_into(flat, &tensors, &loaded.url)?;
-    }
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::{Precision, Recipe};
 use tch::Device;
 
-use crate::checkpoint::{CheckpointStore, atomic_write};
+use crate::checkpoint::{CheckpointStore, StorePolicy, atomic_write};
 use crate::eval::report::Report;
 use crate::eval::task::{self, Scorer};
 use crate::model::folder;
@@ -87,7 +87,7 @@ fn load(options: &EvaluateOptions, recipe: &Recipe, tokenizer: &Tokenizer, place
 /// Loads a run's newest good checkpoint; returns its url.
 pub fn load_newest(recipe: &Recipe, run: &Path, model: &mut ModernBert) -> Result<String> {
     let url = checkpoint_url(recipe, run);
-    let store = CheckpointStore::open(&url, &recipe.checkpoint.options, recipe.checkpoint.keep_last)?;
+    let store = CheckpointStore::open(&url, &recipe.checkpoint.options, StorePolicy::default())?;
     let Some(loaded) = store.latest_good()? else {
         return Err(Failure::new(FailureKind::Input, "the run has no checkpoint yet")
             .at(&url)

@@ -12,7 +12,7 @@ use clap::Parser;
 use cloze_recipes::failure::Failure;
 
 use cli::arguments::{Arguments, Command, DataCommand};
-use cli::{data, describe, run, worker_process};
+use cli::{checkpoints, data, describe, join, load, plan, run, simulate, status, worker_process};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -36,12 +36,19 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Data { command: DataCommand::Inspect(arguments) } => data::inspect(&arguments, &mut stdout),
         Command::Data { command: DataCommand::Verify(arguments) } => data::verify(&arguments),
         Command::Data { command: DataCommand::Synth(arguments) } => data::synth(&arguments),
+        Command::Plan(arguments) => plan::plan(&arguments, &mut stdout),
         Command::Train(arguments) => run::train(&arguments),
         Command::Resume(arguments) => run::resume(&arguments),
+        Command::Join(arguments) => join::join(&arguments),
+        Command::Status(arguments) => status::status(&arguments, &mut stdout),
+        Command::Watch(arguments) => status::watch(&arguments, &mut stdout),
         Command::Eval(arguments) => worker_process::eval(&arguments),
         Command::Predict(arguments) => worker_process::predict(&arguments),
+        Command::Checkpoints { command } => checkpoints::checkpoints(&command),
         Command::Export(arguments) => worker_process::export(&arguments),
         Command::Forward(arguments) => worker_process::forward(&arguments),
+        Command::Simulate(arguments) => simulate::simulate(&arguments, &mut stdout),
+        Command::BenchCoordinator(arguments) => load::bench_coordinator(&arguments, &mut stdout),
         Command::Bench(arguments) => worker_process::bench(&arguments),
     }
 }

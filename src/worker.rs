@@ -1,7 +1,7 @@
-//! A worker's life: join -> build -> restore -> train -> leave; a new generation re-enters at build.
+//! A worker's life: join -> build -> restore -> train -> leave; a new generation re-enters at build, with the state that it has.
 
 use std::any::Any;
-use std::net::TcpListener;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs as _, UdpSocket};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use cloze_cluster::client::{Client, JoinOptions};
-use cloze_cluster::protocol::{CoordinatorMessage, WorkerMessage};
+use cloze_cluster::protocol::{CoordinatorMessage, FailureClass, WorkerMessage};
 use cloze_cluster::secret::Secret;
 use cloze_data::dataset::Dataset;
 use cloze_data::tokenizer::Tokenizer;
@@ -18,10 +18,15 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
 use tch::Device;
 
-use crate::checkpoint::CheckpointStore;
+use crate::checkpoint::{CheckpointStore, StorePolicy};
+use crate::checkpointer::Checkpointer;
 use crate::collective::CollectiveError;
-use crate::generation::{self, Assignment};
+use crate::drill::{Drill, Drills};
+use crate::generation::{self, Assignment, Belongings};
+use crate::restore::Held;
 use crate::torch::memory;
+use crate::train::{EndReason, NotFinite};
+use crate::watcher::GenerationOver;
 
 /// A worker that hears nothing for this long between generations looks again; the client notices a lost coordinator by itself.
 const IDLE_WAIT: Duration = Duration::from_secs(10);
@@ -41,12 +46,18 @@ pub struct WorkerOptions {
     pub token: String,
     /// Folder of another `PyTorch`, for its CUDA half.
     pub torch_folder: Option<PathBuf>,
+    /// Failures to be practised.
+    pub drills: Vec<Drill>,
 }
 
 /// What stays the same over all generations.
 pub struct Worker {
     /// The recipe of the run.
     pub recipe: Recipe,
+    /// The run folder.
+    pub run: PathBuf,
+    /// This worker's slot.
+    pub slot: u32,
     /// The prepared data.
     pub dataset: Arc<Dataset>,
     /// The recipe's tokenizer.
@@ -63,17 +74,17 @@ pub struct Worker {
     pub device: Device,
 }
 
-/// Runs a worker to its end. A failure that is not a broken collective is told to the coordinator, which ends the run.
-pub fn run(options: &WorkerOptions) -> Result<()> {
+/// Runs a worker to its end. A failure that is not a broken collective is told to the coordinator, which decides what becomes of the run.
+pub fn run(options: WorkerOptions) -> Result<()> {
     memory::keep_freed_memory();
     let recipe = cloze_recipes::load(&options.run.join("recipe.yaml"), &[])?;
-    let listener = TcpListener::bind("127.0.0.1:0").context("listen for peers")?;
-    let client = Arc::new(join(options, &recipe, &listener)?);
-    let work = || prepare(options, recipe, listener, Arc::clone(&client)).and_then(|worker| serve(&worker));
+    let listener = TcpListener::bind((own_address(&options.coordinator)?, 0)).context("listen for peers")?;
+    let client = Arc::new(join(&options, &recipe, &listener)?);
+    let work = || prepare(options, recipe, listener, Arc::clone(&client)).and_then(|(worker, drills)| serve(&worker, drills));
     // tch panics where libtorch fails, for instance for want of memory: that too is a failure with a reason, not a worker that vanished.
     let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(panicked(panic.as_ref())));
     if let Err(error) = &result
-        && let Err(lost) = client.fail(as_failure(error))
+        && let Err(lost) = client.fail(as_failure(error), class_of(error))
     {
         tracing::warn!(error = format!("{lost:#}"), "the coordinator could not be told of the failure");
     }
@@ -83,12 +94,53 @@ pub fn run(options: &WorkerOptions) -> Result<()> {
 fn panicked(panic: &(dyn Any + Send)) -> anyhow::Error {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     let cause = text.unwrap_or("no message").lines().next().unwrap_or_default();
-    Failure::new(FailureKind::Run, "a worker panicked").because(cause).hint("its log in the run folder holds the backtrace").into()
+    let failure = Failure::new(FailureKind::Run, "a worker panicked").because(cause);
+    failure.hint("its log in the run folder holds the backtrace").into()
+}
+
+/// Whether libtorch's words mean that memory, of the host or of a GPU, ran out.
+pub fn is_want_of_memory(text: &str) -> bool {
+    ["can't allocate memory", "not enough memory", "out of memory"].iter().any(|words| text.contains(words))
+}
+
+fn class_of(error: &anyhow::Error) -> FailureClass {
+    let text = match error.downcast_ref::<Failure>() {
+        Some(failure) => failure.to_string(),
+        None => format!("{error:#}"),
+    };
+    if is_want_of_memory(&text) { FailureClass::OutOfMemory } else { FailureClass::Other }
+}
+
+/// The address of this host on the network that leads to the coordinator, which is where peers reach it too.
+fn own_address(coordinator: &str) -> Result<IpAddr> {
+    let unknown = |cause: &dyn std::fmt::Display| {
+        Failure::new(FailureKind::Environment, "the coordinator's address is not usable")
+            .at(coordinator)
+            .because(cause)
+            .hint("it is `host:port`, as `cloze train --listen` was told")
+    };
+    let target = coordinator.to_socket_addrs().map_err(|error| unknown(&error))?.next().ok_or_else(|| unknown(&"it names no host"))?;
+    let any: IpAddr = if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    // Connecting a datagram socket sends nothing; it only asks the kernel for the route.
+    let route = UdpSocket::bind(SocketAddr::new(any, 0)).and_then(|socket| socket.connect(target).and_then(|()| socket.local_addr()));
+    Ok(route.map_err(|error| unknown(&error))?.ip())
 }
 
 /// Folder or url of a run's checkpoints.
 pub fn checkpoint_url(recipe: &Recipe, run: &Path) -> String {
     recipe.checkpoint.url.clone().unwrap_or_else(|| run.join("checkpoints").display().to_string())
+}
+
+/// How long checkpoints of a recipe are kept, and where a copy lies.
+pub fn store_policy(recipe: &Recipe) -> StorePolicy {
+    let checkpoint = &recipe.checkpoint;
+    StorePolicy {
+        keep_last: checkpoint.keep_last,
+        keep_best: checkpoint.keep_best,
+        keep_every_steps: checkpoint.keep_every_steps,
+        cache: checkpoint.cache.clone(),
+        upload_timeout: Duration::from_secs(checkpoint.upload_timeout_s),
+    }
 }
 
 /// The build that coordinator and workers must share.
@@ -105,56 +157,75 @@ fn join(options: &WorkerOptions, recipe: &Recipe, listener: &TcpListener) -> Res
         worker: options.worker,
         collective_address: listener.local_addr().context("read the listening address")?.to_string(),
         heartbeat_timeout: Duration::from_millis(recipe.cluster.heartbeat_timeout_ms),
+        coordinator_grace: Duration::from_secs(recipe.cluster.coordinator_grace_s),
     })
 }
 
-fn prepare(options: &WorkerOptions, recipe: Recipe, listener: TcpListener, client: Arc<Client>) -> Result<Worker> {
-    let device = crate::device::open(recipe.train.device, options.worker as usize, options.torch_folder.as_deref())?;
-    crate::device::set_threads(recipe.train.threads, options.local_workers);
+fn prepare(options: WorkerOptions, recipe: Recipe, listener: TcpListener, client: Arc<Client>) -> Result<(Worker, Drills)> {
+    let WorkerOptions { run, worker: slot, local_workers, torch_folder, drills, .. } = options;
+    let device = crate::device::open(recipe.train.device, slot as usize, torch_folder.as_deref())?;
+    crate::device::set_threads(recipe.train.threads, local_workers);
     let dataset = Arc::new(Dataset::open(&recipe.data.output)?);
     let (tokenizer, anchor_id) = Tokenizer::load_with_anchor(&recipe.model.tokenizer, &recipe.model.anchor_token)?;
     dataset.check_tokenizer(&tokenizer)?;
-    let url = checkpoint_url(&recipe, &options.run);
-    let store = Arc::new(CheckpointStore::open(&url, &recipe.checkpoint.options, recipe.checkpoint.keep_last)?);
-    Ok(Worker { recipe, dataset, tokenizer, anchor_id, store, client, listener, device })
+    let url = checkpoint_url(&recipe, &run);
+    let store = Arc::new(CheckpointStore::open(&url, &recipe.checkpoint.options, store_policy(&recipe))?);
+    let worker = Worker { recipe, run, slot, dataset, tokenizer, anchor_id, store, client, listener, device };
+    Ok((worker, Drills::new(drills)))
 }
 
 /// Takes part in generations until the run is over.
-fn serve(worker: &Worker) -> Result<()> {
+fn serve(worker: &Worker, drills: Drills) -> Result<()> {
+    let upload_timeout = Duration::from_secs(worker.recipe.checkpoint.upload_timeout_s);
+    let checkpointer = Checkpointer::new(Arc::clone(&worker.store), Arc::clone(&worker.client), upload_timeout);
+    let mut belongings = Belongings { held: Held::default(), checkpointer, drills };
+    worker.client.ready(0, None)?;
     loop {
         match worker.client.next(IDLE_WAIT)? {
-            Some(CoordinatorMessage::Start { generation, rank, world_size, peers, collective_key }) => {
+            Some(CoordinatorMessage::Start { generation, rank, members, peers, collective_key, source }) => {
                 let interrupt = Arc::new(AtomicBool::new(false));
-                let assignment = Assignment {
-                    generation,
-                    rank: rank as usize,
-                    world_size: world_size as usize,
-                    peers,
-                    key: collective_key.expose().to_owned(),
-                    interrupt: Arc::clone(&interrupt),
-                };
+                let key = collective_key.expose().to_owned();
+                let assignment =
+                    Assignment { generation, rank: rank as usize, members, peers, key, source, interrupt: Arc::clone(&interrupt) };
                 worker.client.on_abort(Box::new(move |aborted, _reason| {
                     if aborted >= generation {
                         interrupt.store(true, Ordering::SeqCst);
                     }
                 }));
-                match generation::run(worker, assignment) {
-                    Ok(end) => return worker.client.finish(generation, end.steps_done, end.stopped),
-                    Err(error) => break_or_fail(worker, generation, error)?,
+                match generation::run(worker, assignment, &mut belongings) {
+                    Ok(end) if end.reason == EndReason::Regrouped => {}
+                    Ok(end) => return worker.client.finish(generation, end.steps_done, end.reason == EndReason::Stopped),
+                    Err(error) => survive(worker, generation, error)?,
                 }
+                worker.client.ready(generation, belongings.held.steps_done())?;
             }
             Some(CoordinatorMessage::Stop { .. }) => return Ok(()),
             Some(CoordinatorMessage::Refused { failure }) => return Err(failure.into()),
-            Some(CoordinatorMessage::Welcome {} | CoordinatorMessage::Abort { .. }) | None => {}
+            Some(_) | None => {}
         }
     }
 }
 
-/// A broken collective is told and survived; anything else ends the worker.
-fn break_or_fail(worker: &Worker, generation: u64, error: anyhow::Error) -> Result<()> {
-    let Some(broken) = error.downcast_ref::<CollectiveError>() else { return Err(error) };
-    tracing::info!(generation, reason = %broken, "generation broken");
-    worker.client.send(&WorkerMessage::Broken { generation, reason: broken.to_string() })
+/// A broken collective and a loss that is not finite are told and survived; anything else ends the worker.
+fn survive(worker: &Worker, generation: u64, error: anyhow::Error) -> Result<()> {
+    if let Some(broken) = error.downcast_ref::<CollectiveError>() {
+        tracing::info!(generation, reason = %broken, "generation broken");
+        return worker.client.send(&WorkerMessage::Broken { generation, reason: broken.to_string() });
+    }
+    if error.is::<GenerationOver>() {
+        return Ok(());
+    }
+    if let Some(NotFinite { failure, step, is_culprit, .. }) = error.downcast_ref::<NotFinite>() {
+        tracing::warn!(generation, step, is_culprit, "the loss is not finite");
+        return worker.client.send(&WorkerMessage::Failed {
+            failure: failure.clone(),
+            class: FailureClass::NotFinite,
+            generation,
+            step: *step,
+            culprit: *is_culprit,
+        });
+    }
+    Err(error)
 }
 
 /// The failure inside an error, or one made of its causes.

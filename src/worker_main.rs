@@ -1,11 +1,15 @@
 //! `cloze-worker`: everything with tensors. `cloze` starts it; its arguments are no public interface.
 
+mod audit;
 mod batch_feed;
 mod bench;
+mod bench_collective;
 mod checkpoint;
 mod checkpointer;
+mod checkpoints_command;
 mod collective;
 mod device;
+mod drill;
 mod eval;
 mod evaluate;
 mod export;
@@ -14,8 +18,12 @@ mod generation;
 mod model;
 mod optim;
 mod predict;
+mod restore;
+mod sharding;
+mod step;
 mod torch;
 mod train;
+mod watcher;
 mod worker;
 
 use std::io::Write;
@@ -29,6 +37,8 @@ use cloze_recipes::recipe::ModelShape;
 use tch::Device;
 
 use bench::BenchOptions;
+use bench_collective::CollectiveBenchOptions;
+use drill::Drill;
 use evaluate::EvaluateOptions;
 use forward::{ForwardExtras, ForwardFiles};
 use model::modernbert::Placement;
@@ -56,6 +66,13 @@ enum Command {
     Forward(ForwardArguments),
     /// Time training steps on a workload file.
     Bench(BenchArguments),
+    /// Look at, verify, compare, prune and export checkpoints.
+    Checkpoints {
+        #[command(subcommand)]
+        command: checkpoints_command::CheckpointsCommand,
+    },
+    /// Time the all-reduce of the ring between processes of this machine.
+    BenchCollective(BenchCollectiveArguments),
 }
 
 #[derive(Args)]
@@ -68,6 +85,9 @@ struct TrainArguments {
     worker: u32,
     #[arg(long, default_value_t = 1)]
     local_workers: u32,
+    /// A failure to be practised: `hang`, `nan` or `oom`, and the step before which it happens.
+    #[arg(long = "drill", value_name = "KIND@STEP")]
+    drills: Vec<Drill>,
 }
 
 #[derive(Args)]
@@ -143,6 +163,19 @@ struct BenchArguments {
     placement: PlacementArguments,
 }
 
+#[derive(Args)]
+struct BenchCollectiveArguments {
+    #[arg(long, default_value_t = 2)]
+    ranks: usize,
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 256])]
+    mib: Vec<u64>,
+    #[arg(long)]
+    repeat: Option<u64>,
+    /// The rank that this process is; the parent sets it.
+    #[arg(long, hide = true)]
+    rank: Option<usize>,
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let stderr = std::io::stderr;
@@ -169,8 +202,8 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Train(a) => {
             let token = std::env::var("CLOZE_TOKEN").context("read the run's token from CLOZE_TOKEN")?;
-            let TrainArguments { coordinator, run, worker, local_workers } = a;
-            worker::run(&WorkerOptions { coordinator, run, worker, local_workers, token, torch_folder })
+            let TrainArguments { coordinator, run, worker, local_workers, drills } = a;
+            worker::run(WorkerOptions { coordinator, run, worker, local_workers, token, torch_folder, drills })
         }
         Command::Eval(EvalArguments { recipe, run, model, output }) => {
             evaluate::evaluate(&EvaluateOptions { recipe, run, model, output, torch_folder }, &mut stdout)
@@ -188,6 +221,10 @@ fn run(command: Command) -> Result<()> {
             let files = ForwardFiles { model: &a.model, input: &a.input, output: &a.output };
             let extras = ForwardExtras { gradients: a.gradients, steps: a.steps, learning_rate: a.learning_rate };
             forward::forward(files, placement(&a.placement, torch_folder.as_deref(), false)?, extras)
+        }
+        Command::Checkpoints { command } => checkpoints_command::run(command),
+        Command::BenchCollective(BenchCollectiveArguments { ranks, mib, repeat, rank }) => {
+            bench_collective::run(&CollectiveBenchOptions { ranks, mib, repeat, rank })
         }
         Command::Bench(a) => {
             torch::memory::keep_freed_memory();

@@ -3,7 +3,7 @@
 use cloze_recipes::failure::Failure;
 use serde::{Deserialize, Serialize};
 
-use crate::protocol::StepReport;
+use crate::protocol::{FailureClass, StepReport};
 
 /// One thing that happened.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -15,10 +15,24 @@ pub enum Event {
         name: String,
         /// Hash of its recipe.
         recipe_hash: String,
-        /// Number of workers.
+        /// Number of worker slots.
         workers: u32,
+        /// Fewest workers with which the run goes on; `None` where all slots must be filled.
+        min_workers: Option<u32>,
         /// Steps of the whole run.
         steps: u64,
+    },
+    /// The dashboard can be opened.
+    DashboardListening {
+        /// Its address.
+        url: String,
+    },
+    /// This coordinator takes over from one that ended without a word.
+    CoordinatorRestarted {
+        /// The newest generation.
+        generation: u64,
+        /// Whether that generation goes on.
+        adopted: bool,
     },
     /// A worker process exists.
     WorkerStarted {
@@ -33,13 +47,17 @@ pub enum Event {
         worker: u32,
         /// Its host.
         host: String,
+        /// It is the same process as before and had only lost its connection.
+        rejoined: bool,
     },
-    /// All workers are there and were told to start.
+    /// The members of a generation were told to start.
     GenerationStarted {
         /// Number of the generation, from 1.
         generation: u64,
         /// Number of its ranks.
         world_size: u32,
+        /// Slots of its members, by rank.
+        workers: Vec<u32>,
         /// Why now.
         reason: String,
     },
@@ -49,10 +67,12 @@ pub enum Event {
         generation: u64,
         /// Steps done at the restored state; 0 from scratch.
         step: u64,
-        /// `scratch`, or the checkpoint's URL.
+        /// `scratch`, the checkpoint's URL, `memory` when every member already had the state, or `memory of worker N`.
         source: String,
         /// Newer checkpoints that were passed over, each with its reason.
         skipped: Vec<String>,
+        /// Seconds that it took.
+        seconds: f64,
     },
     /// One optimizer step.
     Step {
@@ -72,15 +92,39 @@ pub enum Event {
         bytes: u64,
         /// Seconds that the save took.
         seconds: f64,
+        /// Seconds of these in which training stood still.
+        blocked_s: f64,
     },
-    /// A worker's connection or heartbeat is gone.
+    /// A worker has lost its seat.
     WorkerLost {
         /// Its slot.
         worker: u32,
-        /// Its rank in the running generation; `None` while no generation runs.
+        /// Its rank in the running generation; `None` while no generation runs, or where it is no member.
         rank: Option<u32>,
+        /// Its host.
+        host: String,
+        /// What kind of failure it is.
+        class: FailureClass,
         /// How it was noticed.
         reason: String,
+    },
+    /// The threads of a worker that is stuck were written down before it is killed.
+    StackDumped {
+        /// Its slot.
+        worker: u32,
+        /// The file.
+        path: String,
+    },
+    /// A worker process has ended.
+    WorkerExited {
+        /// Its slot.
+        worker: u32,
+        /// Its process id.
+        process_id: u32,
+        /// Exit code or signal.
+        status: String,
+        /// The end of its log.
+        tail: String,
     },
     /// The generation cannot go on.
     GenerationAborted {
@@ -90,6 +134,37 @@ pub enum Event {
         reason: String,
         /// Last step that the leader reported.
         step: u64,
+    },
+    /// The members have left a generation at a step that they agreed on, so that the next one can have other members.
+    GenerationRegrouped {
+        /// Number of the generation.
+        generation: u64,
+        /// Why.
+        reason: String,
+        /// Steps done.
+        step: u64,
+    },
+    /// Training goes on after a generation was aborted.
+    Recovered {
+        /// The generation that goes on.
+        generation: u64,
+        /// The generation that failed.
+        failed_generation: u64,
+        /// What kind of failure it was.
+        class: FailureClass,
+        /// Seconds from the abort to the first step done.
+        seconds: f64,
+        /// Steps that have to be done again.
+        steps_lost: u64,
+        /// Where the state came from, as in `restored`.
+        source: String,
+    },
+    /// A host whose workers failed too often is used no more.
+    HostExcluded {
+        /// Its name.
+        host: String,
+        /// Failures of its workers.
+        failures: u32,
     },
     /// A worker process takes the place of one that ended.
     WorkerRestarted {
@@ -164,6 +239,11 @@ mod tests {
         }
     }
 
+    fn lost(rank: Option<u32>) -> Event {
+        let (host, reason) = ("node".to_owned(), "connection closed".to_owned());
+        Event::WorkerLost { worker: 1, rank, host, class: FailureClass::ConnectionClosed, reason }
+    }
+
     #[test]
     fn a_line_is_flat() {
         let line = serde_json::to_string(&Recorded { time: 12.5, event: step(0.1) }).unwrap();
@@ -178,10 +258,19 @@ mod tests {
     fn lines_can_be_read_back_exactly() {
         let events = [
             step(0.1 + 0.2),
-            Event::WorkerLost { worker: 1, rank: Some(1), reason: "connection closed".to_owned() },
-            Event::WorkerLost { worker: 1, rank: None, reason: "connection closed".to_owned() },
+            lost(Some(1)),
+            lost(None),
+            Event::Recovered {
+                generation: 3,
+                failed_generation: 2,
+                class: FailureClass::Hung,
+                seconds: 0.75,
+                steps_lost: 0,
+                source: "memory of worker 0".to_owned(),
+            },
+            Event::CoordinatorRestarted { generation: 3, adopted: true },
             Event::RunFailed { failure: Failure::new(FailureKind::Run, "restart budget spent").hint("look at the log") },
-            Event::Restored { generation: 1, step: 0, source: "scratch".to_owned(), skipped: Vec::new() },
+            Event::Restored { generation: 1, step: 0, source: "scratch".to_owned(), skipped: Vec::new(), seconds: 0.5 },
             Event::Warning { message: "disk is slow".to_owned() },
         ];
         for event in events {

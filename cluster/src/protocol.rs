@@ -1,25 +1,23 @@
 //! What workers and the coordinator say to each other: JSON messages in length-prefixed frames over TCP.
 //!
-//! A frame is a big-endian `u32` length and that many bytes of JSON. The worker speaks first, with [`WorkerMessage::Join`].
-//! The coordinator reads and writes frames on tokio, the worker on blocking sockets, so the framing exists for both.
+//! The worker speaks first, with [`WorkerMessage::Join`]. The coordinator reads and writes frames on tokio, the worker on blocking
+//! sockets, so the framing exists for both.
 
-use std::io;
+mod frame;
+
+use std::fmt;
 
 use cloze_recipes::failure::Failure;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
+pub(crate) use self::frame::read_frame_within;
+pub use self::frame::{
+    Frame, FrameError, MAX_FRAME_BYTES, StartFrames, decode, encode, read_frame, read_frame_blocking, write_message, write_message_blocking,
+};
 use crate::secret::Secret;
 
 /// Version of the messages; both sides must speak the same one.
-pub const PROTOCOL_VERSION: u32 = 1;
-
-/// Longest frame body, in bytes. The largest real message is a start with one address per worker, far below this.
-pub const MAX_FRAME_BYTES: u32 = 1 << 20;
-
-/// Bytes of a frame's length prefix.
-const LENGTH_BYTES: usize = 4;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// What a worker says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,6 +33,17 @@ pub enum WorkerMessage {
         step: u64,
         /// What the worker does.
         phase: Phase,
+        /// Whether it waits for its peers inside a collective operation.
+        waiting: bool,
+        /// Grows whenever the worker gets on, also within a phase.
+        progress: u64,
+    },
+    /// The worker has left a generation and waits for the next.
+    Ready {
+        /// The generation that it left; 0 for none yet.
+        generation: u64,
+        /// Steps done of the state in its memory; `None` where there is no whole state.
+        state_step: Option<u64>,
     },
     /// One optimizer step is done; only the leader (rank 0) sends it.
     Step {
@@ -42,6 +51,28 @@ pub enum WorkerMessage {
         generation: u64,
         /// Numbers of the step.
         report: StepReport,
+    },
+    /// State is in memory and training can begin; only the leader sends it.
+    Restored {
+        /// Generation that restored it.
+        generation: u64,
+        /// Steps done at the restored state; 0 from scratch.
+        step: u64,
+        /// `scratch`, a checkpoint's URL, `memory`, or `memory of worker N`.
+        source: String,
+        /// Newer checkpoints that were passed over, each with its reason.
+        skipped: Vec<String>,
+        /// Seconds that it took.
+        seconds: f64,
+    },
+    /// This rank has written its share of a checkpoint; forwarded to the leader.
+    ShareSaved {
+        /// Generation that saves it.
+        generation: u64,
+        /// Steps done at the checkpoint.
+        step: u64,
+        /// The files of the share.
+        files: Vec<SavedFile>,
     },
     /// A checkpoint is complete and visible; only the leader sends it.
     CheckpointSaved {
@@ -55,17 +86,17 @@ pub enum WorkerMessage {
         bytes: u64,
         /// Seconds from the start of the save to the manifest.
         seconds: f64,
+        /// Seconds of these in which training stood still.
+        blocked_s: f64,
     },
-    /// State is in memory and training can begin; forwarded from the leader.
-    Restored {
-        /// Generation that restored it.
+    /// A checkpoint was given up; the run goes on.
+    CheckpointFailed {
+        /// Generation that saved it.
         generation: u64,
-        /// Steps done at the restored state; 0 from scratch.
+        /// Steps done at the checkpoint.
         step: u64,
-        /// `scratch`, or the checkpoint's URL.
-        source: String,
-        /// Newer checkpoints that were passed over, each with its reason.
-        skipped: Vec<String>,
+        /// Why.
+        reason: String,
     },
     /// The collective failed under this worker, which waits for the next generation.
     Broken {
@@ -74,10 +105,18 @@ pub enum WorkerMessage {
         /// What failed, naming operation and peer.
         reason: String,
     },
-    /// Something failed that no restart cures; the run ends with this failure.
+    /// Something failed that is not the collective's fault. Its class decides whether the step is tried again or the run ends.
     Failed {
         /// The failure.
         failure: Failure,
+        /// What kind of failure of a worker it is.
+        class: FailureClass,
+        /// Generation in which it happened; 0 before the first.
+        generation: u64,
+        /// The step at which it happened.
+        step: u64,
+        /// Whether this rank itself saw it first: its own loss was not finite, its own memory ran out.
+        culprit: bool,
     },
     /// The worker is done. Sent only after every rank has passed the generation's last collective and the last checkpoint
     /// is saved, so that one such message proves the run's result.
@@ -88,6 +127,11 @@ pub enum WorkerMessage {
         step: u64,
         /// Whether a stop was asked for before the last step.
         stopped: bool,
+    },
+    /// Asks the coordinator's loop for a sign of life; measures how long it takes to answer.
+    Ping {
+        /// Comes back in the answer.
+        id: u64,
     },
 }
 
@@ -102,7 +146,7 @@ pub struct JoinRequest {
     pub recipe_hash: String,
     /// Build of the worker binary.
     pub build: String,
-    /// The worker's slot, from 0; its rank in every generation.
+    /// The worker's slot, from 0.
     pub worker: u32,
     /// Process id on its host.
     pub process_id: u32,
@@ -110,6 +154,28 @@ pub struct JoinRequest {
     pub host: String,
     /// `host:port` on which it listens for its peers.
     pub collective_address: String,
+    /// The generation that still runs in the worker, when it joins again after its connection was lost.
+    pub held: Option<Held>,
+}
+
+/// A generation that runs on in a worker without a coordinator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// Its number.
+    pub generation: u64,
+    /// Steps done.
+    pub step: u64,
+}
+
+/// One file of a checkpoint that a rank has written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedFile {
+    /// Its name within the checkpoint.
+    pub name: String,
+    /// Its length in bytes.
+    pub size: u64,
+    /// BLAKE3 hash of its bytes, in hexadecimal digits.
+    pub blake3: String,
 }
 
 /// What the coordinator says.
@@ -117,8 +183,11 @@ pub struct JoinRequest {
 #[serde(tag = "message", rename_all = "snake_case")]
 pub enum CoordinatorMessage {
     /// The worker has its seat.
-    Welcome {},
-    /// The worker may not join; the connection closes.
+    Welcome {
+        /// The generation that the worker holds goes on.
+        adopted: bool,
+    },
+    /// The worker may not join, or may not stay; the connection closes.
     Refused {
         /// Why.
         failure: Failure,
@@ -129,12 +198,14 @@ pub enum CoordinatorMessage {
         generation: u64,
         /// The receiver's rank.
         rank: u32,
-        /// Number of ranks.
-        world_size: u32,
+        /// Slots of the workers by rank; their number is the world size.
+        members: Vec<u32>,
         /// Collective addresses by rank.
         peers: Vec<String>,
         /// Fresh key that the ranks prove to each other.
         collective_key: Secret,
+        /// Where the state comes from.
+        source: StateSource,
     },
     /// The generation is over; leave its collective at once and wait for the next start.
     Abort {
@@ -143,10 +214,57 @@ pub enum CoordinatorMessage {
         /// Names the lost worker.
         reason: String,
     },
+    /// Leave the generation at a step that the workers agree on among themselves, keep the state, and wait for the next start.
+    Regroup {
+        /// The generation to be left.
+        generation: u64,
+        /// Names who has joined.
+        reason: String,
+    },
+    /// Save a checkpoint at a step that the workers agree on, and go on.
+    Save {
+        /// Who asked.
+        reason: String,
+    },
     /// Finish the current step, save, leave; the workers agree on the step among themselves.
     Stop {
         /// Who asked.
         reason: String,
+    },
+    /// A rank has written its share of a checkpoint; sent to the leader.
+    ShareSaved {
+        /// Generation that saves it.
+        generation: u64,
+        /// Steps done at the checkpoint.
+        step: u64,
+        /// The rank.
+        rank: u32,
+        /// The files of its share.
+        files: Vec<SavedFile>,
+    },
+    /// The coordinator lives. Sent at a fixed interval, so that a worker notices one that vanished without closing its connections.
+    Pulse {},
+    /// Answers [`WorkerMessage::Ping`].
+    Pong {
+        /// What the question carried.
+        id: u64,
+    },
+    /// The worker's last words were heard, or the run is over: the connection closes and there is nothing to come back to.
+    Released {},
+}
+
+/// Where a generation's state comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "from", rename_all = "snake_case")]
+pub enum StateSource {
+    /// The newest good checkpoint, or the first values where there is none.
+    Checkpoint,
+    /// The memory of a member.
+    Peer {
+        /// Its rank.
+        rank: u32,
+        /// Steps done of its state.
+        step: u64,
     },
 }
 
@@ -154,18 +272,56 @@ pub enum CoordinatorMessage {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// Waits for a generation.
+    /// Waits for a generation, or prepares for its first.
     Joining,
     /// Builds the model and connects to its peers.
     Building,
-    /// Reads a checkpoint.
+    /// Gets its state.
     Restoring,
+    /// Waits for the next batch.
+    Waiting,
     /// Trains.
     Training,
-    /// Writes a checkpoint.
+    /// Takes a snapshot, or writes the last checkpoint.
     Saving,
     /// Is done and leaves.
     Leaving,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Joining => "joining",
+            Self::Building => "building",
+            Self::Restoring => "restoring",
+            Self::Waiting => "waiting for a batch",
+            Self::Training => "training",
+            Self::Saving => "saving",
+            Self::Leaving => "leaving",
+        })
+    }
+}
+
+/// What kind of failure took a worker or a generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureClass {
+    /// The connection closed, as it does when a process ends.
+    ConnectionClosed,
+    /// Nothing was heard for too long.
+    MissedHeartbeat,
+    /// The process lives and makes no progress.
+    Hung,
+    /// A loss or gradient was not finite.
+    NotFinite,
+    /// The memory of the host or of a GPU ran out.
+    OutOfMemory,
+    /// A collective operation failed while all workers lived.
+    Collective,
+    /// The worker's host is used no more.
+    Excluded,
+    /// Anything else.
+    Other,
 }
 
 /// Numbers of one optimizer step; examples, tokens and labels count the global batch.
@@ -195,198 +351,10 @@ pub struct StepReport {
     pub tokens_per_s: f64,
 }
 
-/// Why a frame could not be read or written.
-#[derive(Debug, thiserror::Error)]
-pub enum FrameError {
-    /// The body is longer than [`MAX_FRAME_BYTES`].
-    #[error("frame of {bytes} bytes is longer than the allowed 1 MiB")]
-    TooLong {
-        /// Stated or actual length, in bytes.
-        bytes: u64,
-    },
-    /// The socket failed, or closed in the middle of a frame.
-    #[error("socket failed")]
-    Io(#[from] io::Error),
-    /// The body is not the expected JSON.
-    #[error("message is not understood")]
-    Json(#[from] serde_json::Error),
-}
-
-/// Turns a message into a frame: length and JSON. Fails when the JSON is longer than [`MAX_FRAME_BYTES`].
-pub fn encode<M: Serialize>(message: &M) -> Result<Vec<u8>, FrameError> {
-    let mut frame = vec![0; LENGTH_BYTES];
-    serde_json::to_writer(&mut frame, message)?;
-    let bytes = (frame.len() - LENGTH_BYTES) as u64;
-    let length = checked_length(bytes)?;
-    frame[..LENGTH_BYTES].copy_from_slice(&length.to_be_bytes());
-    Ok(frame)
-}
-
-/// Reads a frame's body as a message.
-pub fn decode<M: DeserializeOwned>(body: &[u8]) -> Result<M, FrameError> {
-    Ok(serde_json::from_slice(body)?)
-}
-
-/// Reads one frame's body; `None` when the peer closed the connection between two frames.
-pub async fn read_frame<R: AsyncRead + Unpin>(reader: &mut R) -> Result<Option<Vec<u8>>, FrameError> {
-    let mut length = [0; LENGTH_BYTES];
-    if reader.read(&mut length[..1]).await? == 0 {
-        return Ok(None);
-    }
-    reader.read_exact(&mut length[1..]).await?;
-    let mut body = vec![0; checked_length(u64::from(u32::from_be_bytes(length)))? as usize];
-    reader.read_exact(&mut body).await?;
-    Ok(Some(body))
-}
-
-/// Writes one message as a frame.
-pub async fn write_message<W: AsyncWrite + Unpin, M: Serialize>(writer: &mut W, message: &M) -> Result<(), FrameError> {
-    writer.write_all(&encode(message)?).await?;
-    writer.flush().await?;
-    Ok(())
-}
-
-/// Reads one frame's body from a blocking socket; `None` when the peer closed the connection between two frames.
-pub fn read_frame_blocking<R: io::Read>(reader: &mut R) -> Result<Option<Vec<u8>>, FrameError> {
-    let mut length = [0; LENGTH_BYTES];
-    let first = loop {
-        match reader.read(&mut length[..1]) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            other => break other?,
-        }
-    };
-    if first == 0 {
-        return Ok(None);
-    }
-    reader.read_exact(&mut length[1..])?;
-    let mut body = vec![0; checked_length(u64::from(u32::from_be_bytes(length)))? as usize];
-    reader.read_exact(&mut body)?;
-    Ok(Some(body))
-}
-
-/// Writes one message as a frame to a blocking socket.
-pub fn write_message_blocking<W: io::Write, M: Serialize>(writer: &mut W, message: &M) -> Result<(), FrameError> {
-    writer.write_all(&encode(message)?)?;
-    writer.flush()?;
-    Ok(())
-}
-
-/// The length as it stands in a frame, if it is allowed.
-fn checked_length(bytes: u64) -> Result<u32, FrameError> {
-    if bytes > u64::from(MAX_FRAME_BYTES) { Err(FrameError::TooLong { bytes }) } else { Ok(bytes as u32) }
-}
-
 /// JSON has no NaN: `serde_json` writes null for it, which is read back here.
 fn null_is_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     Ok(Option::<f64>::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use cloze_recipes::failure::FailureKind;
-
-    fn report() -> StepReport {
-        StepReport {
-            step: 7,
-            loss: 0.1 + 0.2,
-            learning_rate: 1e-5,
-            gradient_norm: 1.0 / 3.0,
-            examples: 32,
-            tokens: 4096,
-            labels: 32,
-            seconds: 0.25,
-            examples_per_s: 128.0,
-            tokens_per_s: 16_384.0,
-        }
-    }
-
-    fn worker_messages() -> Vec<WorkerMessage> {
-        vec![
-            WorkerMessage::Join(JoinRequest {
-                protocol_version: PROTOCOL_VERSION,
-                token: Secret::new("t"),
-                recipe_hash: "aa".to_owned(),
-                build: "b".to_owned(),
-                worker: 3,
-                process_id: 77,
-                host: "node".to_owned(),
-                collective_address: "127.0.0.1:9".to_owned(),
-            }),
-            WorkerMessage::Heartbeat { generation: 1, step: 2, phase: Phase::Saving },
-            WorkerMessage::Step { generation: 1, report: report() },
-            WorkerMessage::Restored { generation: 2, step: 50, source: "file:///x".to_owned(), skipped: vec!["y: cut".to_owned()] },
-            WorkerMessage::Failed { failure: Failure::new(FailureKind::Run, "loss is not finite").at("step 3") },
-            WorkerMessage::Finished { generation: 2, step: 300, stopped: false },
-        ]
-    }
-
-    #[test]
-    fn messages_survive_a_blocking_round_trip() {
-        let mut wire = Vec::new();
-        for message in worker_messages() {
-            write_message_blocking(&mut wire, &message).unwrap();
-        }
-        let mut reader = wire.as_slice();
-        for message in worker_messages() {
-            let body = read_frame_blocking(&mut reader).unwrap().unwrap();
-            assert_eq!(decode::<WorkerMessage>(&body).unwrap(), message);
-        }
-        assert!(read_frame_blocking(&mut reader).unwrap().is_none());
-    }
-
-    #[tokio::test]
-    async fn both_framings_are_the_same() {
-        let message = CoordinatorMessage::Start {
-            generation: 1,
-            rank: 0,
-            world_size: 1,
-            peers: vec!["127.0.0.1:1".to_owned()],
-            collective_key: Secret::new("k"),
-        };
-        let mut asynchronous = Vec::new();
-        write_message(&mut asynchronous, &message).await.unwrap();
-        let mut blocking = Vec::new();
-        write_message_blocking(&mut blocking, &message).unwrap();
-        assert_eq!(asynchronous, blocking);
-        let mut reader = asynchronous.as_slice();
-        let body = read_frame(&mut reader).await.unwrap().unwrap();
-        assert_eq!(decode::<CoordinatorMessage>(&body).unwrap(), message);
-        assert!(read_frame(&mut reader).await.unwrap().is_none());
-    }
-
-    #[test]
-    fn a_frame_is_a_big_endian_length_and_json() {
-        let frame = encode(&CoordinatorMessage::Welcome {}).unwrap();
-        assert_eq!(frame, b"\x00\x00\x00\x15{\"message\":\"welcome\"}");
-    }
-
-    #[test]
-    fn bad_frames_are_refused() {
-        let too_long = (MAX_FRAME_BYTES + 1).to_be_bytes();
-        assert!(matches!(read_frame_blocking(&mut too_long.as_slice()), Err(FrameError::TooLong { bytes: 1_048_577 })));
-        let cut_length = [0_u8, 0];
-        assert!(matches!(read_frame_blocking(&mut cut_length.as_slice()), Err(FrameError::Io(_))));
-        let cut_body = [0_u8, 0, 0, 5, b'{'];
-        assert!(matches!(read_frame_blocking(&mut cut_body.as_slice()), Err(FrameError::Io(_))));
-        assert!(matches!(decode::<WorkerMessage>(b"{\"message\":\"dance\"}"), Err(FrameError::Json(_))));
-        let long = CoordinatorMessage::Stop { reason: "x".repeat(MAX_FRAME_BYTES as usize) };
-        assert!(matches!(encode(&long), Err(FrameError::TooLong { .. })));
-    }
-
-    #[test]
-    fn a_loss_that_is_not_finite_survives() {
-        let message =
-            WorkerMessage::Step { generation: 1, report: StepReport { loss: f64::NAN, gradient_norm: f64::INFINITY, ..report() } };
-        let frame = encode(&message).unwrap();
-        let Ok(WorkerMessage::Step { report, .. }) = decode(&frame[LENGTH_BYTES..]) else { panic!("a step") };
-        assert!(report.loss.is_nan() && report.gradient_norm.is_nan());
-        assert_eq!(report.step, 7);
-    }
-
-    #[test]
-    fn a_token_is_not_printed() {
-        let printed = format!("{:?}", worker_messages()[0]);
-        assert!(printed.contains("Secret(…)"), "{printed}");
-    }
-}
+mod tests;

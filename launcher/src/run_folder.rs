@@ -4,17 +4,27 @@
 //! NAME/
 //!   recipe.yaml     the checked recipe; the workers read it
 //!   run.json        hash, data, versions, command line, host, start
+//!   control.json    where the live controller can be reached, and the run's token
+//!   journal.jsonl   what the coordinator needs to go on after a controller that was killed
 //!   events.jsonl    everything that happened, one line each
+//!   failures.jsonl  what went wrong, and how it was met
 //!   tensorboard/    scalars
 //!   logs/           worker-N.log
+//!   processes/      worker-N.json, which process fills the slot
+//!   dumps/          worker-N-PID.txt, the stacks of a process that hung
+//!   audit/          worker-N.jsonl, with `train.audit_samples`
 //!   checkpoints/    empty where the recipe names another place
 //!   lock            held by the live controller, with its process id
 //! ```
 
+mod control;
+mod files;
+mod paths;
+
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read, Seek as _, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -25,11 +35,21 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
 use serde::{Deserialize, Serialize};
 
+pub use control::ControlFile;
+pub(crate) use files::{READABLE, remove_if_there, storage, write_whole};
+pub use paths::RunPaths;
+
 /// Name of the lock file; a folder that holds nothing else counts as empty.
 const LOCK_FILE: &str = "lock";
 
 /// Longest lock text that is read back, in bytes; a process id has at most ten digits.
 const MAX_LOCK_BYTES: u64 = 64;
+
+/// How often the lock is tried: `cloze status` and `cloze watch` hold it for an instant to see whether a controller lives.
+const LOCK_TRIES: u32 = 10;
+
+/// Wait between two tries, in milliseconds.
+const LOCK_RETRY_MS: u64 = 10;
 
 /// Longest wait for `git rev-parse`; a repository on a hanging network mount must not hold up a run.
 const GIT_TIMEOUT_MS: u64 = 1_500;
@@ -81,7 +101,7 @@ pub struct RunInfo {
 /// A run folder that this process controls: no other process can open it until this value is dropped.
 #[derive(Debug)]
 pub struct RunFolder {
-    path: PathBuf,
+    paths: RunPaths,
     info: RunInfo,
     /// The operating system releases the lock when the process ends, however it ends.
     _lock: File,
@@ -101,9 +121,9 @@ impl RunFolder {
         if let Some(entry) = first_entry(&path)? {
             return Err(taken(&path, &entry).into());
         }
-        for folder in ["tensorboard", "logs", "checkpoints"] {
-            let folder = path.join(folder);
-            fs::create_dir_all(&folder).map_err(|error| storage("create a folder", &folder, &error))?;
+        let paths = RunPaths::new(path);
+        for folder in paths.folders().iter().chain([&paths.checkpoints()]) {
+            fs::create_dir_all(folder).map_err(|error| storage("create a folder", folder, &error))?;
         }
         let info = RunInfo {
             name: new.name.to_owned(),
@@ -117,91 +137,68 @@ impl RunFolder {
             process_id: std::process::id(),
             started: SystemTime::now().duration_since(UNIX_EPOCH).context("read the time of day")?.as_secs_f64(),
         };
-        let folder = Self { path, info, _lock: lock };
-        write_whole(&folder.recipe_path(), new.recipe.to_yaml().as_bytes())?;
+        write_whole(&paths.recipe(), new.recipe.to_yaml().as_bytes(), READABLE)?;
         // run.json comes last: a folder with it is complete.
-        write_whole(&folder.info_path(), &serde_json::to_vec_pretty(&folder.info).context("serialise run.json")?)?;
-        Ok(folder)
+        write_whole(&paths.info(), &serde_json::to_vec_pretty(&info).context("serialise run.json")?, READABLE)?;
+        Ok(Self { paths, info, _lock: lock })
     }
 
     /// Opens an existing run to resume it. Fails with kind `Input` when there is none, with kind `Mismatch` when its recipe was
     /// changed, and with kind `Run` when another live process controls it.
     pub fn open(dir: &Path) -> anyhow::Result<(Self, Recipe)> {
-        let path = std::path::absolute(dir).context("find the run folder's absolute path")?;
-        let info_path = path.join("run.json");
-        let text = fs::read(&info_path).map_err(|error| {
-            Failure::new(FailureKind::Input, "this folder holds no run")
-                .at(info_path.display())
-                .because(error)
-                .hint("`cloze train RECIPE` starts a run and names its folder")
-        })?;
-        let info: RunInfo = serde_json::from_slice(&text)
-            .map_err(|error| Failure::new(FailureKind::Damaged, "run.json cannot be read").at(info_path.display()).because(error))?;
-        let lock = acquire_lock(&path)?;
-        let folder = Self { path, info, _lock: lock };
-        let recipe = cloze_recipes::load(&folder.recipe_path(), &[])?;
-        let hash = recipe.hash();
-        if hash != folder.info.recipe_hash {
-            return Err(Failure::new(FailureKind::Mismatch, "the run's recipe was changed after its start")
-                .at(folder.recipe_path().display())
-                .expected(format!("recipe hash {}", folder.info.recipe_hash))
-                .found(format!("recipe hash {hash}"))
-                .hint("put the old recipe.yaml back, or start a new run with the changed one")
-                .into());
-        }
-        for folder in ["tensorboard", "logs"].map(|name| folder.path.join(name)) {
+        let paths = RunPaths::new(std::path::absolute(dir).context("find the run folder's absolute path")?);
+        let info = read_info(&paths)?;
+        let lock = acquire_lock(paths.root())?;
+        let recipe = read_recipe(&paths, &info)?;
+        for folder in paths.folders() {
             fs::create_dir_all(&folder).map_err(|error| storage("create a folder", &folder, &error))?;
         }
-        Ok((folder, recipe))
+        Ok((Self { paths, info, _lock: lock }, recipe))
     }
 
     /// The folder, absolute.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.paths.root()
+    }
+
+    /// Its files.
+    pub fn paths(&self) -> &RunPaths {
+        &self.paths
     }
 
     /// What `run.json` says.
     pub fn info(&self) -> &RunInfo {
         &self.info
     }
-
-    /// The checked recipe's file.
-    pub fn recipe_path(&self) -> PathBuf {
-        self.path.join("recipe.yaml")
-    }
-
-    /// The file that describes the run.
-    pub fn info_path(&self) -> PathBuf {
-        self.path.join("run.json")
-    }
-
-    /// The event log.
-    pub fn events_path(&self) -> PathBuf {
-        self.path.join("events.jsonl")
-    }
-
-    /// The folder of the `TensorBoard` files.
-    pub fn tensorboard_path(&self) -> PathBuf {
-        self.path.join("tensorboard")
-    }
-
-    /// The log of one worker slot.
-    pub fn log_path(&self, worker: u32) -> PathBuf {
-        self.path.join("logs").join(format!("worker-{worker}.log"))
-    }
-
-    /// The folder of the checkpoints, where the recipe names no other place.
-    pub fn checkpoints_path(&self) -> PathBuf {
-        self.path.join("checkpoints")
-    }
 }
 
-/// A failure of the run folder's disk.
-pub(crate) fn storage(operation: &str, path: &Path, error: &std::io::Error) -> Failure {
-    Failure::new(FailureKind::Storage, format!("failed to {operation}"))
-        .at(path.display())
-        .because(error)
-        .hint("is the disk full, or the folder not yours to write?")
+/// Reads what a run was started with. Fails with kind `Input` when there is no run, and with kind `Damaged` when its file is not whole.
+pub fn read_info(paths: &RunPaths) -> Result<RunInfo, Failure> {
+    let path = paths.info();
+    let text = fs::read(&path).map_err(|error| {
+        Failure::new(FailureKind::Input, "this folder holds no run")
+            .at(path.display())
+            .because(error)
+            .hint("`cloze train RECIPE` starts a run and names its folder")
+    })?;
+    serde_json::from_slice(&text)
+        .map_err(|error| Failure::new(FailureKind::Damaged, "run.json cannot be read").at(path.display()).because(error))
+}
+
+/// Reads the recipe of a run. Fails with kind `Mismatch` when it was changed since the run's start.
+pub fn read_recipe(paths: &RunPaths, info: &RunInfo) -> anyhow::Result<Recipe> {
+    let path = paths.recipe();
+    let recipe = cloze_recipes::load(&path, &[])?;
+    let hash = recipe.hash();
+    if hash != info.recipe_hash {
+        return Err(Failure::new(FailureKind::Mismatch, "the run's recipe was changed after its start")
+            .at(path.display())
+            .expected(format!("recipe hash {}", info.recipe_hash))
+            .found(format!("recipe hash {hash}"))
+            .hint("put the old recipe.yaml back, or start a new run with the changed one")
+            .into());
+    }
+    Ok(recipe)
 }
 
 fn taken(path: &Path, entry: &OsStr) -> Failure {
@@ -221,10 +218,14 @@ fn acquire_lock(folder: &Path) -> anyhow::Result<File> {
     let path = folder.join(LOCK_FILE);
     let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
     let mut file = opened.map_err(|error| storage("open the run folder's lock", &path, &error))?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(held(folder, &mut file).into()),
-        Err(TryLockError::Error(error)) => return Err(storage("lock the run folder", &path, &error).into()),
+    let mut tries = 1;
+    while let Err(error) = file.try_lock() {
+        match error {
+            TryLockError::WouldBlock if tries < LOCK_TRIES => sleep(Duration::from_millis(LOCK_RETRY_MS)),
+            TryLockError::WouldBlock => return Err(held(folder, &mut file).into()),
+            TryLockError::Error(error) => return Err(storage("lock the run folder", &path, &error).into()),
+        }
+        tries += 1;
     }
     let written = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
     written.map_err(|error| storage("write the run folder's lock", &path, &error))?;
@@ -254,17 +255,6 @@ fn first_entry(path: &Path) -> anyhow::Result<Option<std::ffi::OsString>> {
         }
     }
     Ok(None)
-}
-
-/// Writes a file so that it appears whole or not at all.
-fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
-    let temporary = path.with_extension("partial");
-    let written = File::create(&temporary).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    });
-    written.map_err(|error| storage("write a file", path, &error).into())
 }
 
 /// The revision of the repository around the current folder, if git and a repository are there.
@@ -316,11 +306,11 @@ mod tests {
         let recipe = recipe();
         let folder = RunFolder::create(root.path(), &new_run(&recipe)).unwrap();
         assert_eq!(folder.path(), root.path().join("first"));
-        let info: RunInfo = serde_json::from_slice(&fs::read(folder.info_path()).unwrap()).unwrap();
+        let info: RunInfo = serde_json::from_slice(&fs::read(folder.paths().info()).unwrap()).unwrap();
         assert_eq!(&info, folder.info());
         assert_eq!((info.name.as_str(), info.recipe_hash), ("first", recipe.hash()));
         assert_eq!(info.process_id, std::process::id());
-        for path in [folder.recipe_path(), folder.tensorboard_path(), folder.path().join("logs"), folder.checkpoints_path()] {
+        for path in [folder.paths().recipe(), folder.paths().tensorboard(), folder.path().join("logs"), folder.paths().checkpoints()] {
             assert!(path.exists(), "{}", path.display());
         }
         assert!(!folder.path().join("run.partial").exists());

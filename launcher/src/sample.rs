@@ -1,11 +1,12 @@
-//! A recipe for the tests of this crate.
+//! A recipe and a worker for the tests of this crate.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use cloze_recipes::recipe::{
-    Auxiliary, CheckpointRecipe, ClusterRecipe, DataRecipe, DataSource, Device, LossNorm, Masking, ModelRecipe, ModelShape,
-    ObjectiveRecipe, Precision, Recipe, ScheduleKind, ScheduleRecipe, TrainRecipe, Truncation,
+    Auxiliary, CheckpointRecipe, ClusterRecipe, DataRecipe, DataSource, Device, HangRecipe, LossNorm, Masking, ModelRecipe, ModelShape,
+    ObjectiveRecipe, Precision, Recipe, ScheduleKind, ScheduleRecipe, Shard, TrainRecipe, Truncation,
 };
 
 /// A small recipe; none of its paths exist.
@@ -29,9 +30,47 @@ pub(crate) fn recipe() -> Recipe {
             loss_norm: LossNorm::TokenMean,
         },
         train: train(),
-        checkpoint: CheckpointRecipe { url: None, options: BTreeMap::new(), every_steps: 50, keep_last: 2 },
-        cluster: ClusterRecipe { max_restarts: 2, heartbeat_timeout_ms: 1_500, collective_timeout_ms: 5_000 },
+        checkpoint: checkpoint(),
+        cluster: cluster(),
         evaluation: Vec::new(),
+    }
+}
+
+/// Writes a worker in the shell's language into a folder. A shell of its own writes the file: while this program has one open to
+/// write, a process that another test starts at the same moment would inherit it, and the file could not be executed.
+pub(crate) fn script(folder: &Path, commands: &str) -> PathBuf {
+    let path = folder.join("worker.sh");
+    let write = r#"printf '#!/bin/sh\n%s\n' "$1" > "$0" && chmod 755 "$0""#;
+    assert!(Command::new("/bin/sh").args(["-c", write]).arg(&path).arg(commands).status().unwrap().success());
+    path
+}
+
+fn checkpoint() -> CheckpointRecipe {
+    CheckpointRecipe {
+        url: None,
+        options: BTreeMap::new(),
+        every_steps: 50,
+        every_seconds: None,
+        keep_last: 2,
+        keep_best: 0,
+        keep_every_steps: None,
+        cache: None,
+        upload_timeout_s: 60,
+        stop_timeout_s: 30,
+    }
+}
+
+fn cluster() -> ClusterRecipe {
+    ClusterRecipe {
+        max_restarts: 2,
+        heartbeat_timeout_ms: 1_500,
+        collective_timeout_ms: 5_000,
+        min_workers: None,
+        replacement_wait_s: 30,
+        coordinator_grace_s: 60,
+        hang: HangRecipe { init_s: 60, data_s: 30, step_s: 30, checkpoint_s: 60 },
+        exclude_host_after: 0,
+        retries_per_step: 1,
     }
 }
 
@@ -86,5 +125,7 @@ fn train() -> TrainRecipe {
         precision: Precision::Float32,
         threads: 1,
         log_every_steps: 10,
+        shard: Shard::None,
+        audit_samples: false,
     }
 }

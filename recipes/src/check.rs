@@ -5,6 +5,7 @@
 mod data;
 mod evaluation;
 mod model;
+mod operation;
 mod template;
 mod train;
 
@@ -18,7 +19,7 @@ use serde_json::{Value as Json, json};
 use crate::paths;
 use crate::problem::Problems;
 use crate::raw::{CheckpointRaw, ClusterRaw, DataRaw, EvaluationRaw, ModelRaw, ObjectiveRaw, TrainRaw, defaults};
-use crate::recipe::{Auxiliary, CheckpointRecipe, ClusterRecipe, DataRecipe, ModelRecipe, ObjectiveRecipe, Recipe, TrainRecipe};
+use crate::recipe::{Auxiliary, DataRecipe, ModelRecipe, ObjectiveRecipe, Recipe, TrainRecipe};
 use crate::tree::Node;
 
 /// Longest name of a run or a task, in characters: it becomes a folder or a file.
@@ -36,8 +37,8 @@ pub(crate) fn check(root: &Node, problems: Problems, current_folder: &Path) -> R
     let data = raw.data.map(|section| data::check(&mut context, section));
     let train = raw.train.as_ref().map(|section| train::check(&mut context, section));
     let objective = raw.objective.as_ref().map(checked_objective);
-    let checkpoint = raw.checkpoint.map(|section| checked_checkpoint(&mut context, section));
-    let cluster = raw.cluster.as_ref().map(checked_cluster);
+    let checkpoint = raw.checkpoint.map(|section| operation::checkpoint(&mut context, section));
+    let cluster = raw.cluster.as_ref().map(operation::cluster);
     let max_length = data.as_ref().map_or_else(defaults::max_length, |data| data.max_length);
     let evaluation = raw.evaluation.map(|tasks| evaluation::check(&mut context, tasks, max_length));
     check_lengths(&mut context, model.as_ref(), data.as_ref(), train.as_ref());
@@ -90,22 +91,6 @@ fn checked_objective(raw: &ObjectiveRaw) -> ObjectiveRecipe {
         mask_probability: raw.mask_probability,
         masking: raw.masking,
         loss_norm: raw.loss_norm,
-    }
-}
-
-fn checked_checkpoint(context: &mut Context<'_>, raw: CheckpointRaw) -> CheckpointRecipe {
-    let CheckpointRaw { url, options, every_steps, keep_last } = raw;
-    let current_folder = context.current_folder;
-    let url = url.map(|url| context.url("checkpoint.url", &url, current_folder));
-    context.no_secrets("checkpoint.options", &options);
-    CheckpointRecipe { url, options, every_steps, keep_last }
-}
-
-fn checked_cluster(raw: &ClusterRaw) -> ClusterRecipe {
-    ClusterRecipe {
-        max_restarts: raw.max_restarts,
-        heartbeat_timeout_ms: raw.heartbeat_timeout_ms,
-        collective_timeout_ms: raw.collective_timeout_ms,
     }
 }
 
@@ -204,11 +189,11 @@ impl Context<'_> {
         };
         let known = match scheme {
             "file" => rest.starts_with('/'),
-            "s3" => !rest.is_empty() && !rest.starts_with('/'),
+            "s3" | "gs" | "az" => !rest.is_empty() && !rest.starts_with('/'),
             _ => false,
         };
         if !known {
-            self.mismatch(path, format!("`{stated}`"), "`file:///path`, `s3://bucket/prefix` or a path");
+            self.mismatch(path, format!("`{stated}`"), "`file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…` or a path");
         }
         stated.to_owned()
     }
@@ -284,8 +269,18 @@ train: {steps: 10, batch_examples: 4, micro_batch_tokens: 256, learning_rate: 1e
                 "checkpoint.options={aws_secret_access_key: x}",
                 "checkpoint.options.aws_secret_access_key: a secret does not belong into a recipe; set it in the environment (`AWS_…`)",
             ),
-            ("data.sources.0.url=gs://b", "data.sources.0.url: found `gs://b`, expected `file:///path`, `s3://bucket/prefix` or a path"),
-            ("checkpoint.url=s3://", "checkpoint.url: found `s3://`, expected `file:///path`, `s3://bucket/prefix` or a path"),
+            (
+                "data.sources.0.url=ftp://b",
+                "data.sources.0.url: found `ftp://b`, expected `file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…` or a path",
+            ),
+            (
+                "checkpoint.url=s3://",
+                "checkpoint.url: found `s3://`, expected `file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…` or a path",
+            ),
+            (
+                "checkpoint.keep_every_steps=750",
+                "checkpoint.keep_every_steps: found 750, expected a multiple of checkpoint.every_steps, which is 500",
+            ),
             ("train.epochs=1", "found both `steps` and `epochs`, expected exactly one of them; unset the other with `null`"),
             ("train.steps=", "train: found neither `steps` nor `epochs`, expected exactly one of them"),
             ("train.betas=[0.9, 1]", "train.betas.1: found 1, expected a number of at least 0 and below 1"),

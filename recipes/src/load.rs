@@ -158,15 +158,33 @@ train:
   precision: float32
   threads: 0
   log_every_steps: 1
+  shard: none
+  audit_samples: false
 checkpoint:
   url: null
   options: {}
   every_steps: 500
+  every_seconds: null
   keep_last: 2
+  keep_best: 0
+  keep_every_steps: null
+  cache: null
+  upload_timeout_s: 600
+  stop_timeout_s: 120
 cluster:
   max_restarts: 3
   heartbeat_timeout_ms: 2000
   collective_timeout_ms: 60000
+  min_workers: null
+  replacement_wait_s: 30
+  coordinator_grace_s: 60
+  hang:
+    init_s: 600
+    data_s: 300
+    step_s: 300
+    checkpoint_s: 600
+  exclude_host_after: 0
+  retries_per_step: 1
 evaluation: []
 "#;
 

@@ -7,7 +7,11 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::recipe::{Auxiliary, Device, LossNorm, Masking, ModelShape, Precision, ScheduleKind, Truncation};
+mod operation;
+
+pub use operation::{CheckpointRaw, ClusterRaw, HangRaw};
+
+use crate::recipe::{Auxiliary, Device, LossNorm, Masking, ModelShape, Precision, ScheduleKind, Shard, Truncation};
 
 /// A Cloze recipe: what a run is to do.
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -260,6 +264,12 @@ pub struct TrainRaw {
     #[serde(default = "defaults::log_every_steps")]
     #[schemars(range(min = 1))]
     pub log_every_steps: u64,
+    /// What the workers divide among themselves instead of each holding a copy; each level includes the ones before.
+    #[serde(default = "defaults::shard")]
+    pub shard: Shard,
+    /// Every worker writes down which samples it trained on in which step, in `audit/` of the run folder.
+    #[serde(default)]
+    pub audit_samples: bool,
 }
 
 /// Learning rate over the steps: warm-up, then a shape.
@@ -286,44 +296,6 @@ pub struct ScheduleRaw {
     #[serde(default = "defaults::decay_ratio")]
     #[schemars(range(min = 0.0, max = 1.0))]
     pub decay_ratio: f64,
-}
-
-/// Where and how often state is saved.
-#[derive(Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct CheckpointRaw {
-    /// `file:///…`, `s3://bucket/prefix`, or a path relative to the current folder; unset is `checkpoints/` in the run folder.
-    #[schemars(length(min = 1))]
-    pub url: Option<String>,
-    /// Options of the object store, as for `data.sources`.
-    #[serde(default)]
-    pub options: BTreeMap<String, String>,
-    /// Save every n steps; the last step is always saved.
-    #[serde(default = "defaults::every_steps")]
-    #[schemars(range(min = 1))]
-    pub every_steps: u64,
-    /// Keep this many newest checkpoints; at least 2, so that a damaged newest one has a predecessor.
-    #[serde(default = "defaults::keep_last")]
-    #[schemars(range(min = 2, max = 1_000_000))]
-    pub keep_last: u32,
-}
-
-/// How failures are met.
-#[derive(Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct ClusterRaw {
-    /// Replacement workers over the whole run before it is given up.
-    #[serde(default = "defaults::max_restarts")]
-    #[schemars(range(min = 0, max = 1_000_000))]
-    pub max_restarts: u32,
-    /// A worker that has not been heard of for this long, in milliseconds, is lost.
-    #[serde(default = "defaults::heartbeat_timeout_ms")]
-    #[schemars(range(min = 100, max = 3_600_000))]
-    pub heartbeat_timeout_ms: u64,
-    /// Longest wait inside one collective operation, in milliseconds.
-    #[serde(default = "defaults::collective_timeout_ms")]
-    #[schemars(range(min = 100, max = 86_400_000))]
-    pub collective_timeout_ms: u64,
 }
 
 /// One task scored by `cloze eval`.
@@ -395,25 +367,9 @@ impl Default for ScheduleRaw {
     }
 }
 
-impl Default for CheckpointRaw {
-    fn default() -> Self {
-        Self { url: None, options: BTreeMap::new(), every_steps: defaults::every_steps(), keep_last: defaults::keep_last() }
-    }
-}
-
-impl Default for ClusterRaw {
-    fn default() -> Self {
-        Self {
-            max_restarts: defaults::max_restarts(),
-            heartbeat_timeout_ms: defaults::heartbeat_timeout_ms(),
-            collective_timeout_ms: defaults::collective_timeout_ms(),
-        }
-    }
-}
-
 /// The defaults that are not zero, each stated once.
 pub(crate) mod defaults {
-    use crate::recipe::{Auxiliary, Device, LossNorm, Masking, Precision, ScheduleKind, Truncation};
+    use crate::recipe::{Auxiliary, Device, LossNorm, Masking, Precision, ScheduleKind, Shard, Truncation};
 
     pub(crate) fn seed() -> u64 {
         42
@@ -499,24 +455,8 @@ pub(crate) mod defaults {
         1
     }
 
-    pub(crate) fn every_steps() -> u64 {
-        500
-    }
-
-    pub(crate) fn keep_last() -> u32 {
-        2
-    }
-
-    pub(crate) fn max_restarts() -> u32 {
-        3
-    }
-
-    pub(crate) fn heartbeat_timeout_ms() -> u64 {
-        2000
-    }
-
-    pub(crate) fn collective_timeout_ms() -> u64 {
-        60_000
+    pub(crate) fn shard() -> Shard {
+        Shard::None
     }
 
     pub(crate) fn evaluation_template() -> String {

@@ -96,7 +96,7 @@ pub struct DataRecipe {
 /// One input of the data preparation.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct DataSource {
-    /// `file:///…`, `s3://bucket/prefix`, or a path; a folder means every record file below it.
+    /// `file:///…`, `s3://`, `gs://` or `az://bucket/prefix`, or a path; a folder means every record file below it.
     pub url: String,
     /// Task name for records that carry none.
     pub task: Option<String>,
@@ -195,6 +195,24 @@ pub struct TrainRecipe {
     pub threads: u32,
     /// Every n-th step is logged.
     pub log_every_steps: u64,
+    /// What the workers divide among themselves instead of each holding a copy (`ZeRO`).
+    pub shard: Shard,
+    /// Every worker writes down which samples it trained on in which step, in `audit/` of the run folder.
+    pub audit_samples: bool,
+}
+
+/// What the workers divide among themselves; each level includes the ones before (`ZeRO` stages 1 to 3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Shard {
+    /// Every worker holds everything.
+    None,
+    /// The optimizer's moments (`ZeRO` 1).
+    Optimizer,
+    /// And the gradients (`ZeRO` 2).
+    Gradients,
+    /// And the parameters (`ZeRO` 3).
+    Parameters,
 }
 
 /// Learning rate over the steps: warm-up, then a shape.
@@ -253,14 +271,26 @@ pub enum Precision {
 /// Where and how often state is saved.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct CheckpointRecipe {
-    /// `file:///…` or `s3://bucket/prefix`; `None` is `checkpoints/` in the run folder.
+    /// `file:///…`, `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`; `None` is `checkpoints/` in the run folder.
     pub url: Option<String>,
     /// Options of the object store, as in [`DataSource::options`].
     pub options: BTreeMap<String, String>,
     /// Save every n steps; the last step is always saved.
     pub every_steps: u64,
+    /// Save as well when this many seconds have passed since the last save; such a checkpoint only counts towards `keep_last`.
+    pub every_seconds: Option<u64>,
     /// Keep this many newest checkpoints, at least 2 so that a damaged newest one has a predecessor.
     pub keep_last: u32,
+    /// Keep this many checkpoints with the lowest training loss as well.
+    pub keep_best: u32,
+    /// Keep every checkpoint of a step that is a multiple of this for good.
+    pub keep_every_steps: Option<u64>,
+    /// Folder on a local disk that holds a copy of the newest checkpoint, so that a restart need not fetch it.
+    pub cache: Option<PathBuf>,
+    /// Longest time to store one checkpoint, in seconds; one that takes longer is given up.
+    pub upload_timeout_s: u64,
+    /// After a request to stop, longest time for the last step and a full checkpoint, in seconds.
+    pub stop_timeout_s: u64,
 }
 
 /// How failures are met.
@@ -272,6 +302,31 @@ pub struct ClusterRecipe {
     pub heartbeat_timeout_ms: u64,
     /// Longest wait inside one collective operation.
     pub collective_timeout_ms: u64,
+    /// Fewest workers with which the run goes on when others are lost; `None` waits until every slot is filled again.
+    pub min_workers: Option<u32>,
+    /// With `min_workers`, how long a lost worker's replacement is waited for before the run goes on without it, in seconds.
+    pub replacement_wait_s: u64,
+    /// How long workers go on without a coordinator before they save and leave, in seconds.
+    pub coordinator_grace_s: u64,
+    /// A worker that makes no progress for this long is stuck.
+    pub hang: HangRecipe,
+    /// Failures of workers on one host after which the host is used no more; 0 never excludes a host.
+    pub exclude_host_after: u32,
+    /// How often a step is tried again after a loss that is not finite or a want of memory.
+    pub retries_per_step: u32,
+}
+
+/// Longest time without progress, in seconds, by what a worker does.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct HangRecipe {
+    /// Building the model, connecting to the peers, restoring.
+    pub init_s: u64,
+    /// Waiting for the next batch.
+    pub data_s: u64,
+    /// One step.
+    pub step_s: u64,
+    /// Taking a snapshot, or saving the last checkpoint.
+    pub checkpoint_s: u64,
 }
 
 /// One task scored by `cloze eval`.

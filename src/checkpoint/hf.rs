@@ -11,9 +11,8 @@ use serde::Deserialize;
 
 use super::atomic::atomic_write;
 use super::format::{NamedTensorOwned, decode, encode};
-use super::manifest::{MODEL_FILE, is_file_name};
+use super::manifest::{INDEX_FILE, MODEL_FILE, is_file_name};
 
-const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Largest index that is read, in bytes; one of a model with ten thousand tensors has about one million.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
 /// Largest file of weights that is read, in bytes; it is held in memory.

@@ -2,21 +2,27 @@
 
 use std::collections::BTreeSet;
 
+use cloze_cluster::protocol::SavedFile;
 use serde::{Deserialize, Serialize};
 
-/// Version of the manifest and of the files it names.
-const FORMAT_VERSION: u32 = 1;
-/// Largest manifest that is read, in bytes; a real one has a few hundred.
+/// Version of the manifest and of the files it names. Version 1 had one file of weights and one of the optimizer's state, whatever
+/// the number of workers.
+const FORMAT_VERSION: u32 = 2;
+/// Oldest version that is read.
+const OLDEST_FORMAT_VERSION: u32 = 1;
+/// Largest manifest that is read, in bytes; one of a thousand workers has about four hundred thousand.
 pub const MAX_MANIFEST_BYTES: u64 = 16 << 20;
 /// Written last, deleted first: without it the other files are no checkpoint.
 pub const MANIFEST_FILE: &str = "manifest.json";
-/// The weights.
+/// The weights, where they are one file.
 pub const MODEL_FILE: &str = "model.safetensors";
-/// The optimizer's state.
+/// The optimizer's state, where it is one file.
 pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+/// Says which file holds which tensor, where the weights are several files.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// What a run needs besides tensors to go on exactly where it was.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointState {
     /// Optimizer steps done; the next step has this index.
@@ -29,10 +35,23 @@ pub struct CheckpointState {
     pub world_size: u32,
     /// Steps that the optimizer's moments have seen.
     pub adam_step: u64,
+    /// Training loss of the step, where it was known.
+    #[serde(default)]
+    pub loss: Option<f64>,
+    /// Saved by time, between the regular steps; such a checkpoint is kept only while it is among the newest.
+    #[serde(default)]
+    pub temporary: bool,
+    /// What was sharded over the workers: `none`, `optimizer`, `gradients` or `parameters`.
+    #[serde(default = "unsharded")]
+    pub shard: String,
+}
+
+fn unsharded() -> String {
+    "none".to_owned()
 }
 
 /// The content of `manifest.json`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// Version of this format.
@@ -46,7 +65,7 @@ pub struct Manifest {
 }
 
 /// One file of a checkpoint.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ManifestFile {
     /// Name inside the checkpoint's folder.
@@ -55,6 +74,12 @@ pub struct ManifestFile {
     pub size: u64,
     /// BLAKE3 hash of the content, 64 hexadecimal digits.
     pub blake3: String,
+}
+
+impl From<SavedFile> for ManifestFile {
+    fn from(file: SavedFile) -> Self {
+        Self { name: file.name, size: file.size, blake3: file.blake3 }
+    }
 }
 
 /// The only field that all versions of the format have.
@@ -73,21 +98,66 @@ impl Manifest {
     pub fn parse(bytes: &[u8], step: u64) -> Result<Self, String> {
         let unreadable = |error: serde_json::Error| format!("{MANIFEST_FILE} is not readable: {error}");
         let VersionOnly { format_version } = serde_json::from_slice(bytes).map_err(unreadable)?;
-        if format_version != FORMAT_VERSION {
-            return Err(format!("{MANIFEST_FILE} has format version {format_version}, this program reads {FORMAT_VERSION}"));
+        if !(OLDEST_FORMAT_VERSION..=FORMAT_VERSION).contains(&format_version) {
+            return Err(format!(
+                "{MANIFEST_FILE} has format version {format_version}, this program reads {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}"
+            ));
         }
         let manifest: Self = serde_json::from_slice(bytes).map_err(unreadable)?;
         if manifest.step != step || manifest.state.step != step {
             return Err(format!("{MANIFEST_FILE} is of step {} (state {})", manifest.step, manifest.state.step));
         }
+        manifest.check().map(|()| manifest)
+    }
+
+    /// Checks that the files are named as they must be and that no worker's share is missing; the error is a reason to show.
+    pub fn check(&self) -> Result<(), String> {
         let mut names = BTreeSet::new();
-        if let Some(file) = manifest.files.iter().find(|file| !is_file_name(&file.name) || !names.insert(file.name.as_str())) {
+        if let Some(file) = self.files.iter().find(|file| !is_file_name(&file.name) || !names.insert(file.name.as_str())) {
             return Err(format!("{MANIFEST_FILE} names `{}`, which is no file name or occurs twice", file.name));
         }
-        match [MODEL_FILE, OPTIMIZER_FILE].into_iter().find(|name| !names.contains(name)) {
-            Some(name) => Err(format!("{MANIFEST_FILE} does not name {name}")),
-            None => Ok(manifest),
-        }
+        let missing = self.share_names().find(|name| !names.contains(name.as_str()));
+        missing.map_or(Ok(()), |name| Err(format!("{MANIFEST_FILE} does not name {name}")))
+    }
+
+    /// Number of files that the weights, and the optimizer's state, are divided into.
+    fn num_shares(&self) -> u32 {
+        if self.format_version == OLDEST_FORMAT_VERSION { 1 } else { self.state.world_size.max(1) }
+    }
+
+    fn share_names(&self) -> impl Iterator<Item = String> {
+        let world_size = self.num_shares();
+        (0..world_size).flat_map(move |rank| [model_file(rank, world_size), optimizer_file(rank, world_size)])
+    }
+
+    /// Names of the files with the weights, by rank.
+    pub fn model_names(&self) -> Vec<String> {
+        let world_size = self.num_shares();
+        (0..world_size).map(|rank| model_file(rank, world_size)).collect()
+    }
+
+    /// Names of the files with the optimizer's state, by rank.
+    pub fn optimizer_names(&self) -> Vec<String> {
+        let world_size = self.num_shares();
+        (0..world_size).map(|rank| optimizer_file(rank, world_size)).collect()
+    }
+
+    /// The files with tensors, sorted by name.
+    pub fn shares(&self) -> Vec<&ManifestFile> {
+        let names: BTreeSet<String> = self.share_names().collect();
+        let mut shares: Vec<&ManifestFile> = self.files.iter().filter(|file| names.contains(&file.name)).collect();
+        shares.sort();
+        shares
+    }
+
+    /// The files without tensors that make the checkpoint a model folder, such as the tokenizer's.
+    pub fn companions(&self) -> Vec<&ManifestFile> {
+        self.files.iter().filter(|file| !is_reserved(&file.name)).collect()
+    }
+
+    /// Size of all files in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.size).sum()
     }
 }
 
@@ -97,9 +167,35 @@ pub fn is_file_name(name: &str) -> bool {
     !name.is_empty() && !name.starts_with('.') && name.chars().all(is_plain) && name != MANIFEST_FILE
 }
 
+/// Whether a name belongs to the format: tensors, of any number of workers, or their index.
+pub fn is_reserved(name: &str) -> bool {
+    let is_share = |stem: &str| name.starts_with(stem) && name.ends_with(".safetensors");
+    is_share("model") || is_share("optimizer") || name == INDEX_FILE
+}
+
+/// The file with a rank's part of the weights, named as in Hugging Face folders.
+pub fn model_file(rank: u32, world_size: u32) -> String {
+    share_file("model", MODEL_FILE, rank, world_size)
+}
+
+/// The file with a rank's part of the optimizer's state.
+pub fn optimizer_file(rank: u32, world_size: u32) -> String {
+    share_file("optimizer", OPTIMIZER_FILE, rank, world_size)
+}
+
+fn share_file(stem: &str, only: &str, rank: u32, world_size: u32) -> String {
+    if world_size == 1 { only.to_owned() } else { format!("{stem}-{:05}-of-{world_size:05}.safetensors", rank + 1) }
+}
+
 /// The folder of a step. Twelve digits sort by name as they do by number.
 pub fn folder(step: u64) -> String {
     format!("step-{step:012}")
+}
+
+/// The step of a folder's name; `None` for every name that [`folder`] does not make.
+pub fn step_of_folder(name: &str) -> Option<u64> {
+    let step = name.strip_prefix("step-")?.parse().ok()?;
+    (folder(step) == name).then_some(step)
 }
 
 /// The key of a checkpoint's file below the store's prefix.
@@ -110,16 +206,25 @@ pub fn key(step: u64, file: &str) -> String {
 /// The step and the file that a key names; `None` for everything that [`key`] does not make.
 pub fn parse_key(key: &str) -> Option<(u64, &str)> {
     let (name, file) = key.split_once('/')?;
-    let step = name.strip_prefix("step-")?.parse().ok()?;
-    (folder(step) == name && (is_file_name(file) || file == MANIFEST_FILE)).then_some((step, file))
+    let step = step_of_folder(name)?;
+    (is_file_name(file) || file == MANIFEST_FILE).then_some((step, file))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn manifest(step: u64, names: &[&str]) -> Manifest {
-        let state = CheckpointState { step, recipe_hash: "r".to_owned(), data_fingerprint: "d".to_owned(), world_size: 2, adam_step: step };
+    fn manifest(step: u64, world_size: u32, names: &[&str]) -> Manifest {
+        let state = CheckpointState {
+            step,
+            recipe_hash: "r".to_owned(),
+            data_fingerprint: "d".to_owned(),
+            world_size,
+            adam_step: step,
+            loss: Some(0.25),
+            temporary: true,
+            shard: "optimizer".to_owned(),
+        };
         let file = |name: &&str| ManifestFile { name: (*name).to_owned(), size: 1, blake3: "0".repeat(64) };
         Manifest::new(state, names.iter().map(file).collect())
     }
@@ -138,22 +243,44 @@ mod tests {
 
     #[test]
     fn a_manifest_parses_back() {
-        let manifest = manifest(7, &[MODEL_FILE, OPTIMIZER_FILE, "config.json"]);
-        assert_eq!(Manifest::parse(&serde_json::to_vec(&manifest).unwrap(), 7), Ok(manifest));
+        let two = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+        let optimizer = ["optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors"];
+        let manifests = [
+            manifest(7, 1, &[MODEL_FILE, OPTIMIZER_FILE, "config.json"]),
+            manifest(7, 2, &[optimizer[1], "vocab.txt", two[1], two[0], optimizer[0], INDEX_FILE]),
+        ];
+        for manifest in manifests {
+            assert_eq!(Manifest::parse(&serde_json::to_vec(&manifest).unwrap(), 7), Ok(manifest.clone()));
+            assert_eq!(manifest.companions().len(), 1);
+            assert_eq!(manifest.shares().len(), 2 * manifest.state.world_size as usize);
+        }
+        assert_eq!((model_file(1, 2), optimizer_file(0, 2)), (two[1].to_owned(), optimizer[0].to_owned()));
+    }
+
+    #[test]
+    fn a_manifest_of_the_first_version_is_read() {
+        let text = r#"{"format_version":1,"step":7,"files":[{"name":"model.safetensors","size":1,"blake3":"0"},
+            {"name":"optimizer.safetensors","size":1,"blake3":"0"}],
+            "state":{"step":7,"recipe_hash":"r","data_fingerprint":"d","world_size":4,"adam_step":7}}"#;
+        let manifest = Manifest::parse(text.as_bytes(), 7).unwrap();
+        assert_eq!((manifest.state.loss, manifest.state.temporary, manifest.state.shard.as_str()), (None, false, "none"));
+        assert_eq!((manifest.model_names(), manifest.optimizer_names()), (vec![MODEL_FILE.to_owned()], vec![OPTIMIZER_FILE.to_owned()]));
     }
 
     #[test]
     fn every_flaw_is_a_reason() {
         let text = |manifest: &Manifest| serde_json::to_string(manifest).unwrap();
-        let good = manifest(7, &[MODEL_FILE, OPTIMIZER_FILE]);
+        let good = manifest(7, 1, &[MODEL_FILE, OPTIMIZER_FILE]);
         let cases = [
             ("garbage".to_owned(), "not readable"),
             (text(&good)[..40].to_owned(), "not readable"),
             (text(&good).replace("\"step\":7", "\"stop\":7"), "not readable"),
-            (text(&manifest(8, &[MODEL_FILE, OPTIMIZER_FILE])), "is of step 8"),
-            (text(&manifest(7, &[MODEL_FILE])), "does not name optimizer.safetensors"),
-            (text(&manifest(7, &[MODEL_FILE, OPTIMIZER_FILE, MODEL_FILE])), "occurs twice"),
-            (text(&manifest(7, &[MODEL_FILE, OPTIMIZER_FILE, "../x"])), "no file name"),
+            (text(&manifest(8, 1, &[MODEL_FILE, OPTIMIZER_FILE])), "is of step 8"),
+            (text(&manifest(7, 1, &[MODEL_FILE])), "does not name optimizer.safetensors"),
+            (text(&manifest(7, 2, &[MODEL_FILE, OPTIMIZER_FILE])), "does not name model-00001-of-00002.safetensors"),
+            (text(&manifest(7, u32::MAX, &[MODEL_FILE, OPTIMIZER_FILE])), "does not name model-00001-of-"),
+            (text(&manifest(7, 1, &[MODEL_FILE, OPTIMIZER_FILE, MODEL_FILE])), "occurs twice"),
+            (text(&manifest(7, 1, &[MODEL_FILE, OPTIMIZER_FILE, "../x"])), "no file name"),
             ("{\"format_version\":9,\"new\":1}".to_owned(), "format version 9"),
         ];
         for (bytes, reason) in cases {

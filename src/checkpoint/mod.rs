@@ -1,17 +1,35 @@
 //! Checkpoints: folders of `safetensors` files in a bucket or on a disk that are whole or invisible.
 //!
-//! A save writes the files first and the manifest, which states the size and the hash of each, last. A load takes the newest
-//! manifest whose files all agree with it. The folders open in Hugging Face `transformers` as they are.
+//! Every worker writes its share of the state. When all of them have, the leader writes the manifest, which states the size and the hash
+//! of each file. A load takes the newest manifest whose files all agree with it. The folders open in Hugging Face `transformers` as they
+//! are, except where a tensor is divided over several files.
 
 pub mod hf;
 
 mod atomic;
 mod format;
 mod manifest;
+mod pieces;
+
+mod cache;
 mod retention;
+
 mod store;
 
+mod commit;
+mod load;
+mod prune;
+
+mod difference;
+mod report;
+
 pub use atomic::atomic_write;
+pub use difference::{Difference, difference};
 pub use format::NamedTensorOwned;
-pub use manifest::CheckpointState;
-pub use store::{CheckpointStore, Loaded, Saved};
+pub use manifest::{CheckpointState, step_of_folder};
+pub use pieces::Piece;
+pub use report::{Overview, Verification};
+pub use store::{CheckpointStore, Loaded, Share, StorePolicy};
+
+#[cfg(test)]
+mod tests;

@@ -1,51 +1,81 @@
-//! Saving, finding and pruning checkpoints in a bucket or a folder.
+//! The checkpoints of one run: where they are, what is there, and what every worker writes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
-use std::time::Instant;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
-use cloze_data::store::{self, Store};
-use cloze_recipes::failure::{Failure, FailureKind};
-use futures::stream::{self, StreamExt, TryStreamExt};
-use object_store::path::Path as ObjectPath;
-use object_store::{ObjectStore, PutMultipartOptions, PutPayload};
+use cloze_cluster::protocol::SavedFile;
+use cloze_data::store::{self, ConditionalPut, ObjectInfo, Store};
 
-use super::format::{NamedTensorOwned, decode, encode};
+use super::cache::Cache;
+use super::format::NamedTensorOwned;
+use super::load::{Unusable, compare_sizes};
 use super::manifest::{
-    CheckpointState, MANIFEST_FILE, MAX_MANIFEST_BYTES, MODEL_FILE, Manifest, ManifestFile, OPTIMIZER_FILE, folder, is_file_name, key,
-    parse_key,
+    CheckpointState, MANIFEST_FILE, Manifest, folder, is_file_name, is_reserved, key, model_file, optimizer_file, parse_key,
 };
-use super::retention::steps_to_delete;
+use super::pieces::{Piece, encode};
+use super::retention::Limits;
 
-/// Files are uploaded in parts of this size, and smaller ones in one request; stores want at least 5 MiB.
-const PART_BYTES: usize = 16 << 20;
-/// Parts of one file under way at a time: 64 MiB, enough to fill a fast link while single requests wait.
-const PARTS_IN_FLIGHT: usize = 4;
+/// Time to store one checkpoint where nothing else is said.
+const DEFAULT_UPLOAD_TIMEOUT: Duration = Duration::from_mins(10);
 
-/// The checkpoints of one run.
-pub struct CheckpointStore {
-    store: Store,
-    keep_last: usize,
-    /// Steps whose content was found damaged; their sizes alone may look right.
-    damaged: Mutex<BTreeSet<u64>>,
+/// How checkpoints are kept and stored.
+#[derive(Clone, Debug)]
+pub struct StorePolicy {
+    /// Newest good checkpoints that are kept; at least two are kept in any case.
+    pub keep_last: u32,
+    /// Checkpoints with the lowest losses that are kept as well.
+    pub keep_best: u32,
+    /// Checkpoints of steps that are a multiple of this are kept for good.
+    pub keep_every_steps: Option<u64>,
+    /// Folder on a local disk for a copy of the newest checkpoint.
+    pub cache: Option<PathBuf>,
+    /// Longest time to store one worker's share.
+    pub upload_timeout: Duration,
+}
+
+impl Default for StorePolicy {
+    fn default() -> Self {
+        Self { keep_last: 2, keep_best: 0, keep_every_steps: None, cache: None, upload_timeout: DEFAULT_UPLOAD_TIMEOUT }
+    }
+}
+
+impl StorePolicy {
+    /// What pruning goes by.
+    pub(super) fn limits(&self) -> Limits {
+        Limits { keep_last: self.keep_last as usize, keep_best: self.keep_best as usize, keep_every_steps: self.keep_every_steps }
+    }
+}
+
+/// What one worker writes of a checkpoint. The shares of all ranks together are the state, each value once.
+#[derive(Clone, Debug)]
+pub struct Share {
+    /// Rank of the worker.
+    pub rank: u32,
+    /// Number of workers.
+    pub world_size: u32,
+    /// Its part of the weights.
+    pub model: Vec<Piece>,
+    /// Its part of the optimizer's state.
+    pub optimizer: Vec<Piece>,
+    /// Files that are stored as they are, by name; one worker writes them.
+    pub companions: Vec<(String, Bytes)>,
 }
 
 /// What a save has written.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Saved {
     /// Where the checkpoint is.
     pub url: String,
     /// Size of its files without the manifest.
     pub bytes: u64,
-    /// Time the save took, pruning included.
-    pub seconds: f64,
 }
 
 /// A checkpoint whose files all agree with its manifest.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Loaded {
     /// The run's state.
     pub state: CheckpointState,
@@ -66,395 +96,173 @@ pub struct Listed {
     pub step: u64,
     /// Size in bytes by file name.
     pub files: BTreeMap<String, u64>,
+    /// Changes when the manifest is written again.
+    pub(super) manifest_version: String,
 }
 
-/// Why a checkpoint was not loaded: it is damaged, or the store failed and nothing is known about it.
-enum Unusable {
-    Damaged(String),
-    Store(anyhow::Error),
+impl Listed {
+    /// Whether there is a manifest, which may be damaged; without one there is no checkpoint.
+    pub fn has_manifest(&self) -> bool {
+        self.files.contains_key(MANIFEST_FILE)
+    }
+}
+
+/// The checkpoints of one run.
+pub struct CheckpointStore {
+    pub(super) store: Store,
+    pub(super) policy: StorePolicy,
+    pub(super) cache: Option<Cache>,
+    memory: Mutex<Memory>,
+}
+
+/// What was found out about the store, so that it need not be asked again.
+#[derive(Default)]
+pub(super) struct Memory {
+    /// Steps whose content was found damaged; their sizes alone may look right.
+    pub(super) damaged: BTreeSet<u64>,
+    /// Manifests that were read, each with its version in the listing.
+    pub(super) manifests: BTreeMap<u64, (String, Arc<Manifest>)>,
+    /// What the store does with a conditional write.
+    pub(super) conditional_put: Option<ConditionalPut>,
 }
 
 impl CheckpointStore {
-    /// Opens a path, `file://` or `s3://` url; nothing is read or created yet. At least two good checkpoints are always kept.
-    pub fn open(url: &str, options: &BTreeMap<String, String>, keep_last: u32) -> anyhow::Result<Self> {
-        let store = store::open(url, options)?;
-        Ok(Self { store, keep_last: keep_last as usize, damaged: Mutex::new(BTreeSet::new()) })
+    /// Opens a path or the url of a bucket; nothing is read or created yet. At least two good checkpoints are always kept.
+    pub fn open(url: &str, options: &BTreeMap<String, String>, policy: StorePolicy) -> Result<Self> {
+        Ok(Self::over(store::open(url, options)?, policy))
     }
 
-    /// Writes a checkpoint and then deletes what is no longer needed.
+    /// The checkpoints in a store that is open already.
+    pub(super) fn over(store: Store, policy: StorePolicy) -> Self {
+        let cache = policy.cache.clone().map(Cache::new);
+        Self { store, policy, cache, memory: Mutex::default() }
+    }
+
+    /// Where the checkpoints are, for people.
+    pub fn url(&self) -> &str {
+        &self.store.display_url
+    }
+
+    /// Where the checkpoint of a step is, for people.
+    pub fn step_url(&self, step: u64) -> String {
+        self.store.url(&folder(step))
+    }
+
+    /// Finds out whether the store honours conditional writes; a warning where it does not, and a weaker protocol is used.
+    pub fn probe(&self) -> Result<Option<String>> {
+        let weakness = match self.conditional_put()? {
+            ConditionalPut::Honoured => return Ok(None),
+            ConditionalPut::Ignored => "takes conditional writes and ignores the condition",
+            ConditionalPut::Unsupported => "has no conditional writes",
+        };
+        Ok(Some(format!(
+            "the store of {} {weakness}: manifests are written after a look that found none, so two runs that save the same step here at \
+             the same moment would not be noticed; give every run a `checkpoint.url` of its own",
+            self.store.display_url
+        )))
+    }
+
+    /// Writes one worker's share of a checkpoint. Without a manifest that names them the files are no checkpoint.
     ///
-    /// `extra_files` are stored as they are under their names. A failed save leaves no manifest, and so no checkpoint; a failed
-    /// deletion is only logged, because the next save tries again.
-    pub fn save(
-        &self,
-        state: &CheckpointState,
-        model: &[NamedTensorOwned],
-        optimizer: &[NamedTensorOwned],
-        extra_files: &[(String, Bytes)],
-    ) -> anyhow::Result<Saved> {
-        let started = Instant::now();
+    /// Fails when the store fails for longer than its retries, and when not everything is stored within the time limit.
+    pub fn save_share(&self, step: u64, share: &Share) -> Result<Vec<SavedFile>> {
+        let deadline = Instant::now() + self.policy.upload_timeout;
+        ensure!(share.rank < share.world_size, "rank {} is none of {} workers", share.rank, share.world_size);
         let mut files = vec![
-            (MODEL_FILE.to_owned(), encode(model).context("write the weights")?),
-            (OPTIMIZER_FILE.to_owned(), encode(optimizer).context("write the optimizer state")?),
+            (model_file(share.rank, share.world_size), encode(&share.model).context("write the weights")?),
+            (optimizer_file(share.rank, share.world_size), encode(&share.optimizer).context("write the optimizer state")?),
         ];
-        for (name, content) in extra_files {
-            let is_free = files.iter().all(|(other, _)| other != name);
+        for (name, content) in &share.companions {
+            let is_free = !is_reserved(name) && files.iter().all(|(other, _)| other != name);
             ensure!(is_file_name(name) && is_free, "`{name}` is no name for a file of a checkpoint, or is taken");
-            files.push((name.clone(), content.clone()));
+            files.push((name.clone(), vec![content.clone()]));
         }
-        // A manifest from before must not vouch for a mixture of old and new files.
-        store::delete(&self.store, &key(state.step, MANIFEST_FILE))?;
-        let entries = files.iter().map(|(name, content)| self.upload(state.step, name, content)).collect::<anyhow::Result<Vec<_>>>()?;
-        let manifest = serde_json::to_vec_pretty(&Manifest::new(state.clone(), entries)).context("write the manifest")?;
-        store::put(&self.store, &key(state.step, MANIFEST_FILE), manifest)?;
-        self.damaged.lock().unwrap_or_else(PoisonError::into_inner).remove(&state.step);
-        if let Err(error) = self.prune() {
-            tracing::warn!(step = state.step, error = format!("{error:#}"), "old checkpoints could not be deleted");
-        }
-        Ok(Saved {
-            url: self.store.url(&folder(state.step)),
-            bytes: files.iter().map(|(_, content)| content.len() as u64).sum(),
-            seconds: started.elapsed().as_secs_f64(),
-        })
-    }
-
-    /// The newest checkpoint whose files all agree with its manifest; `None` where no save was ever completed.
-    ///
-    /// Fails when there are checkpoints but none is usable, and when the store does not answer: an outage must not look like
-    /// damage, or a run would silently go back in time.
-    pub fn latest_good(&self) -> anyhow::Result<Option<Loaded>> {
-        let mut skipped = Vec::new();
-        let mut num_with_manifest = 0;
-        for listed in self.list()?.iter().rev() {
-            num_with_manifest += usize::from(listed.files.contains_key(MANIFEST_FILE));
-            match self.load(listed) {
-                Ok(loaded) => return Ok(Some(Loaded { skipped, ..loaded })),
-                Err(Unusable::Store(error)) => return Err(error),
-                Err(Unusable::Damaged(reason)) => {
-                    self.damaged.lock().unwrap_or_else(PoisonError::into_inner).insert(listed.step);
-                    skipped.push(format!("{}: {reason}", self.store.url(&folder(listed.step))));
-                }
+        let mut saved = Vec::new();
+        for (name, pieces) in &files {
+            saved.push(self.save_file(step, name, pieces, deadline)?);
+            // One worker of a machine is enough to fill a cache; the leader's files are those that it knows to be whole.
+            if let Some(cache) = self.cache.as_ref().filter(|_| share.rank == 0) {
+                cache.write(step, name, pieces);
             }
         }
-        if num_with_manifest == 0 {
-            return Ok(None);
-        }
-        Err(Failure::new(FailureKind::Damaged, "no checkpoint is usable")
-            .at(&self.store.display_url)
-            .expected("at least one whose files agree with its manifest")
-            .found(skipped.join("; "))
-            .hint("bring the files back from a copy, or move the folder away to start from scratch")
-            .into())
+        Ok(saved)
     }
 
     /// Every step that has objects, oldest first, with or without a manifest.
-    pub fn list(&self) -> anyhow::Result<Vec<Listed>> {
-        let mut steps: BTreeMap<u64, BTreeMap<String, u64>> = BTreeMap::new();
-        for object in store::list(&self.store)? {
-            if let Some((step, file)) = parse_key(&object.key) {
-                steps.entry(step).or_default().insert(file.to_owned(), object.size);
+    pub fn list(&self) -> Result<Vec<Listed>> {
+        Ok(by_step(store::list(&self.store)?))
+    }
+
+    /// The objects of one step.
+    pub(super) fn list_step(&self, step: u64) -> Result<Listed> {
+        let found = by_step(store::list_below(&self.store, &folder(step))?).into_iter().find(|listed| listed.step == step);
+        Ok(found.unwrap_or(Listed { step, files: BTreeMap::new(), manifest_version: String::new() }))
+    }
+
+    /// Whether a step's checkpoint is there: its manifest is, and its files have the sizes that it states. Asked by the leader before
+    /// all workers save the step.
+    ///
+    /// A manifest that is not usable is withdrawn: it must not vouch for a mixture of old files and new ones. Fails with kind mismatch
+    /// where another run has saved the step.
+    pub fn is_saved(&self, step: u64, recipe_hash: &str) -> Result<bool> {
+        let listed = self.list_step(step)?;
+        if !listed.has_manifest() {
+            return Ok(false);
+        }
+        let found = self.readable_manifest(&listed).and_then(|manifest| {
+            let is_ours = manifest.state.recipe_hash == recipe_hash;
+            // Another run's manifest is a conflict whatever its files are like by now.
+            if is_ours { compare_sizes(&listed, &manifest).map(|()| None) } else { Ok(Some(self.conflict(&manifest, recipe_hash))) }
+        });
+        match found {
+            Ok(Some(conflict)) => Err(conflict.into()),
+            Ok(None) if !self.memory().damaged.contains(&step) => Ok(true),
+            Ok(None) | Err(Unusable::Damaged(_)) => {
+                self.withdraw(step)?;
+                Ok(false)
             }
+            Err(Unusable::Store(error)) => Err(error),
         }
-        Ok(steps.into_iter().map(|(step, files)| Listed { step, files }).collect())
     }
 
-    /// Stores one file and hashes the same bytes meanwhile.
-    fn upload(&self, step: u64, name: &str, content: &Bytes) -> anyhow::Result<ManifestFile> {
-        let hash = thread::scope(|scope| {
-            let hasher = thread::Builder::new().name("checkpoint-hash".to_owned()).spawn_scoped(scope, || blake3::hash(content));
-            let hasher = hasher.context("start a thread to hash a checkpoint")?;
-            self.put(&key(step, name), content)?;
-            hasher.join().map_err(|_| anyhow!("hashing {name} panicked"))
-        })?;
-        Ok(ManifestFile { name: name.to_owned(), size: content.len() as u64, blake3: hash.to_hex().to_string() })
+    /// What the store does with a conditional write; it is tried once.
+    pub(super) fn conditional_put(&self) -> Result<ConditionalPut> {
+        if let Some(known) = self.memory().conditional_put {
+            return Ok(known);
+        }
+        let found = store::probe_conditional_put(&self.store)?;
+        self.memory().conditional_put = Some(found);
+        Ok(found)
     }
 
-    /// Writes an object that appears whole or not at all.
-    fn put(&self, key: &str, content: &Bytes) -> anyhow::Result<()> {
-        if content.len() <= PART_BYTES {
-            return store::put(&self.store, key, content.clone());
-        }
-        let path = self.store.path(key)?;
-        let started = Instant::now();
-        let result = store::block_on(put_parts(self.store.object_store.as_ref(), &path, content))?;
-        result.map_err(|error| store::explain(&self.store, "write object", key, started, &error))?;
-        Ok(())
+    /// Deletes a step's manifest, and with it the checkpoint.
+    pub(super) fn withdraw(&self, step: u64) -> Result<()> {
+        tracing::warn!(checkpoint = self.step_url(step), "unusable checkpoint withdrawn");
+        self.memory().manifests.remove(&step);
+        store::delete(&self.store, &key(step, MANIFEST_FILE))
     }
 
-    /// Reads and verifies one checkpoint.
-    fn load(&self, listed: &Listed) -> Result<Loaded, Unusable> {
-        let manifest = self.read_manifest(listed)?;
-        let mut contents = BTreeMap::new();
-        for file in &manifest.files {
-            let content = self.read(&key(listed.step, &file.name), file.size)?;
-            let hash = blake3::hash(&content).to_hex();
-            if hash.as_str() != file.blake3 {
-                return Err(Unusable::Damaged(format!("{} has BLAKE3 hash {hash}, the manifest says {}", file.name, file.blake3)));
-            }
-            contents.insert(file.name.as_str(), content);
-        }
-        let tensors = |name: &str| {
-            let content = contents.get(name).ok_or_else(|| Unusable::Damaged(format!("{name} is missing")))?;
-            decode(content).map_err(|error| Unusable::Damaged(format!("{name} is not readable: {error:#}")))
-        };
-        let (model, optimizer) = (tensors(MODEL_FILE)?, tensors(OPTIMIZER_FILE)?);
-        Ok(Loaded { state: manifest.state, model, optimizer, url: self.store.url(&folder(listed.step)), skipped: Vec::new() })
+    pub(super) fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads a manifest and compares it with the listing, which costs no more than its own few bytes.
-    fn read_manifest(&self, listed: &Listed) -> Result<Manifest, Unusable> {
-        let Some(size) = listed.files.get(MANIFEST_FILE) else {
-            return Err(Unusable::Damaged(format!("{MANIFEST_FILE} is missing: the save was not completed")));
-        };
-        if *size > MAX_MANIFEST_BYTES {
-            return Err(Unusable::Damaged(format!("{MANIFEST_FILE} has {size} bytes, more than {MAX_MANIFEST_BYTES}")));
-        }
-        let bytes = self.read(&key(listed.step, MANIFEST_FILE), *size)?;
-        let manifest = Manifest::parse(&bytes, listed.step).map_err(Unusable::Damaged)?;
-        for file in &manifest.files {
-            match listed.files.get(&file.name) {
-                Some(size) if *size == file.size => {}
-                Some(size) => {
-                    return Err(Unusable::Damaged(format!("{} has {size} bytes, the manifest says {}", file.name, file.size)));
-                }
-                None => return Err(Unusable::Damaged(format!("{} is missing", file.name))),
-            }
-        }
-        Ok(manifest)
-    }
-
-    /// Reads an object of a known size. One that has gone or grown since it was listed is damage, any other failure is the store's.
-    fn read(&self, key: &str, size: u64) -> Result<Bytes, Unusable> {
-        store::read_all(&self.store, key, size).map_err(|error| match error.downcast_ref::<Failure>() {
-            Some(failure) if failure.kind == FailureKind::Input => Unusable::Damaged(failure.to_string().replace("\n  ", ", ")),
-            _ => Unusable::Store(error),
-        })
-    }
-
-    /// Deletes what is no longer needed, oldest first; of each checkpoint the manifest first.
-    fn prune(&self) -> anyhow::Result<()> {
-        let listed = self.list()?;
-        let mut good = BTreeSet::new();
-        for listed in &listed {
-            match self.read_manifest(listed) {
-                Ok(_) => good.insert(listed.step),
-                Err(Unusable::Damaged(_)) => false,
-                Err(Unusable::Store(error)) => return Err(error),
-            };
-        }
-        let damaged = self.damaged.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        good.retain(|step| !damaged.contains(step));
-        let steps: BTreeSet<u64> = listed.iter().map(|listed| listed.step).collect();
-        let to_delete: BTreeSet<u64> = steps_to_delete(&steps, &good, self.keep_last).into_iter().collect();
-        for listed in listed.iter().filter(|listed| to_delete.contains(&listed.step)) {
-            self.delete(listed)?;
-        }
-        Ok(())
-    }
-
-    fn delete(&self, listed: &Listed) -> anyhow::Result<()> {
-        let others = listed.files.keys().map(String::as_str).filter(|name| *name != MANIFEST_FILE);
-        for name in std::iter::once(MANIFEST_FILE).chain(others) {
-            store::delete(&self.store, &key(listed.step, name))?;
-        }
-        if self.store.is_local() {
-            // Buckets have no folders. A folder that still holds something else stays, and that is no error.
-            drop(std::fs::remove_dir(self.store.url(&folder(listed.step))));
-        }
-        Ok(())
+    /// Stores one file.
+    pub(super) fn save_file(&self, step: u64, name: &str, pieces: &[Bytes], deadline: Instant) -> Result<SavedFile> {
+        let written = store::put_pieces(&self.store, &key(step, name), pieces, deadline)?;
+        Ok(SavedFile { name: name.to_owned(), size: written.size, blake3: written.blake3 })
     }
 }
 
-/// Uploads slices of `content` side by side; the object appears once all are there, and a failed upload is withdrawn.
-async fn put_parts(object_store: &dyn ObjectStore, path: &ObjectPath, content: &Bytes) -> object_store::Result<()> {
-    let mut upload = object_store.put_multipart_opts(path, PutMultipartOptions::default()).await?;
-    let starts = (0..content.len()).step_by(PART_BYTES);
-    let slices = starts.map(|start| content.slice(start..content.len().min(start + PART_BYTES)));
-    let uploads: Vec<_> = slices.map(|slice| upload.put_part(PutPayload::from(slice))).collect();
-    let sent = stream::iter(uploads).buffer_unordered(PARTS_IN_FLIGHT).try_for_each(|()| std::future::ready(Ok(()))).await;
-    let result = match sent {
-        Ok(()) => upload.complete().await.map(|_| ()),
-        Err(error) => Err(error),
-    };
-    if result.is_err() {
-        // The first error says more than one of the clean-up; leftover parts are invisible and expire by the bucket's rules.
-        drop(upload.abort().await);
-    }
-    result
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs;
-    use std::path::{Path, PathBuf};
-
-    use tempfile::TempDir;
-
-    use super::*;
-
-    struct Fixture {
-        folder: TempDir,
-        checkpoints: CheckpointStore,
-    }
-
-    impl Fixture {
-        /// A store with checkpoints of the given steps.
-        fn new(keep_last: u32, steps: &[u64]) -> Self {
-            let folder = tempfile::tempdir().unwrap();
-            let url = folder.path().join("checkpoints").display().to_string();
-            let fixture = Self { checkpoints: CheckpointStore::open(&url, &BTreeMap::new(), keep_last).unwrap(), folder };
-            for step in steps {
-                fixture.save(*step);
-            }
-            fixture
-        }
-
-        fn save(&self, step: u64) -> Saved {
-            let model = [NamedTensorOwned { name: "w".to_owned(), shape: vec![2, 3], data: values(step).into() }];
-            let optimizer = [NamedTensorOwned { name: "w.m".to_owned(), shape: vec![6], data: values(step + 1).into() }];
-            let extra = [("config.json".to_owned(), Bytes::from_static(b"{}"))];
-            self.checkpoints.save(&state(step), &model, &optimizer, &extra).unwrap()
-        }
-
-        fn path(&self, step: u64, file: &str) -> PathBuf {
-            self.folder.path().join("checkpoints").join(key(step, file))
-        }
-
-        fn steps(&self) -> Vec<u64> {
-            self.checkpoints.list().unwrap().into_iter().map(|listed| listed.step).collect()
-        }
-
-        fn latest(&self) -> Loaded {
-            self.checkpoints.latest_good().unwrap().unwrap()
+fn by_step(objects: Vec<ObjectInfo>) -> Vec<Listed> {
+    let mut steps: BTreeMap<u64, Listed> = BTreeMap::new();
+    for object in objects {
+        let Some((step, file)) = parse_key(&object.key) else { continue };
+        let listed = steps.entry(step).or_insert_with(|| Listed { step, files: BTreeMap::new(), manifest_version: String::new() });
+        listed.files.insert(file.to_owned(), object.size);
+        if file == MANIFEST_FILE {
+            let etag = object.etag.as_deref().unwrap_or_default();
+            listed.manifest_version = format!("{} {} {etag}", object.size, object.last_modified_us);
         }
     }
-
-    fn state(step: u64) -> CheckpointState {
-        CheckpointState { step, recipe_hash: "recipe".to_owned(), data_fingerprint: "data".to_owned(), world_size: 4, adam_step: step + 9 }
-    }
-
-    fn values(seed: u64) -> Vec<u8> {
-        (0..6u64).flat_map(|index| ((seed * 6 + index) as f32).sqrt().to_le_bytes()).collect()
-    }
-
-    fn flip_last_byte(path: &Path) {
-        let mut bytes = fs::read(path).unwrap();
-        *bytes.last_mut().unwrap() ^= 1;
-        fs::write(path, bytes).unwrap();
-    }
-
-    fn truncate(path: &Path) {
-        let bytes = fs::read(path).unwrap();
-        fs::write(path, &bytes[..bytes.len() - 1]).unwrap();
-    }
-
-    #[test]
-    fn a_checkpoint_comes_back_bit_by_bit() {
-        let fixture = Fixture::new(2, &[]);
-        assert_eq!(fixture.checkpoints.latest_good().unwrap(), None);
-        let saved = fixture.save(5);
-        let loaded = fixture.latest();
-        assert_eq!((loaded.state, loaded.url, loaded.skipped), (state(5), saved.url, Vec::new()));
-        assert_eq!((loaded.model[0].name.as_str(), loaded.model[0].shape.as_slice()), ("w", [2, 3].as_slice()));
-        assert_eq!(loaded.model[0].data, values(5));
-        assert_eq!(loaded.optimizer[0].data, values(6));
-        let sizes = [MODEL_FILE, OPTIMIZER_FILE, "config.json"].map(|file| fs::metadata(fixture.path(5, file)).unwrap().len());
-        assert_eq!(saved.bytes, sizes.iter().sum::<u64>());
-    }
-
-    #[test]
-    fn a_large_file_goes_up_in_parts() {
-        let fixture = Fixture::new(2, &[]);
-        let len = (2 * PART_BYTES + 4096) / 4 * 4;
-        let weights: Bytes = (0..len).map(|index| (index / 7) as u8).collect();
-        let model = [NamedTensorOwned { name: "w".to_owned(), shape: vec![len / 4], data: weights.clone() }];
-        fixture.checkpoints.save(&state(1), &model, &[], &[]).unwrap();
-        assert!(fixture.latest().model[0].data == weights);
-    }
-
-    #[test]
-    fn a_damaged_newest_checkpoint_gives_way_to_its_predecessor() {
-        type Damage = fn(&Fixture);
-        let cases: [(Damage, &str); 8] = [
-            (|f| flip_last_byte(&f.path(9, MODEL_FILE)), "model.safetensors has BLAKE3 hash"),
-            (|f| flip_last_byte(&f.path(9, "config.json")), "config.json has BLAKE3 hash"),
-            (|f| truncate(&f.path(9, OPTIMIZER_FILE)), "the manifest says"),
-            (|f| fs::remove_file(f.path(9, MODEL_FILE)).unwrap(), "model.safetensors is missing"),
-            (|f| fs::remove_file(f.path(9, MANIFEST_FILE)).unwrap(), "manifest.json is missing"),
-            (|f| fs::write(f.path(9, MANIFEST_FILE), "garbage").unwrap(), "manifest.json is not readable"),
-            (|f| truncate(&f.path(9, MANIFEST_FILE)), "manifest.json is not readable"),
-            (|f| fs::write(f.path(9, MANIFEST_FILE), fs::read(f.path(5, MANIFEST_FILE)).unwrap()).unwrap(), "manifest.json is of step 5"),
-        ];
-        for (damage, reason) in cases {
-            let fixture = Fixture::new(2, &[5, 9]);
-            damage(&fixture);
-            let loaded = fixture.latest();
-            assert_eq!((loaded.state.step, loaded.skipped.len()), (5, 1), "{reason}");
-            assert!(loaded.skipped[0].contains(reason) && loaded.skipped[0].contains("step-000000000009"), "{}", loaded.skipped[0]);
-        }
-    }
-
-    #[test]
-    fn nothing_usable_is_a_failure_that_lists_everything() {
-        let fixture = Fixture::new(2, &[5, 9]);
-        flip_last_byte(&fixture.path(5, MODEL_FILE));
-        truncate(&fixture.path(9, MODEL_FILE));
-        let failure = fixture.checkpoints.latest_good().unwrap_err().downcast::<Failure>().unwrap();
-        assert_eq!(failure.kind, FailureKind::Damaged);
-        let found = failure.found.unwrap();
-        assert!(found.contains("step-000000000005: model.safetensors has BLAKE3") && found.contains("step-000000000009: model"), "{found}");
-    }
-
-    #[test]
-    fn old_checkpoints_are_pruned_whole() {
-        let fixture = Fixture::new(2, &[1, 2, 3, 4]);
-        assert_eq!(fixture.steps(), [3, 4]);
-        assert!(!fixture.path(2, "").exists());
-        assert_eq!(Fixture::new(0, &[1, 2, 3]).steps(), [2, 3]);
-    }
-
-    #[test]
-    fn a_damaged_checkpoint_does_not_count_as_kept() {
-        let fixture = Fixture::new(2, &[1, 2]);
-        flip_last_byte(&fixture.path(2, MODEL_FILE));
-        assert_eq!(fixture.latest().state.step, 1);
-        fixture.save(3);
-        assert_eq!(fixture.steps(), [1, 3]);
-        fixture.save(4);
-        assert_eq!(fixture.steps(), [3, 4]);
-    }
-
-    #[test]
-    fn an_interrupted_save_is_invisible_and_goes_once_it_is_old() {
-        let fixture = Fixture::new(2, &[]);
-        for step in [1, 3] {
-            fs::create_dir_all(fixture.path(step, "")).unwrap();
-            fs::write(fixture.path(step, MODEL_FILE), "half of it").unwrap();
-        }
-        assert_eq!(fixture.checkpoints.latest_good().unwrap(), None);
-        fixture.save(2);
-        assert_eq!(fixture.steps(), [2, 3]);
-        assert_eq!(fixture.latest().state.step, 2);
-        fixture.save(4);
-        assert_eq!(fixture.steps(), [2, 4]);
-    }
-
-    #[test]
-    fn a_step_can_be_saved_again() {
-        let fixture = Fixture::new(2, &[1, 2]);
-        flip_last_byte(&fixture.path(2, MODEL_FILE));
-        assert_eq!(fixture.latest().state.step, 1);
-        fixture.save(2);
-        assert_eq!((fixture.latest().state.step, fixture.steps()), (2, vec![1, 2]));
-    }
-
-    #[test]
-    fn a_reserved_or_foreign_name_is_no_extra_file() {
-        let fixture = Fixture::new(2, &[]);
-        for name in [MANIFEST_FILE, MODEL_FILE, "../escape", ".hidden", ""] {
-            let extra = [(name.to_owned(), Bytes::new())];
-            assert!(fixture.checkpoints.save(&state(1), &[], &[], &extra).is_err(), "{name}");
-        }
-        assert!(fixture.steps().is_empty());
-    }
+    steps.into_values().collect()
 }

@@ -1,6 +1,8 @@
 //! The command line as typed.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -26,20 +28,38 @@ pub enum Command {
         #[command(subcommand)]
         command: DataCommand,
     },
-    /// Train a recipe on this machine
+    /// Train a recipe
     Train(TrainArguments),
-    /// Go on with a run from its newest good checkpoint
+    /// Go on with a run: with its workers where they still live, else from its newest good checkpoint
     Resume(ResumeArguments),
+    /// Fill slots of a run with workers of this host
+    Join(JoinArguments),
+    /// Say what a run of a recipe will need: steps, tokens, memory of a worker
+    Plan(super::plan::PlanArguments),
+    /// Say how a run is
+    Status(super::status::StatusArguments),
+    /// Watch a run until it ends
+    Watch(super::status::WatchRunArguments),
     /// Score a model on the evaluation tasks of a recipe or run
     Eval(EvalArguments),
     /// Answer texts with a model folder, as JSON lines
     Predict(PredictArguments),
+    /// List, verify, compare, delete and export checkpoints
+    Checkpoints {
+        /// What to do with checkpoints.
+        #[command(subcommand)]
+        command: super::checkpoints::CheckpointsCommand,
+    },
     /// Write a run's newest good checkpoint as a Hugging Face model folder
     Export(ExportArguments),
     /// Run one forward pass from file to file, to compare a conversion with its original
     Forward(ForwardArguments),
     /// Time training steps on a fixed workload file
     Bench(BenchArguments),
+    /// Compute what a run at another size would lose its time to, or predict a finished run
+    Simulate(super::simulate::SimulateArguments),
+    /// Measure one coordinator under thousands of pretended workers
+    BenchCoordinator(super::load::LoadArguments),
 }
 
 /// A recipe and what is changed in it.
@@ -120,9 +140,9 @@ pub struct TrainArguments {
     /// The recipe.
     #[command(flatten)]
     pub recipe: RecipeArguments,
-    /// Worker processes on this machine
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub workers: u32,
+    /// How many workers, and where.
+    #[command(flatten)]
+    pub workers: WorkerArguments,
     /// Run folder [default: runs/ and the recipe's name]
     #[arg(long)]
     pub run: Option<PathBuf>,
@@ -136,26 +156,79 @@ pub struct TrainArguments {
 pub struct ResumeArguments {
     /// Run folder
     pub run: PathBuf,
-    /// Worker processes on this machine
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub workers: u32,
+    /// How many workers, and where.
+    #[command(flatten)]
+    pub workers: WorkerArguments,
     /// How the run is watched.
     #[command(flatten)]
     pub watch: WatchArguments,
 }
 
+/// How many workers a run has, and where they are, shared by `train` and `resume`.
+#[derive(Args)]
+pub struct WorkerArguments {
+    /// Workers of the run [default: 1; resumed, as many as before]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=16_384))]
+    pub workers: Option<u32>,
+    /// How many of them are started on this machine, from slot 0; the others come by `cloze join` [default: all]
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(0..=1024))]
+    pub local: Option<u32>,
+    /// Longest wait for all workers to join, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 90, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub join_timeout: u64,
+}
+
 /// How a run is watched, shared by `train` and `resume`.
 #[derive(Args)]
 pub struct WatchArguments {
-    /// Address that the coordinator listens on; port 0 takes a free one
-    #[arg(long, default_value = "127.0.0.1:0")]
-    pub listen: std::net::SocketAddr,
+    /// Address that the coordinator listens on; port 0 takes a free one [default: 127.0.0.1:0; resumed, where it listened before]
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Option<SocketAddr>,
+    /// Address that the dashboard listens on, or `off`; port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
+    pub dashboard: DashboardPlace,
     /// Print no progress
     #[arg(long, short)]
     pub quiet: bool,
-    /// Drill: kill worker N (from 0) once, after the given step, to watch the run recover
-    #[arg(long, value_name = "N@STEP")]
-    pub kill_worker: Option<String>,
+    /// Drill: let worker N (from 0) fail once at a step, to watch the run recover; KIND is kill, freeze, hang, nan or oom; may be repeated
+    #[arg(long = "drill", value_name = "KIND:N@STEP")]
+    pub drills: Vec<String>,
+    /// The same as `--drill kill:N@STEP`
+    #[arg(long = "kill-worker", value_name = "N@STEP")]
+    pub killed_workers: Vec<String>,
+}
+
+/// Where the dashboard listens; `None` is nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DashboardPlace(pub Option<SocketAddr>);
+
+impl FromStr for DashboardPlace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "off" {
+            return Ok(Self(None));
+        }
+        text.parse::<SocketAddr>()
+            .map(|address| Self(Some(address)))
+            .map_err(|error| format!("expected `off` or an address such as 127.0.0.1:4243: {error}"))
+    }
+}
+
+/// Arguments of `cloze join`.
+#[derive(Args)]
+pub struct JoinArguments {
+    /// Run folder, on a disk that this host shares with the controller
+    pub run: PathBuf,
+    /// Slots to fill, such as `2-3` or `2,5`
+    #[arg(long)]
+    pub slots: String,
+    /// `host:port` of the coordinator [default: from control.json in the run folder]
+    #[arg(long, value_name = "HOST:PORT")]
+    pub coordinator: Option<String>,
+    /// Longest wait for the controller, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub join_timeout: u64,
 }
 
 /// Arguments of `cloze eval`.

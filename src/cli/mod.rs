@@ -1,9 +1,15 @@
 //! The subcommands of `cloze`, one module for each group of them.
 
 pub mod arguments;
+pub mod checkpoints;
 pub mod data;
 pub mod describe;
+pub mod join;
+pub mod load;
+pub mod plan;
 pub mod run;
+pub mod simulate;
+pub mod status;
 pub mod worker_process;
 
 mod errors;

@@ -4,17 +4,18 @@ use std::io::{IsTerminal, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use cloze_data::batch::total_steps;
 use cloze_data::dataset::Dataset;
 use cloze_data::prepare::check_prepared;
 use cloze_data::tokenizer::Tokenizer;
-use cloze_launcher::{LaunchOptions, NewRun, PlannedFault, RunEnd, RunFolder, TerminalStyle, launch};
+use cloze_launcher::{Drill, LaunchOptions, LaunchPlan, NewRun, RunEnd, RunFolder, TerminalStyle, last_workers, launch};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
 
-use super::arguments::{ResumeArguments, TrainArguments, WatchArguments};
+use super::arguments::{ResumeArguments, TrainArguments, WatchArguments, WorkerArguments};
 use super::worker_process::worker_binary;
 
 /// Folder of runs that are given no folder.
@@ -28,9 +29,11 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
     check_has_samples(&dataset, &recipe)?;
     check_prepared(&recipe, dataset.manifest())?;
     dataset.check_tokenizer(&Tokenizer::load(&recipe.model.tokenizer)?)?;
-    check_port(arguments.watch.listen)?;
-    let fault = arguments.watch.kill_worker.as_deref().map(|text| parse_fault(text, arguments.workers)).transpose()?;
-    let binary = worker_binary()?;
+    for (who, address) in [("coordinator", arguments.watch.listen), ("dashboard", arguments.watch.dashboard.0)] {
+        address.map_or(Ok(()), |address| check_port(who, address))?;
+    }
+    let total = total_steps(&recipe.train, dataset.num_samples());
+    let plan = plan(Slots::of(&arguments.workers, 1), &arguments.watch, recipe.clone(), total)?;
     let folder = arguments.run.clone().unwrap_or_else(|| Path::new(RUNS_FOLDER).join(&recipe.name));
     let (root, name) = split(&folder)?;
     let new = NewRun {
@@ -40,15 +43,11 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
         command_line: std::env::args().collect(),
         worker_build: build_name(),
     };
-    let total = total_steps(&recipe.train, dataset.num_samples());
-    check_fault_step(fault, total)?;
-    let run = RunFolder::create(&root, &new)?;
-    go(Start { run, recipe, total, workers: arguments.workers, binary, fault }, &arguments.watch)
+    go(RunFolder::create(&root, &new)?, plan, arguments.watch.quiet)
 }
 
 /// Goes on with a run.
 pub fn resume(arguments: &ResumeArguments) -> Result<ExitCode> {
-    let fault = arguments.watch.kill_worker.as_deref().map(|text| parse_fault(text, arguments.workers)).transpose()?;
     let (run, recipe) = RunFolder::open(&arguments.run)?;
     let dataset = Dataset::open(&recipe.data.output)?;
     let (expected, found) = (&run.info().data_fingerprint, dataset.manifest().fingerprint());
@@ -61,33 +60,61 @@ pub fn resume(arguments: &ResumeArguments) -> Result<ExitCode> {
             .into());
     }
     let total = total_steps(&recipe.train, dataset.num_samples());
-    go(Start { run, recipe, total, workers: arguments.workers, binary: worker_binary()?, fault }, &arguments.watch)
+    let before = last_workers(run.paths())?.unwrap_or(1);
+    let plan = plan(Slots::of(&arguments.workers, before), &arguments.watch, recipe, total)?;
+    go(run, LaunchPlan { resumed: true, ..plan }, arguments.watch.quiet)
 }
 
-struct Start {
-    run: RunFolder,
-    recipe: Recipe,
-    total: u64,
+/// How many workers there are to be.
+struct Slots {
     workers: u32,
-    binary: PathBuf,
-    fault: Option<PlannedFault>,
+    local_workers: u32,
+    join_timeout: Duration,
+}
+
+impl Slots {
+    /// What was asked for; without a number of workers this many.
+    fn of(arguments: &WorkerArguments, workers: u32) -> Self {
+        let workers = arguments.workers.unwrap_or(workers);
+        let local_workers = arguments.local.unwrap_or(workers);
+        Self { workers, local_workers, join_timeout: Duration::from_secs(arguments.join_timeout) }
+    }
+}
+
+/// What is to be done, of a new run.
+fn plan(slots: Slots, watch: &WatchArguments, recipe: Recipe, total_steps: u64) -> Result<LaunchPlan> {
+    let Slots { workers, local_workers, join_timeout } = slots;
+    let plan = LaunchPlan {
+        recipe,
+        total_steps,
+        workers,
+        local_workers,
+        worker_binary: worker_binary()?,
+        worker_build: build_name(),
+        bind: watch.listen,
+        join_timeout,
+        resumed: false,
+        dashboard: watch.dashboard.0,
+        drills: drills(watch)?,
+    };
+    // Before a run folder is made; the launcher checks again, for callers that are not this one.
+    plan.check()?;
+    Ok(plan)
+}
+
+/// The drills of both arguments.
+fn drills(watch: &WatchArguments) -> Result<Vec<Drill>, Failure> {
+    let killed = watch.killed_workers.iter().map(|place| format!("kill:{place}"));
+    watch.drills.iter().cloned().chain(killed).map(|text| text.parse()).collect()
 }
 
 /// Launches, and says what to do next.
-fn go(start: Start, watch: &WatchArguments) -> Result<ExitCode> {
-    let run_path = start.run.path().to_owned();
-    let end = launch(LaunchOptions {
-        run: start.run,
-        recipe: start.recipe,
-        total_steps: start.total,
-        workers: start.workers,
-        worker_binary: start.binary,
-        worker_build: build_name(),
-        bind: watch.listen,
-        output: Box::new(std::io::stderr()),
-        style: terminal_style(watch.quiet),
-        fault: start.fault,
-    })?;
+fn go(run: RunFolder, plan: LaunchPlan, quiet: bool) -> Result<ExitCode> {
+    let run_path = run.path().to_owned();
+    let elsewhere = plan.local_workers < plan.workers;
+    let again = if elsewhere { format!(" --local {}", plan.local_workers) } else { String::new() };
+    let again = format!("cloze resume {} --workers {}{again}", run_path.display(), plan.workers);
+    let end = launch(LaunchOptions { run, plan, output: Box::new(std::io::stderr()), style: terminal_style(quiet) })?;
     let shown = run_path.display().to_string();
     match end {
         RunEnd::Finished { .. } => {
@@ -104,7 +131,7 @@ fn go(start: Start, watch: &WatchArguments) -> Result<ExitCode> {
                 format!("stopped; step {step} is saved")
             };
             let failure = Failure::new(FailureKind::Interrupted, what).at(&shown);
-            Err(failure.hint(format!("go on with: cloze resume {shown} --workers {}", start.workers)).into())
+            Err(failure.hint(format!("go on with: {again}")).into())
         }
         RunEnd::Failed(failure) => Err(failure.into()),
     }
@@ -132,21 +159,12 @@ fn check_has_samples(dataset: &Dataset, recipe: &Recipe) -> Result<(), Failure> 
 }
 
 /// Finds a taken port before a run folder is made.
-fn check_port(address: SocketAddr) -> Result<(), Failure> {
+fn check_port(who: &str, address: SocketAddr) -> Result<(), Failure> {
     TcpListener::bind(address).map(drop).map_err(|error| {
-        Failure::new(FailureKind::Environment, "the coordinator cannot listen there")
+        Failure::new(FailureKind::Environment, format!("the {who} cannot listen there"))
             .at(address)
             .because(error)
-            .hint("name another address with --listen; port 0 takes a free one")
-    })
-}
-
-/// Reads `N@STEP`, with N below the number of workers.
-fn parse_fault(text: &str, workers: u32) -> Result<PlannedFault, Failure> {
-    let parse = |(worker, step): (&str, &str)| Some(PlannedFault { worker: worker.parse().ok()?, step: step.parse().ok()? });
-    text.split_once('@').and_then(parse).filter(|fault| fault.worker < workers).ok_or_else(|| {
-        let expected = format!("N@STEP, such as 0@60, with N below {workers}");
-        Failure::new(FailureKind::Recipe, "`--kill-worker` names no worker and step").expected(expected).found(text)
+            .hint("name another address; port 0 takes a free one")
     })
 }
 
@@ -156,15 +174,6 @@ fn check_model_folder(recipe: &Recipe) -> Result<(), Failure> {
         Some(path) => Err(Failure::new(FailureKind::Input, "`model.path` is no model folder")
             .at(path.display())
             .expected("a folder with config.json, model.safetensors and tokenizer.json")),
-    }
-}
-
-fn check_fault_step(fault: Option<PlannedFault>, total: u64) -> Result<(), Failure> {
-    match fault.filter(|fault| fault.step >= total) {
-        None => Ok(()),
-        Some(fault) => Err(Failure::new(FailureKind::Recipe, "`--kill-worker` names a step that the run does not reach")
-            .expected(format!("a step below {total}"))
-            .found(fault.step)),
     }
 }
 

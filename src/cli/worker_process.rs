@@ -149,7 +149,7 @@ fn placement(arguments: &PlacementArguments) -> Vec<OsString> {
 }
 
 /// Starts the worker on this terminal, waits for it and passes its exit code on.
-fn run(arguments: Vec<OsString>) -> Result<ExitCode> {
+pub(super) fn run(arguments: Vec<OsString>) -> Result<ExitCode> {
     let binary = worker_binary()?;
     let status = Command::new(&binary)
         .args(arguments)

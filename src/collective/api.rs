@@ -1,7 +1,45 @@
 //! What every transport offers, and the one shape of its errors.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
+
+/// Called with true when an operation begins to wait for its peers and with false when it has ended, once for each operation.
+pub type WaitObserver = Arc<dyn Fn(bool) + Send + Sync>;
+
+/// Tells an observer that an operation waits, and that it has ended, whichever way it ends.
+pub struct Waiting<'a>(Option<&'a WaitObserver>);
+
+impl<'a> Waiting<'a> {
+    /// Tells the observer, where there is one, that the wait begins; it ends when the result is dropped.
+    pub fn begin(observer: Option<&'a WaitObserver>) -> Self {
+        if let Some(observer) = observer {
+            observer(true);
+        }
+        Self(observer)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if let Some(observer) = self.0 {
+            observer(false);
+        }
+    }
+}
+
+/// Float32 values in the memory of a GPU, in plain numbers as a tensor gives them.
+///
+/// Whoever makes one promises that the memory belongs to a living tensor, and leaves it alone until [`Collective::join_device`] has returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceFloats {
+    /// Device address of the first value.
+    pub address: u64,
+    /// Number of values.
+    pub len: usize,
+    /// Index of the device.
+    pub device: usize,
+}
 
 /// Operations that every rank of a generation calls in the same order with arguments of the same size.
 ///
@@ -22,6 +60,15 @@ pub trait Collective: Send {
     /// Fails when a peer is gone or silent for longer than the timeout, when the ranks disagree about the operation, or after an abort.
     fn all_reduce_sum(&mut self, data: &mut [f32]) -> Result<(), CollectiveError>;
 
+    /// Sums `data` over all ranks and leaves this rank's share of the sum, which `share_of` places, at its place in `data`.
+    ///
+    /// Returns that place; what lies outside is unspecified afterwards. The sum has the same bits from run to run, but they need not be those of
+    /// [`Collective::all_reduce_sum`]. Fails as that does.
+    fn reduce_scatter_sum(&mut self, data: &mut [f32]) -> Result<Range<usize>, CollectiveError>;
+
+    /// Fills `data` on every rank with the shares of all ranks, each at its place. Fails as [`Collective::all_reduce_sum`] does.
+    fn all_gather(&mut self, data: &mut [f32]) -> Result<(), CollectiveError>;
+
     /// Replaces `data` on every rank by that of rank `root`. Fails as [`Collective::all_reduce_sum`] does.
     fn broadcast(&mut self, data: &mut [u8], root: usize) -> Result<(), CollectiveError>;
 
@@ -30,6 +77,41 @@ pub trait Collective: Send {
 
     /// A handle with which another thread ends the operation that this one is in, and all later ones.
     fn abort_handle(&self) -> AbortHandle;
+
+    /// States who is told when an operation waits for peers. A world of one never waits.
+    fn set_wait_observer(&mut self, observer: WaitObserver);
+
+    /// An error of this group: `cause` with this worker's rank, the generation and the step.
+    fn error(&self, operation: Operation, cause: CollectiveCause) -> CollectiveError;
+
+    /// Whether the operations on device memory are there. Where they are not, each of them is an error.
+    fn works_on_device(&self) -> bool {
+        false
+    }
+
+    /// Queues [`Collective::all_reduce_sum`] behind all work that the compute stream of the device has been given so far.
+    ///
+    /// Fails when an earlier operation failed, or when this one cannot be queued within the timeout.
+    fn all_reduce_sum_on_device(&mut self, data: DeviceFloats) -> Result<(), CollectiveError> {
+        Err(self.error(Operation::AllReduce, CollectiveCause::HostOnly { address: data.address }))
+    }
+
+    /// Queues [`Collective::reduce_scatter_sum`] as [`Collective::all_reduce_sum_on_device`] does; returns this rank's share.
+    fn reduce_scatter_on_device(&mut self, data: DeviceFloats) -> Result<Range<usize>, CollectiveError> {
+        Err(self.error(Operation::ReduceScatter, CollectiveCause::HostOnly { address: data.address }))
+    }
+
+    /// Queues [`Collective::all_gather`] as [`Collective::all_reduce_sum_on_device`] does.
+    fn all_gather_on_device(&mut self, data: DeviceFloats) -> Result<(), CollectiveError> {
+        Err(self.error(Operation::AllGather, CollectiveCause::HostOnly { address: data.address }))
+    }
+
+    /// Waits until every queued operation is done, and lets the compute stream go on behind them.
+    ///
+    /// Fails when one of them failed or made no progress for the timeout; what they worked on is then garbage, and nobody has used it yet.
+    fn join_device(&mut self) -> Result<(), CollectiveError> {
+        Err(self.error(Operation::Barrier, CollectiveCause::HostOnly { address: 0 }))
+    }
 }
 
 /// Ends the operations of one [`Collective`] from any thread.
@@ -59,6 +141,15 @@ pub enum Operation {
     Broadcast,
     /// [`Collective::barrier`].
     Barrier,
+    /// [`Collective::reduce_scatter_sum`].
+    ReduceScatter,
+    /// [`Collective::all_gather`].
+    AllGather,
+}
+
+impl Operation {
+    /// All of them, for whoever reads a number from the wire.
+    pub const ALL: [Self; 6] = [Self::Connect, Self::AllReduce, Self::Broadcast, Self::Barrier, Self::ReduceScatter, Self::AllGather];
 }
 
 impl fmt::Display for Operation {
@@ -68,6 +159,8 @@ impl fmt::Display for Operation {
             Self::AllReduce => "all-reduce",
             Self::Broadcast => "broadcast",
             Self::Barrier => "pass the barrier",
+            Self::ReduceScatter => "reduce-scatter",
+            Self::AllGather => "all-gather",
         })
     }
 }
@@ -95,6 +188,15 @@ pub enum CollectiveCause {
     /// The ranks are not in the same operation, or an argument makes no sense.
     #[error("the ranks disagree: {0}")]
     Mismatch(String),
+    /// The transport has no operations on device memory.
+    #[error("this transport works in host memory, and was given the device address {address:#x}")]
+    HostOnly {
+        /// Where the values are; 0 where none were given.
+        address: u64,
+    },
+    /// The GPU, its driver or its communication library failed.
+    #[error("{0}")]
+    Device(String),
     /// The operating system failed a call.
     #[error("{0}")]
     Io(String),

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::api::CollectiveCause;
 
 /// Version of the handshake and of what follows it on the wire.
-const PROTOCOL_VERSION: u32 = 1;
+const PROTOCOL_VERSION: u32 = 2;
 const MAGIC: [u8; 8] = *b"CLOZRING";
 const PROOF_BYTES: usize = 32;
 /// Magic, version, generation, rank, world size, proof.

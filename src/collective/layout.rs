@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-/// Largest piece: 128 KiB as bytes, so that a few of them stay in the second-level cache between socket and sum.
+/// Largest piece: 128 KiB as bytes, so that what was just added is still in the second-level cache when it is sent on.
 pub const MAX_PIECE_ELEMENTS: usize = 32 * 1024;
 
 /// Smallest piece that is worth a message of its own (16 KiB); a vector is not cut finer for the sake of overlap.
@@ -21,14 +21,38 @@ pub struct Layout {
     len_elements: usize,
     world_size: usize,
     num_windows: usize,
+    cut: Cut,
+}
+
+/// What a window is cut from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cut {
+    /// From the whole vector, so that a window is one stretch of memory.
+    Vector,
+    /// From every rank's share, so that piece `c` of all windows together is the share of rank `c`.
+    Shares,
 }
 
 impl Layout {
-    /// The layout of `len_elements` values over `world_size` ranks (at least one).
+    /// The layout of `len_elements` values over `world_size` ranks (at least one), for a sum that everybody wants.
     pub fn new(len_elements: usize, world_size: usize) -> Self {
+        Self::cut(len_elements, world_size, Cut::Vector)
+    }
+
+    /// The layout for sums of which each rank wants its share: piece `c` of all windows together is the share of rank `c`.
+    pub fn by_share(len_elements: usize, world_size: usize) -> Self {
+        Self::cut(len_elements, world_size, Cut::Shares)
+    }
+
+    fn cut(len_elements: usize, world_size: usize, cut: Cut) -> Self {
         let fair = len_elements.div_ceil(world_size * PIPELINE_DEPTH_WINDOWS);
         let piece = fair.clamp(MIN_PIECE_ELEMENTS, MAX_PIECE_ELEMENTS);
-        Self { len_elements, world_size, num_windows: len_elements.div_ceil(world_size * piece) }
+        Self { len_elements, world_size, num_windows: len_elements.div_ceil(world_size * piece), cut }
+    }
+
+    /// Number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.world_size
     }
 
     /// Number of windows; 0 for an empty vector.
@@ -38,10 +62,21 @@ impl Layout {
 
     /// The elements of piece `piece` (below the world size) in a window; may be empty.
     pub fn piece(&self, window: usize, piece: usize) -> Range<usize> {
-        let start = share(self.len_elements, window, self.num_windows);
-        let len = share(self.len_elements, window + 1, self.num_windows) - start;
-        start + share(len, piece, self.world_size)..start + share(len, piece + 1, self.world_size)
+        match self.cut {
+            Cut::Vector => part_of(part_of(0..self.len_elements, window, self.num_windows), piece, self.world_size),
+            Cut::Shares => part_of(share_of(self.len_elements, self.world_size, piece), window, self.num_windows),
+        }
     }
+}
+
+/// The part of a vector that belongs to `rank` when it is dealt out: nearly equal, contiguous, and all of them together are the vector.
+pub fn share_of(len: usize, world_size: usize, rank: usize) -> Range<usize> {
+    part_of(0..len, rank, world_size)
+}
+
+/// Part `part` of a range that is cut into `num_parts` nearly equal parts.
+fn part_of(range: Range<usize>, part: usize, num_parts: usize) -> Range<usize> {
+    range.start + share(range.len(), part, num_parts)..range.start + share(range.len(), part + 1, num_parts)
 }
 
 /// Where part `part` of `len` starts when it is cut into `num_parts` nearly equal parts.
@@ -78,6 +113,25 @@ mod tests {
                     prop_assert!(range.len() <= MAX_PIECE_ELEMENTS);
                     end = range.end;
                 }
+            }
+            prop_assert_eq!(end, len);
+        }
+
+        #[test]
+        fn shares_cover_the_vector_and_their_windows_cover_them(len in 0usize..3_000_000, world_size in 1usize..9) {
+            let layout = Layout::by_share(len, world_size);
+            let mut end = 0;
+            for rank in 0..world_size {
+                let share = share_of(len, world_size, rank);
+                prop_assert_eq!(share.start, end);
+                prop_assert!(share.len() == len / world_size || share.len() == len / world_size + 1);
+                for window in 0..layout.num_windows() {
+                    let range = layout.piece(window, rank);
+                    prop_assert_eq!(range.start, end);
+                    prop_assert!(range.len() <= MAX_PIECE_ELEMENTS);
+                    end = range.end;
+                }
+                prop_assert_eq!(end, share.end);
             }
             prop_assert_eq!(end, len);
         }

@@ -1,12 +1,8 @@
-//! The ring over TCP: works on any machine, moves each value twice per rank, and needs no memory beyond a few pieces.
+//! The ring over TCP: works between any machines, moves each value of a sum twice per rank, and needs no memory beyond a small buffer.
 //!
-//! A piece travels as the bytes of its values. A rank adds its own values into the received bytes where they lie and hands
-//! the same buffer to its sending thread, so that receiving, adding and sending overlap and nothing is copied in between.
-//! Every received piece causes exactly one piece to be sent: the same one, or, when its journey ends here, the first of a
-//! later window. Only a header and `PIPELINE_DEPTH_WINDOWS` pieces more are therefore handed to the sender than have been
-//! received; there are more buffers than that, so some rank can always receive, and the ring cannot block itself at any size.
+//! What travels when is in `course.rs`, the loop that does it in `link.rs`. A sum is made where the values lie: a rank adds what arrives to its own
+//! values in place and sends the result on from there.
 
-use std::fmt;
 use std::io;
 use std::net::TcpListener;
 use std::ops::Range;
@@ -14,13 +10,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use super::api::{AbortHandle, Collective, CollectiveCause, CollectiveError, Operation};
-use super::handshake::{Attempt, Fault, Identity, Neighbours, join_ring};
-use super::layout::{Layout, PIPELINE_DEPTH_WINDOWS};
-use super::link::{BYTES_PER_ELEMENT, Link, PIECE_BYTES, State};
+use zerocopy::IntoBytes;
 
-/// Operation, root, sequence number, length.
-const HEADER_BYTES: usize = 4 + 4 + 8 + 8;
+use super::api::{AbortHandle, Collective, CollectiveCause, CollectiveError, Operation, WaitObserver, Waiting};
+use super::course::{Turn, relay};
+use super::handshake::{Attempt, Fault, Identity, Neighbours, join_ring};
+use super::header::Header;
+use super::layout::share_of;
+use super::link::{Link, State};
 
 /// What a rank needs to take its place in a ring.
 pub struct RingOptions {
@@ -48,6 +45,7 @@ pub struct Ring {
     state: Arc<State>,
     /// `None` in a world of one, where every operation is done before it begins.
     link: Option<Link>,
+    observer: Option<WaitObserver>,
 }
 
 impl Ring {
@@ -73,7 +71,7 @@ impl Ring {
     fn over(identity: Identity, neighbours: Option<Neighbours>, timeout: Duration) -> io::Result<Self> {
         let state = Arc::new(State::new(neighbours));
         let link = Link::start(&state, &identity, timeout)?;
-        Ok(Self { identity, step: 0, sequence: 0, state, link })
+        Ok(Self { identity, step: 0, sequence: 0, state, link, observer: None })
     }
 
     /// Runs one operation and turns its fault into an error that names everything.
@@ -86,12 +84,14 @@ impl Ring {
                 Err((None, CollectiveCause::Mismatch(text)))
             }
             (None, None) => Ok(()),
-            (None, Some(link)) => body(link, &self.identity),
+            (None, Some(link)) => {
+                let _waiting = Waiting::begin(self.observer.as_ref());
+                body(link, &self.identity)
+            }
         };
         result.map_err(|fault| {
             let (peer, cause) = self.state.fail(fault);
-            let Identity { rank, generation, .. } = self.identity;
-            CollectiveError { operation: header.operation, rank, peer, generation, step: self.step, cause }
+            CollectiveError { peer, ..self.error(header.operation, cause) }
         })
     }
 
@@ -116,18 +116,41 @@ impl Collective for Ring {
 
     fn all_reduce_sum(&mut self, data: &mut [f32]) -> Result<(), CollectiveError> {
         let header = self.header(Operation::AllReduce, 0, data.len());
-        self.run(header, |link, identity| sum(link, identity, header, data))
+        self.run(header, |link, identity| {
+            let turn = Turn::all_reduce(data.len(), identity.world_size, identity.rank);
+            link.run(turn.course(header), data.as_mut_bytes())
+        })
+    }
+
+    fn reduce_scatter_sum(&mut self, data: &mut [f32]) -> Result<Range<usize>, CollectiveError> {
+        let header = self.header(Operation::ReduceScatter, 0, data.len());
+        self.run(header, |link, identity| {
+            let turn = Turn::reduce_scatter(data.len(), identity.world_size, identity.rank);
+            link.run(turn.course(header), data.as_mut_bytes())
+        })?;
+        Ok(share_of(data.len(), self.identity.world_size, self.identity.rank))
+    }
+
+    fn all_gather(&mut self, data: &mut [f32]) -> Result<(), CollectiveError> {
+        let header = self.header(Operation::AllGather, 0, data.len());
+        self.run(header, |link, identity| {
+            let turn = Turn::all_gather(data.len(), identity.world_size, identity.rank);
+            link.run(turn.course(header), data.as_mut_bytes())
+        })
     }
 
     fn broadcast(&mut self, data: &mut [u8], root: usize) -> Result<(), CollectiveError> {
         let header = self.header(Operation::Broadcast, root, data.len());
-        self.run(header, |link, identity| relay(link, identity, header, data))
+        self.run(header, |link, identity| link.run(relay(header, identity.world_size, identity.rank), data))
     }
 
     /// A sum of one value: nobody has the result before everybody has added to it.
     fn barrier(&mut self) -> Result<(), CollectiveError> {
         let header = self.header(Operation::Barrier, 0, 1);
-        self.run(header, |link, identity| sum(link, identity, header, &mut [0.0]))
+        self.run(header, |link, identity| {
+            let turn = Turn::all_reduce(1, identity.world_size, identity.rank);
+            link.run(turn.course(header), [0.0_f32].as_mut_bytes())
+        })
     }
 
     fn abort_handle(&self) -> AbortHandle {
@@ -138,139 +161,15 @@ impl Collective for Ring {
             }
         })
     }
-}
 
-/// Both halves of the ring all-reduce, window by window; [`Layout`] says what a window is.
-fn sum(link: &mut Link, identity: &Identity, header: Header, data: &mut [f32]) -> Result<(), Fault> {
-    let (rank, world_size) = (identity.rank, identity.world_size);
-    let layout = Layout::new(data.len(), world_size);
-    let num_windows = layout.num_windows();
-    send_header(link, header)?;
-    for window in 0..num_windows.min(PIPELINE_DEPTH_WINDOWS) {
-        send_values(link, &data[layout.piece(window, rank)])?;
+    fn set_wait_observer(&mut self, observer: WaitObserver) {
+        self.observer = Some(observer);
     }
-    expect_header(link, identity, header)?;
-    // Piece c leaves rank c, so what arrives in step 0 is the previous rank's piece, then the one before, and so on.
-    let num_steps = 2 * (world_size - 1);
-    for block in (0..num_windows).step_by(PIPELINE_DEPTH_WINDOWS) {
-        let windows = block..num_windows.min(block + PIPELINE_DEPTH_WINDOWS);
-        for (step, window) in (0..num_steps).flat_map(|step| windows.clone().map(move |window| (step, window))) {
-            let range = layout.piece(window, (rank + 2 * world_size - 1 - step) % world_size);
-            let mut piece = link.receive(range.len() * BYTES_PER_ELEMENT)?;
-            merge(step, world_size, &mut data[range], piece.used_mut());
-            if step + 1 < num_steps {
-                link.forward(piece)?;
-                continue;
-            }
-            link.release(piece);
-            let later = window + PIPELINE_DEPTH_WINDOWS;
-            if later < num_windows {
-                send_values(link, &data[layout.piece(later, rank)])?;
-            }
-        }
+
+    fn error(&self, operation: Operation, cause: CollectiveCause) -> CollectiveError {
+        let Identity { rank, generation, .. } = self.identity;
+        CollectiveError { operation, rank, peer: None, generation, step: self.step, cause }
     }
-    Ok(())
-}
-
-/// Sends the root's bytes once round the ring; the rank before the root keeps them.
-fn relay(link: &mut Link, identity: &Identity, header: Header, data: &mut [u8]) -> Result<(), Fault> {
-    if identity.rank == header.root {
-        send_header(link, header)?;
-        return data.chunks(PIECE_BYTES).try_for_each(|chunk| link.send(chunk.len(), |bytes| bytes.copy_from_slice(chunk)));
-    }
-    expect_header(link, identity, header)?;
-    let is_last = identity.next() == header.root;
-    if !is_last {
-        send_header(link, header)?;
-    }
-    for chunk in data.chunks_mut(PIECE_BYTES) {
-        let mut piece = link.receive(chunk.len())?;
-        chunk.copy_from_slice(piece.used_mut());
-        if is_last {
-            link.release(piece);
-        } else {
-            link.forward(piece)?;
-        }
-    }
-    Ok(())
-}
-
-fn send_header(link: &mut Link, header: Header) -> Result<(), Fault> {
-    link.send(HEADER_BYTES, |bytes| bytes.copy_from_slice(&header.to_bytes()))
-}
-
-fn expect_header(link: &Link, identity: &Identity, expected: Header) -> Result<(), Fault> {
-    let mut bytes = [0; HEADER_BYTES];
-    link.read(&mut bytes)?;
-    if bytes == expected.to_bytes() {
-        return Ok(());
-    }
-    let text = format!("this rank is in {expected}, the previous one in {}", describe(&bytes));
-    Err((Some(identity.previous()), CollectiveCause::Mismatch(text)))
-}
-
-fn send_values(link: &mut Link, values: &[f32]) -> Result<(), Fault> {
-    link.send(values.len() * BYTES_PER_ELEMENT, |bytes| {
-        let (elements, _) = bytes.as_chunks_mut::<BYTES_PER_ELEMENT>();
-        for (element, value) in elements.iter_mut().zip(values) {
-            *element = value.to_le_bytes();
-        }
-    })
-}
-
-/// What a rank does with the piece that arrives in `step`: add, complete the sum, or take the finished sum over.
-fn merge(step: usize, world_size: usize, values: &mut [f32], bytes: &mut [u8]) {
-    let (elements, _) = bytes.as_chunks_mut::<BYTES_PER_ELEMENT>();
-    let completing_step = world_size - 2;
-    if step < completing_step {
-        for (element, value) in elements.iter_mut().zip(values) {
-            *element = (f32::from_le_bytes(*element) + *value).to_le_bytes();
-        }
-    } else if step == completing_step {
-        for (element, value) in elements.iter_mut().zip(values) {
-            *value += f32::from_le_bytes(*element);
-            *element = value.to_le_bytes();
-        }
-    } else {
-        for (element, value) in elements.iter().zip(values) {
-            *value = f32::from_le_bytes(*element);
-        }
-    }
-}
-
-/// Announces an operation to the next rank, so that ranks that are not in the same one notice before they mix values.
-#[derive(Clone, Copy)]
-struct Header {
-    operation: Operation,
-    root: usize,
-    sequence: u64,
-    len: usize,
-}
-
-impl Header {
-    fn to_bytes(self) -> [u8; HEADER_BYTES] {
-        let mut bytes = [0; HEADER_BYTES];
-        bytes[..4].copy_from_slice(&(self.operation as u32).to_le_bytes());
-        bytes[4..8].copy_from_slice(&(self.root as u32).to_le_bytes());
-        bytes[8..16].copy_from_slice(&self.sequence.to_le_bytes());
-        bytes[16..].copy_from_slice(&(self.len as u64).to_le_bytes());
-        bytes
-    }
-}
-
-impl fmt::Display for Header {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&describe(&self.to_bytes()))
-    }
-}
-
-/// A header in words; it may come from a peer and hold anything.
-fn describe(bytes: &[u8; HEADER_BYTES]) -> String {
-    let number = |range: Range<usize>| bytes[range].iter().rev().fold(0u64, |value, byte| (value << 8) | u64::from(*byte));
-    let operations = [Operation::AllReduce, Operation::Broadcast, Operation::Barrier];
-    let operation = operations.into_iter().find(|operation| *operation as u64 == number(0..4));
-    let name = operation.map_or_else(|| format!("unknown kind {}", number(0..4)), |operation| operation.to_string());
-    format!("operation {} ({name}, length {}, root {})", number(8..16), number(16..24), number(4..8))
 }
 
 #[cfg(test)]
@@ -279,7 +178,9 @@ pub(super) mod tests {
     use std::thread;
     use std::time::Instant;
 
+    use super::super::api::DeviceFloats;
     use super::super::conformance::{conformance, on_all, sample};
+    use super::super::layout::Layout;
     use super::*;
 
     const TIMEOUT: Duration = Duration::from_secs(20);
@@ -315,7 +216,7 @@ pub(super) mod tests {
     }
 
     fn rings(world_size: usize) -> Vec<Box<dyn Collective>> {
-        connect(world_size, |_| {}).into_iter().map(|ring| Box::new(ring.unwrap()) as Box<dyn Collective>).collect()
+        rings_with_timeout(world_size, TIMEOUT)
     }
 
     /// Rings whose operations give up after `timeout`.
@@ -326,7 +227,7 @@ pub(super) mod tests {
 
     #[test]
     fn conforms() {
-        conformance(rings);
+        conformance(rings_with_timeout);
     }
 
     #[test]
@@ -349,6 +250,38 @@ pub(super) mod tests {
                 assert!(sum.unwrap().iter().map(|value| value.to_bits()).eq(expected.iter().map(|value| value.to_bits())));
             }
         }
+    }
+
+    #[test]
+    fn shares_are_summed_in_ring_order() {
+        for (world_size, len) in [(2, 7), (3, 1000), (4, 100_003)] {
+            let inputs: Vec<Vec<f32>> = (0..world_size).map(|rank| sample(rank, len)).collect();
+            // The sum of a share ends at its rank, so it begins at the rank after.
+            let expected = |rank: usize, index: usize| {
+                let first = inputs[(rank + 1) % world_size][index];
+                (2..=world_size).fold(first, |sum, hop| sum + inputs[(rank + hop) % world_size][index])
+            };
+            on_all(&mut rings(world_size), |collective| {
+                let mut data = sample(collective.rank(), len);
+                let share = collective.reduce_scatter_sum(&mut data).unwrap();
+                assert_eq!(share, share_of(len, world_size, collective.rank()));
+                for index in share {
+                    assert_eq!(data[index].to_bits(), expected(collective.rank(), index).to_bits(), "index {index}");
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn device_memory_is_refused_with_everything_in_the_error() {
+        let mut ring = connect(1, |_| {}).remove(0).unwrap();
+        ring.set_step(8);
+        assert!(!ring.works_on_device());
+        let error = ring.all_gather_on_device(DeviceFloats { address: 0xab, len: 3, device: 0 }).unwrap_err();
+        assert_eq!((error.operation, error.generation, error.step), (Operation::AllGather, 3, 8));
+        assert_eq!(error.cause, CollectiveCause::HostOnly { address: 0xab });
+        assert!(ring.join_device().is_err());
+        assert!(ring.barrier().is_ok(), "a refusal is no fault of the group");
     }
 
     #[test]

@@ -5,6 +5,7 @@ pub mod folder;
 pub mod modernbert;
 pub mod packed;
 pub mod parameters;
+pub mod pieces;
 
 #[cfg(test)]
 mod tests;

@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::Config;
 use super::packed::{Labelled, PackedInput};
-use super::parameters::{FlatParameters, Init, Specification};
+use super::parameters::{Division, FlatParameters, Init, Specification};
 use crate::torch::ops::{self, AttentionPlan, Parameter};
 
 /// Rotary tables grow in steps of this many positions.
@@ -74,10 +74,12 @@ pub struct Placement {
 impl ModernBert {
     /// A model with zeroed parameters; follow with `parameters_mut().initialise` or `.load`.
     pub fn new(config: Config, placement: Placement) -> Result<Self> {
-        let mut parameters = FlatParameters::zeros(specifications(&config), placement.device, placement.trainable);
-        if placement.bfloat16 {
-            parameters.compute_in_bfloat16();
-        }
+        Self::divided(config, placement, &Division::WHOLE)
+    }
+
+    /// What one worker holds of a model, zeroed.
+    pub fn divided(config: Config, placement: Placement, division: &Division) -> Result<Self> {
+        let parameters = FlatParameters::zeros(specifications(&config), placement, division)?;
         let weights = Weights::view(&config, &parameters)?;
         Ok(Self { config, device: placement.device, parameters, weights, rotary: RefCell::new(None), force_plain_attention: false })
     }

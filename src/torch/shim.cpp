@@ -4,14 +4,18 @@
 #include "kernels.hpp"
 
 #include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/Event.h>
 #include <c10/core/Stream.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <dlfcn.h>
 #include <malloc.h>
+
+#include <atomic>
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
@@ -26,8 +30,6 @@ Tensor attend(const Tensor& qkv, const Tensor& cosine, const Tensor& sine, const
 namespace {
 
 thread_local std::string last_error;
-cloze_gradient_hook gradient_hook = nullptr;
-void* gradient_hook_context = nullptr;
 
 template <class F>
 Tensor* tensor_or_null(F compute) {
@@ -54,9 +56,79 @@ Tensor norm_of(const Tensor& x_TE, const Tensor& weight_E, double epsilon) {
     return std::get<0>(at::native_layer_norm(x_TE, {x_TE.size(-1)}, weight_E, {}, epsilon));
 }
 
-void gradient_added(const Tensor& gradient) {
-    if (gradient_hook) gradient_hook(gradient_hook_context, gradient.storage_offset(), gradient.numel());
+// Who is told about a pass. libtorch hands this on from the thread that starts a backward pass to the threads that run it, which a plain
+// thread-local variable would not do. Of the kinds there are, this one is left to programs.
+constexpr auto listener_kind = c10::DebugInfoKind::TEST_INFO;
+struct PassListener : c10::DebugInfoBase {
+    PassListener(cloze_pass_listener function, void* context) : function(function), context(context) {}
+    cloze_pass_listener function;
+    void* context;
+};
+
+enum class Told : int { ValueNeeded = 0, GradientNeeded = 1, GradientAdded = 2 };
+
+void tell(Told what, const Tensor& parameter) {
+    const auto* listener = static_cast<const PassListener*>(c10::ThreadLocalDebugInfo::get(listener_kind));
+    if (!listener) return;
+    const void* storage = parameter.storage().unsafeGetStorageImpl();
+    if (listener->function(listener->context, static_cast<int>(what), storage, parameter.storage_offset()) != 0)
+        throw std::runtime_error("the pass was stopped: its exchange with the other workers failed");
 }
+
+// Bytes in use, now and at most.
+struct Account {
+    std::atomic<int64_t> now{0}, peak{0};
+    void add(int64_t bytes) {
+        const int64_t after = now.fetch_add(bytes, std::memory_order_relaxed) + bytes;
+        int64_t seen = peak.load(std::memory_order_relaxed);
+        while (after > seen && !peak.compare_exchange_weak(seen, after, std::memory_order_relaxed)) {
+        }
+    }
+};
+
+// Accounts are never freed: tensors may be freed after whatever wanted to know about them, also while the process ends.
+Account& process_account() {
+    static Account* account = new Account;
+    return *account;
+}
+thread_local Account* thread_account = nullptr;
+
+// libtorch's own allocator of host memory, with a count. What was counted stands in front of each allocation, so that it can be freed anywhere.
+class CountingAllocator final : public c10::Allocator {
+  public:
+    c10::DataPtr allocate(size_t bytes) override {
+        const c10::Device host(c10::kCPU);
+        if (bytes == 0) return {nullptr, nullptr, &release, host};
+        void* memory = c10::GetDefaultCPUAllocator()->raw_allocate(bytes + sizeof(Header));
+        auto* header = new (memory) Header{static_cast<int64_t>(bytes), thread_account};
+        process_account().add(header->bytes);
+        if (header->account) header->account->add(header->bytes);
+        void* data = header + 1;
+        return {data, data, &release, host};
+    }
+    c10::DeleterFnPtr raw_deleter() const override { return &release; }
+    void copy_data(void* to, const void* from, size_t count) const override { default_copy_data(to, from, count); }
+
+  private:
+    // As long as libtorch's alignment, which it therefore keeps.
+    struct alignas(c10::gAlignment) Header {
+        int64_t bytes;
+        Account* account;
+    };
+    static void release(void* data) {
+        if (!data) return;
+        Header* header = static_cast<Header*>(data) - 1;
+        process_account().add(-header->bytes);
+        if (header->account) header->account->add(-header->bytes);
+        c10::GetDefaultCPUAllocator()->raw_deallocate(header);
+    }
+};
+
+// Before the first tensor: memory must be freed by the allocator that it came from.
+[[maybe_unused]] const bool counting = [] {
+    c10::SetCPUAllocator(new CountingAllocator, /*priority=*/1);
+    return true;
+}();
 
 bool plain_float(const Tensor& tensor) { return tensor.is_cpu() && tensor.scalar_type() == at::kFloat; }
 
@@ -79,12 +151,13 @@ struct Embed : Function<Embed> {
         const Tensor ids_T = context->saved_data["ids"].toTensor();
         Tensor gradient_VE = context->saved_data["gradient"].toTensor();
         const Tensor upstream_TE = outputs[0].contiguous();
+        tell(Told::GradientNeeded, gradient_VE);
         if (plain_float(gradient_VE) && plain_float(upstream_TE)) {
             kernels::scatter_add_rows(gradient_VE.data_ptr<float>(), ids_T.data_ptr<int64_t>(), upstream_TE.data_ptr<float>(), ids_T.numel(), gradient_VE.size(1));
         } else {
             gradient_VE.index_add_(0, ids_T, upstream_TE.to(gradient_VE.scalar_type()));
         }
-        gradient_added(gradient_VE);
+        tell(Told::GradientAdded, gradient_VE);
         return {Tensor(), Tensor(), Tensor()};
     }
 };
@@ -94,15 +167,20 @@ struct Linear : Function<Linear> {
         context->save_for_backward({x_TI});
         context->saved_data["weight"] = weight_OI;
         context->saved_data["gradient"] = gradient_OI;
+        tell(Told::ValueNeeded, weight_OI);
         return at::mm(x_TI, weight_OI.t());
     }
     static tensor_list backward(AutogradContext* context, tensor_list outputs) {
         const Tensor x_TI = context->get_saved_variables()[0];
         const Tensor upstream_TO = outputs[0].contiguous();
-        const Tensor gradient_OI = context->saved_data["gradient"].toTensor();
+        const Tensor weight_OI = context->saved_data["weight"].toTensor(), gradient_OI = context->saved_data["gradient"].toTensor();
+        // The value may be given back once the gradient is complete, so it is used first.
+        tell(Told::ValueNeeded, weight_OI);
+        const Tensor dx_TI = at::mm(upstream_TO, weight_OI);
+        tell(Told::GradientNeeded, gradient_OI);
         add_matrix_product(gradient_OI, upstream_TO.t(), x_TI);
-        gradient_added(gradient_OI);
-        return {at::mm(upstream_TO, context->saved_data["weight"].toTensor()), Tensor(), Tensor()};
+        tell(Told::GradientAdded, gradient_OI);
+        return {dx_TI, Tensor(), Tensor()};
     }
 };
 
@@ -119,8 +197,9 @@ struct LayerNorm : Function<LayerNorm> {
         Tensor gradient_E = context->saved_data["gradient"].toTensor();
         auto [dx_TE, dweight_E, unused] = at::native_layer_norm_backward(outputs[0].contiguous(), saved[0], {saved[0].size(-1)}, saved[1], saved[2],
                                                                         context->saved_data["weight"].toTensor(), {}, {true, true, false});
+        tell(Told::GradientNeeded, gradient_E);
         gradient_E.add_(dweight_E);
-        gradient_added(gradient_E);
+        tell(Told::GradientAdded, gradient_E);
         return {dx_TE, Tensor(), Tensor(), Tensor()};
     }
 };
@@ -141,8 +220,9 @@ struct AddLayerNorm : Function<AddLayerNorm> {
         Tensor gradient_E = context->saved_data["gradient"].toTensor();
         auto [dx_TE, dweight_E, unused] = at::native_layer_norm_backward(outputs[1].contiguous(), saved[0], {saved[0].size(-1)}, saved[1], saved[2],
                                                                         context->saved_data["weight"].toTensor(), {}, {true, true, false});
+        tell(Told::GradientNeeded, gradient_E);
         gradient_E.add_(dweight_E);
-        gradient_added(gradient_E);
+        tell(Told::GradientAdded, gradient_E);
         if (outputs[0].defined()) dx_TE.add_(outputs[0]);
         return {dx_TE, dx_TE, Tensor(), Tensor(), Tensor()};
     }
@@ -193,6 +273,8 @@ struct HeadLoss : Function<HeadLoss> {
         const int64_t piece_rows = std::max<int64_t>(1, piece_bytes_max / (vocabulary * 4));
         Tensor dh_NE = gradient_VE ? at::empty_like(h_NE) : Tensor();
         Tensor loss = at::zeros({}, h_NE.options().dtype(at::kFloat));
+        if (gradient_VE) tell(Told::GradientNeeded, *gradient_VE);
+        if (gradient_V) tell(Told::GradientNeeded, *gradient_V);
         for (int64_t begin = 0; begin < num_rows; begin += piece_rows) {
             const int64_t rows = std::min(piece_rows, num_rows - begin);
             const Tensor h = h_NE.narrow(0, begin, rows);
@@ -204,7 +286,7 @@ struct HeadLoss : Function<HeadLoss> {
             add_matrix_product(*gradient_VE, dlogits.t(), h);
             gradient_V->add_(logits.sum(0));
         }
-        if (gradient_V) gradient_added(*gradient_V);
+        if (gradient_V) tell(Told::GradientAdded, *gradient_V);
         return {loss, dh_NE};
     }
 
@@ -297,9 +379,42 @@ int cloze_adamw(const Tensor* parameter, const Tensor* gradient, const Tensor* f
     });
 }
 
-void cloze_set_gradient_hook(cloze_gradient_hook hook, void* context) {
-    gradient_hook = hook;
-    gradient_hook_context = context;
+int cloze_listen(cloze_pass_listener listener, void* context) {
+    return status_of([&] { c10::ThreadLocalDebugInfo::_push(listener_kind, std::make_shared<PassListener>(listener, context)); });
+}
+
+int cloze_listen_no_more() {
+    return status_of([&] { c10::ThreadLocalDebugInfo::_pop(listener_kind); });
+}
+
+const void* cloze_storage_of(const Tensor* tensor) { return tensor->storage().unsafeGetStorageImpl(); }
+
+int cloze_storage_hold(const Tensor* whole, int hold) {
+    return status_of([&] {
+        c10::StorageImpl* storage = whole->storage().unsafeGetStorageImpl();
+        TORCH_CHECK(storage->resizable() && storage->allocator(), "the memory of this tensor is not its own");
+        const size_t bytes = hold ? static_cast<size_t>(whole->numel()) * whole->element_size() : 0;
+        if (storage->nbytes() == bytes) return;
+        // The old memory goes before the new one comes.
+        storage->set_data_ptr_noswap(storage->allocator()->allocate(0));
+        storage->set_nbytes(0);
+        if (bytes == 0) return;
+        storage->set_data_ptr_noswap(storage->allocator()->allocate(bytes));
+        storage->set_nbytes(bytes);
+    });
+}
+
+void* cloze_account_open() { return thread_account = new Account; }
+
+void cloze_account_close() { thread_account = nullptr; }
+
+int64_t cloze_peak_bytes(const void* account) {
+    return (account ? static_cast<const Account*>(account) : &process_account())->peak.load(std::memory_order_relaxed);
+}
+
+void cloze_reset_peak(void* account) {
+    Account* chosen = account ? static_cast<Account*>(account) : &process_account();
+    chosen->peak.store(chosen->now.load(std::memory_order_relaxed), std::memory_order_relaxed);
 }
 
 void cloze_keep_freed_memory() {

@@ -41,10 +41,26 @@ struct ClozeAdamW { double learning_rate, beta1, beta2, weight_decay, epsilon; }
 int cloze_adamw(const at::Tensor* parameter, const at::Tensor* gradient, const at::Tensor* first_moment, const at::Tensor* second_moment,
                 const at::Tensor* step, const ClozeAdamW* options, const at::Tensor* gradient_divisor, const at::Tensor* skip);
 
-// Called after a backward function has added the gradient of one parameter, with its place in the flat buffer. Every parameter is reported
-// once in a backward pass, the shared embedding when its last part is added. A null hook switches the calls off.
-typedef void (*cloze_gradient_hook)(void* context, int64_t offset, int64_t length);
-void cloze_set_gradient_hook(cloze_gradient_hook hook, void* context);
+// Called during forward and backward passes about one parameter: 0 its value is about to be used by a matrix product, 1 its gradient is about
+// to be added to, 2 its gradient is added. `storage` and `offset` say which: cloze_storage_of its buffer, and the place there. Every parameter's
+// gradient is reported as added once in a backward pass, the shared embedding when its last part is added. A result other than 0 ends the
+// pass with an error. The listener is that of the calling thread, and of the threads that run a backward pass started there.
+typedef int (*cloze_pass_listener)(void* context, int what, const void* storage, int64_t offset);
+int cloze_listen(cloze_pass_listener listener, void* context);
+int cloze_listen_no_more();
+
+// Names the memory behind a tensor and all its views.
+const void* cloze_storage_of(const at::Tensor* tensor);
+// Gives the memory behind a tensor back (hold 0) or takes it again, with unspecified content. All views stay valid, and may be used while the
+// memory is held. `whole` covers its memory from the first to the last element.
+int cloze_storage_hold(const at::Tensor* whole, int hold);
+
+// Host memory of tensors, in bytes: the most that was in use since the last reset. A null account is that of the process; an open account is
+// that of the allocations of the calling thread, wherever they are freed. Accounts live until the process ends.
+void* cloze_account_open();
+void cloze_account_close();
+int64_t cloze_peak_bytes(const void* account);
+void cloze_reset_peak(void* account);
 
 // Keeps freed memory in the process instead of giving it back to the kernel after every step.
 void cloze_keep_freed_memory();

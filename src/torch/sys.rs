@@ -26,8 +26,8 @@ pub struct AdamWOptions {
     pub epsilon: f64,
 }
 
-/// Called with the context, and the offset and length of a parameter in the flat gradient buffer.
-pub type GradientHook = extern "C" fn(*mut c_void, i64, i64);
+/// Called with the context, what happens, and the memory and place of a parameter; a result other than 0 ends the pass.
+pub type PassListener = extern "C" fn(*mut c_void, c_int, *const c_void, i64) -> c_int;
 
 unsafe extern "C" {
     fn cloze_error() -> *const c_char;
@@ -73,7 +73,16 @@ unsafe extern "C" {
         gradient_divisor: RawConst,
         skip: RawConst,
     ) -> c_int;
-    pub fn cloze_set_gradient_hook(hook: Option<GradientHook>, context: *mut c_void);
+    pub fn cloze_listen(listener: PassListener, context: *mut c_void) -> c_int;
+    pub fn cloze_listen_no_more() -> c_int;
+    pub fn cloze_storage_of(tensor: RawConst) -> *const c_void;
+    pub fn cloze_storage_hold(whole: RawConst, hold: c_int) -> c_int;
+    #[cfg(test)]
+    pub fn cloze_account_open() -> *mut c_void;
+    #[cfg(test)]
+    pub fn cloze_account_close();
+    pub fn cloze_peak_bytes(account: *const c_void) -> i64;
+    pub fn cloze_reset_peak(account: *mut c_void);
     pub fn cloze_copy_aside(host: RawConst, device: i64) -> Raw;
     pub fn cloze_keep_freed_memory();
     pub fn cloze_cuda_open(libtorch_cuda_path: *const c_char) -> c_int;

@@ -1,15 +1,17 @@
 //! A real S3 server on this machine: `SeaweedFS`, on loopback and free ports, with everything it stores in a temporary folder.
 
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read as _, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use super::FaultProxy;
 
 /// Name of the one bucket.
 const BUCKET: &str = "bucket";
@@ -25,6 +27,10 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 /// Ports of the server: master, volume, filer and S3, each with one for gRPC.
 const NUM_PORTS: usize = 8;
+/// Most entries of one folder.
+const MAX_ENTRIES: usize = 10_000;
+/// The bit of a mode that marks a folder, as Go counts modes.
+const DIRECTORY_MODE: u64 = 1 << 31;
 /// Starts that are tried; between finding a free port and using it, another program can take it.
 const START_ATTEMPTS: usize = 3;
 
@@ -47,6 +53,16 @@ impl SeaweedFs {
         format!("{{endpoint: 'http://127.0.0.1:{}', allow_http: 'true', region: us-east-1}}", self.s3_port)
     }
 
+    /// The same by way of a proxy. A request that is not answered is given up after two seconds, so that a test need not wait for long.
+    pub fn options_through(proxy: &FaultProxy) -> String {
+        format!("{{endpoint: '{}', allow_http: 'true', region: us-east-1, timeout: '2 seconds'}}", proxy.endpoint())
+    }
+
+    /// The port that speaks S3.
+    pub fn s3_port(&self) -> u16 {
+        self.s3_port
+    }
+
     /// The url of a key or prefix.
     pub fn url(key: &str) -> String {
         format!("s3://{BUCKET}/{key}")
@@ -56,6 +72,47 @@ impl SeaweedFs {
     pub fn put(&self, key: &str, content: &[u8]) {
         let stored = self.repeat_until_created("PUT", &format!("/buckets/{BUCKET}/{key}"), content);
         assert!(stored, "the object {key} could not be stored");
+    }
+
+    /// The keys of all objects below a prefix, sorted, as the server itself lists them.
+    pub fn keys(&self, prefix: &str) -> Vec<String> {
+        let root = format!("/buckets/{BUCKET}/");
+        let mut folders = vec![format!("{root}{prefix}")];
+        let mut found = Vec::new();
+        while let Some(folder) = folders.pop() {
+            for entry in self.entries(&folder) {
+                let path = entry["FullPath"].as_str().expect("an entry has a path").to_owned();
+                if entry["Mode"].as_u64().is_some_and(|mode| mode & DIRECTORY_MODE != 0) {
+                    folders.push(path);
+                } else {
+                    found.push(path.trim_start_matches(&root).to_owned());
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+
+    fn entries(&self, folder: &str) -> Vec<Value> {
+        // An answer to HTTP/1.0 ends with its connection and comes in one piece.
+        let request = format!("GET {folder}/?limit={MAX_ENTRIES} HTTP/1.0\r\nAccept: application/json\r\n\r\n");
+        let ask = || -> io::Result<String> {
+            let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.filer_port))?;
+            stream.set_read_timeout(Some(REQUEST_TIMEOUT))?;
+            stream.write_all(request.as_bytes())?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        };
+        let answer = ask().expect("list the server's objects");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("an answer has a head");
+        if head.lines().next().is_some_and(|status| status.contains(" 404 ")) {
+            return Vec::new();
+        }
+        let listed: Value = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer}"));
+        let entries = listed["Entries"].as_array().cloned().unwrap_or_default();
+        assert!(entries.len() < MAX_ENTRIES, "more entries than one answer takes");
+        entries
     }
 
     fn try_start(weed: &Path) -> Option<Self> {

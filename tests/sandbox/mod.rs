@@ -1,9 +1,12 @@
-//! What the tests stand on: programs with a time limit, small worlds, runs, test tools, a full disk and a bucket.
+//! What the tests stand on: programs with a time limit, small worlds, runs, test tools, a full disk, a bucket with faults, hosts.
 
 mod bucket;
 mod damage;
 mod disk;
+mod event_tail;
+mod netns;
 mod program;
+mod proxy;
 mod run;
 mod tools;
 mod world;
@@ -11,7 +14,10 @@ mod world;
 pub use bucket::{ACCESS_KEY, SECRET_KEY, SeaweedFs};
 pub use damage::{flip_middle_byte, truncate};
 pub use disk::SmallDisk;
-pub use program::{Outcome, Process, run_command, wait_until};
-pub use run::Run;
+pub use event_tail::EventTail;
+pub use netns::Network;
+pub use program::{Outcome, Process, run_command, send_signal, wait_until};
+pub use proxy::{FaultProxy, StoreFault};
+pub use run::{Run, expect_close, number};
 pub use tools::{python_json, skipped, tool};
 pub use world::{CLOZE, RECIPE, RECIPE_TEXT, WORKER, World, repository};

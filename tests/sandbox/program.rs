@@ -61,13 +61,19 @@ impl Process {
 
     /// Waits for the end; fails the test where it does not come.
     #[track_caller]
-    pub fn wait(mut self) -> Outcome {
-        let deadline = Instant::now() + PROGRAM_TIMEOUT;
+    pub fn wait(self) -> Outcome {
+        self.wait_within(PROGRAM_TIMEOUT)
+    }
+
+    /// Waits for the end of a program that may take another time than usual.
+    #[track_caller]
+    pub fn wait_within(mut self, timeout: Duration) -> Outcome {
+        let deadline = Instant::now() + timeout;
         let status = loop {
             if let Some(status) = self.child.try_wait().expect("look at a program") {
                 break status;
             }
-            assert!(Instant::now() < deadline, "not done after {PROGRAM_TIMEOUT:?}: {}", self.shown);
+            assert!(Instant::now() < deadline, "not done after {timeout:?}: {}", self.shown);
             sleep(POLL_INTERVAL);
         };
         Outcome { code: status.code(), stdout: text_of(self.stdout.take()), stderr: text_of(self.stderr.take()) }
@@ -81,8 +87,12 @@ impl Process {
 
     /// Sends SIGTERM.
     pub fn terminate(&self) {
-        let sent = Command::new("sh").args(["-c", &format!("kill -TERM {}", self.child.id())]).status();
-        assert!(sent.is_ok_and(|status| status.success()), "SIGTERM could not be sent to {}", self.shown);
+        assert!(send_signal(self.child.id(), "TERM"), "SIGTERM could not be sent to {}", self.shown);
+    }
+
+    /// Whether it has ended; what it wrote is still to be had from [`Process::wait`].
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("look at a program").is_some()
     }
 }
 
@@ -99,6 +109,13 @@ impl Drop for Process {
 #[track_caller]
 pub fn run_command(command: &mut Command) -> Outcome {
     Process::start(command, "").wait()
+}
+
+/// Sends a signal, such as `KILL`; false where there is no such process any more.
+pub fn send_signal(process_id: u32, name: &str) -> bool {
+    let command = format!("kill -{name} {process_id}");
+    let status = Command::new("sh").args(["-c", &command]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    status.is_ok_and(|status| status.success())
 }
 
 /// Waits until something holds; fails the test when that takes longer than `timeout`.

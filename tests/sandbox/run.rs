@@ -3,8 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::Value;
+
+use super::{send_signal, wait_until};
+
+/// Longest time until a process that was sent SIGKILL is gone; one that writes to a slow disk can take a while.
+const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The folder of a run.
 pub struct Run {
@@ -37,6 +43,19 @@ impl Run {
         self.losses().into_iter().map(|(step, loss)| (step, loss.to_bits())).collect()
     }
 
+    /// Fails the test unless the losses are those of a run without failures, bit for bit, and no step was done twice. A step in which a
+    /// generation broke can be done without having been reported; there may be `most_missing` of those, and the last is none.
+    #[track_caller]
+    pub fn expect_undisturbed(&self, whole: &Self, most_missing: usize) {
+        let (found, expected) = (self.losses(), whole.losses());
+        assert_eq!(self.events_named("step").len(), found.len(), "a step was done twice");
+        assert_eq!(found.keys().next_back(), expected.keys().next_back());
+        assert!(found.len() + most_missing >= expected.len(), "{} of {} steps were reported", found.len(), expected.len());
+        for (step, loss) in &found {
+            assert_eq!(loss.to_bits(), expected[step].to_bits(), "step {step}: loss {loss}, without failures {}", expected[step]);
+        }
+    }
+
     /// The newest step that was reported; 0 before the first.
     pub fn last_step(&self) -> u64 {
         self.events_named("step").last().map_or(0, |event| number(&event["step"]))
@@ -59,19 +78,81 @@ impl Run {
         fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     }
 
-    /// Number of live worker processes of this run, as the kernel sees them; one that has ended has no command line.
+    /// The tensors of a checkpoint, by file name; every rank writes files of its own.
+    #[track_caller]
+    pub fn checkpoint_tensors(&self, step: u64) -> BTreeMap<String, Vec<u8>> {
+        let folder = self.checkpoint_path(step, "");
+        let entries = fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+        let names = entries.map(|entry| entry.expect("list a checkpoint").file_name().to_string_lossy().into_owned());
+        let found: BTreeMap<_, _> = names
+            .filter(|name| name.ends_with(".safetensors"))
+            .map(|name| (name.clone(), fs::read(folder.join(&name)).expect("read a file of a checkpoint")))
+            .collect();
+        assert!(!found.is_empty(), "{} holds no tensors", folder.display());
+        found
+    }
+
+    /// Number of live worker processes of this run.
     pub fn live_workers(&self) -> usize {
-        let argument = format!("\0{}\0", self.path.display());
-        let is_worker = |command: &[u8]| {
-            let command = String::from_utf8_lossy(command);
-            command.contains("cloze-worker") && command.contains(&argument)
-        };
+        self.worker_processes().len()
+    }
+
+    /// Slot and process id of the live worker processes of this run, as the kernel sees them; one that has ended has no command line.
+    pub fn worker_processes(&self) -> Vec<(u32, u32)> {
         let processes = fs::read_dir("/proc").expect("list the processes").filter_map(Result::ok);
-        // A process can end between the list and the look.
-        processes.filter(|entry| is_worker(&fs::read(entry.path().join("cmdline")).unwrap_or_default())).count()
+        let mut found: Vec<(u32, u32)> = processes
+            .filter_map(|entry| {
+                let process_id = entry.file_name().to_string_lossy().parse().ok()?;
+                // A process can end between the list and the look.
+                let command = fs::read(entry.path().join("cmdline")).ok()?;
+                Some((self.slot_of(&String::from_utf8_lossy(&command))?, process_id))
+            })
+            .collect();
+        found.sort_unstable();
+        found
+    }
+
+    /// Process id of the live worker of a slot.
+    pub fn process_of(&self, worker: u32) -> Option<u32> {
+        self.worker_processes().into_iter().find(|(slot, _)| *slot == worker).map(|(_, process_id)| process_id)
+    }
+
+    /// Ends all workers with SIGKILL, as when their machine goes down.
+    pub fn kill_workers(&self) {
+        for (_, process_id) in self.worker_processes() {
+            // It may end by itself between the look and the signal.
+            send_signal(process_id, "KILL");
+        }
+        wait_until("the killed workers are gone", KILL_TIMEOUT, || self.live_workers() == 0);
+    }
+
+    /// What the controller says of itself while it lives: its address, for one.
+    pub fn control(&self) -> Option<Value> {
+        serde_json::from_slice(&fs::read(self.path.join("control.json")).ok()?).ok()
+    }
+
+    /// The slot that a command line names, where it is one of a worker of this run.
+    fn slot_of(&self, command: &str) -> Option<u32> {
+        let words: Vec<&str> = command.split('\0').collect();
+        let path = self.path.display().to_string();
+        let is_worker = words.first().is_some_and(|program| program.ends_with("cloze-worker")) && words.contains(&path.as_str());
+        let after = words.iter().position(|word| *word == "--worker").filter(|_| is_worker)? + 1;
+        words.get(after)?.parse().ok()
     }
 }
 
-fn number(value: &Value) -> u64 {
+/// Fails the test where a loss differs from the expected one of the same step by more than a share of it.
+#[track_caller]
+pub fn expect_close(losses: &BTreeMap<u64, f64>, expected: &BTreeMap<u64, f64>, tolerance: f64) {
+    assert!(!losses.is_empty(), "there is nothing to compare");
+    for (step, loss) in losses {
+        let expected = expected.get(step).unwrap_or_else(|| panic!("step {step} is not expected"));
+        assert!((loss - expected).abs() <= tolerance * expected, "step {step}: loss {loss}, expected {expected}");
+    }
+}
+
+/// A whole number of an event.
+#[track_caller]
+pub fn number(value: &Value) -> u64 {
     value.as_u64().expect("a whole number")
 }

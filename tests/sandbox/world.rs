@@ -6,7 +6,7 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-use super::{Outcome, Process, Run, run_command};
+use super::{Network, Outcome, Process, Run, run_command, send_signal};
 
 /// The command line program.
 pub const CLOZE: &str = env!("CARGO_BIN_EXE_cloze");
@@ -95,9 +95,21 @@ impl World {
 
     /// `cloze` with arguments, in this world, without what the caller's environment says about buckets and logs.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(CLOZE);
-        command.current_dir(&self.root).args(arguments).env("CLOZE_WORKER", WORKER).env("NO_PROXY", "127.0.0.1");
-        let is_foreign = |name: &str| name.starts_with("AWS_") || name == "CLOZE_LOG";
+        let mut command = self.here(Command::new(CLOZE));
+        command.args(arguments);
+        command
+    }
+
+    /// The same on one of the hosts of a network of this machine.
+    pub fn command_on(&self, network: &Network, host: usize, arguments: &[&str]) -> Command {
+        let mut command = self.here(network.command(host, CLOZE));
+        command.args(arguments).env("NO_PROXY", format!("127.0.0.1,{}", network.bridge_address()));
+        command
+    }
+
+    fn here(&self, mut command: Command) -> Command {
+        command.current_dir(&self.root).env("CLOZE_WORKER", WORKER).env("NO_PROXY", "127.0.0.1");
+        let is_foreign = |name: &str| name.starts_with("AWS_") || ["CLOZE_LOG", "CLOZE_TOKEN"].contains(&name);
         for (name, _) in std::env::vars_os().filter(|(name, _)| is_foreign(&name.to_string_lossy())) {
             command.env_remove(name);
         }
@@ -132,6 +144,28 @@ impl World {
     pub fn start_training(&self, name: &str, arguments: &[&str]) -> Process {
         Process::start(&mut self.command(&train_arguments(name, arguments)), "")
     }
+}
+
+impl Drop for World {
+    /// Workers outlive their controller for a while, but never the world in which they run.
+    fn drop(&mut self) {
+        for process_id in workers_below(&self.root) {
+            send_signal(process_id, "KILL");
+        }
+    }
+}
+
+/// Processes of workers that were given a path in a folder.
+fn workers_below(folder: &Path) -> Vec<u32> {
+    let folder = folder.display().to_string();
+    let is_ours = |command: &[u8]| {
+        let command = String::from_utf8_lossy(command).into_owned();
+        let mut words = command.split('\0');
+        words.next().is_some_and(|program| program.ends_with("cloze-worker")) && words.any(|word| word.starts_with(&folder))
+    };
+    let processes = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
+    let ours = processes.filter(|entry| is_ours(&fs::read(entry.path().join("cmdline")).unwrap_or_default()));
+    ours.filter_map(|entry| entry.file_name().to_string_lossy().parse().ok()).collect()
 }
 
 fn train_arguments<'a>(name: &'a str, arguments: &[&'a str]) -> Vec<&'a str> {

@@ -1,6 +1,6 @@
 //! The number of workers changes who computes, not what is computed.
 
-use crate::sandbox::World;
+use crate::sandbox::{World, expect_close};
 
 /// Workers add the same numbers in another order, which 32-bit floats round differently.
 const RELATIVE_TOLERANCE: f64 = 1e-5;
@@ -17,11 +17,7 @@ fn one_two_and_three_workers_train_alike() {
     assert!(alone[&12] < alone[&1], "nothing was learned, so equal losses would say nothing");
     for workers in ["2", "3"] {
         let together = losses(workers);
-        assert_eq!(together.len(), alone.len());
-        for (step, loss) in &together {
-            let expected = alone[step];
-            let difference = (loss - expected).abs() / expected;
-            assert!(difference <= RELATIVE_TOLERANCE, "{workers} workers, step {step}: loss {loss}, alone {expected}");
-        }
+        assert_eq!(together.len(), alone.len(), "{workers} workers");
+        expect_close(&together, &alone, RELATIVE_TOLERANCE);
     }
 }

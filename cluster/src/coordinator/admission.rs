@@ -81,6 +81,7 @@ mod tests {
             process_id: 1,
             host: "h".to_owned(),
             collective_address: "127.0.0.1:1".to_owned(),
+            held: None,
         }
     }
 
@@ -103,7 +104,7 @@ mod tests {
         let build = refusal(JoinRequest { build: "b2".to_owned(), ..join() });
         assert_eq!((build.expected.as_deref(), build.found.as_deref()), (Some("build b1"), Some("build b2")));
         let version = refusal(JoinRequest { protocol_version: 99, ..join() });
-        assert_eq!((version.expected.as_deref(), version.found.as_deref()), (Some("1"), Some("99")));
+        assert_eq!((version.expected.as_deref(), version.found.as_deref()), (Some("2"), Some("99")));
     }
 
     #[test]
@@ -116,9 +117,9 @@ mod tests {
 
     #[test]
     fn a_later_version_with_other_fields_is_told_so() {
-        let body = br#"{"message":"join","token":"right","protocol_version":2,"colour":"red"}"#;
+        let body = br#"{"message":"join","token":"right","protocol_version":3,"colour":"red"}"#;
         let failure = admit(&identity(), body).unwrap_err().downcast::<Failure>().unwrap();
-        assert_eq!(failure.found.as_deref(), Some("2"));
+        assert_eq!(failure.found.as_deref(), Some("3"));
     }
 
     #[test]
@@ -126,8 +127,8 @@ mod tests {
         for body in [b"GET / HTTP/1.1".as_slice(), b"{}", b"[]"] {
             assert!(admit(&identity(), body).is_err());
         }
-        let heartbeat = br#"{"message":"heartbeat","token":"right","protocol_version":1,"generation":1,"step":1,"phase":"training"}"#;
-        let failure = admit(&identity(), heartbeat).unwrap_err().downcast::<Failure>().unwrap();
+        let ping = br#"{"message":"ping","token":"right","protocol_version":2,"id":1}"#;
+        let failure = admit(&identity(), ping).unwrap_err().downcast::<Failure>().unwrap();
         assert_eq!(failure.what, "the first message is not a join");
     }
 }

@@ -11,19 +11,29 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::{Instant, timeout};
 
 use super::admission::{self, Identity};
-use crate::protocol::{self, CoordinatorMessage, FrameError, JoinRequest, WorkerMessage};
+use crate::protocol::{self, CoordinatorMessage, Frame, FrameError, JoinRequest, WorkerMessage};
 
 /// Longest time from accepting a connection to its join message.
 const JOIN_MESSAGE_TIMEOUT_S: u64 = 2;
 
-/// Connections that have not shown the token yet; more are closed at once.
-pub(super) const MAX_UNAUTHENTICATED_CONNECTIONS: usize = 64;
+/// Connections that have not shown the token yet. More wait in the listener's queue until one of these has joined or was closed.
+pub(super) const MAX_UNAUTHENTICATED_CONNECTIONS: usize = 128;
 
-/// Messages that wait for one worker's socket. The coordinator says a handful per generation, so a full queue is a hang.
-const OUTBOX_MESSAGES: usize = 64;
+/// Longest first message, in bytes; a join is a few hundred. Strangers may not make the coordinator keep much.
+const MAX_JOIN_BYTES: u32 = 16 << 10;
 
-/// Longest wait for a worker's socket to take one message.
-const WRITE_TIMEOUT_S: u64 = 5;
+/// Messages that wait for one worker's socket. The coordinator says a handful per generation and two pulses per heartbeat timeout; the
+/// leader gets one for each share of a checkpoint, which ten thousand ranks may write at the same moment.
+const OUTBOX_MESSAGES: usize = 16 << 10;
+
+/// Bytes that are written at once, so that a long message has made progress or not.
+const CHUNK_BYTES: usize = 64 << 10;
+
+/// Longest wait for a worker's socket to take one chunk. Ten thousand workers that are told to start at the same moment share one wire.
+const WRITE_TIMEOUT_S: u64 = 30;
+
+/// Where the messages to a worker go; dropping it closes the connection.
+pub(super) type Outbox = mpsc::Sender<Frame>;
 
 /// What connection tasks tell the loop.
 #[derive(Debug)]
@@ -37,7 +47,7 @@ pub(super) enum Input {
         /// When.
         at: Instant,
         /// Where its messages go; dropping it closes the connection.
-        outbox: mpsc::Sender<CoordinatorMessage>,
+        outbox: Outbox,
     },
     /// A worker said something.
     Message {
@@ -102,7 +112,9 @@ pub(super) async fn serve(stream: TcpStream, connection: u64, permit: OwnedSemap
 }
 
 async fn read_join(reader: &mut OwnedReadHalf, identity: &Identity) -> anyhow::Result<JoinRequest> {
-    let Some(body) = protocol::read_frame(reader).await? else { anyhow::bail!("the connection closed before it joined") };
+    let Some(body) = protocol::read_frame_within(reader, MAX_JOIN_BYTES).await? else {
+        anyhow::bail!("the connection closed before it joined")
+    };
     admission::admit(identity, &body)
 }
 
@@ -142,12 +154,14 @@ async fn read_messages(reader: &mut OwnedReadHalf, connection: u64, worker: u32,
 }
 
 /// Writes what the loop says until the loop drops the outbox; returns how the connection ended.
-async fn write_messages(writer: &mut OwnedWriteHalf, mut messages: mpsc::Receiver<CoordinatorMessage>) -> String {
-    while let Some(message) = messages.recv().await {
-        match timeout(Duration::from_secs(WRITE_TIMEOUT_S), protocol::write_message(writer, &message)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return failed(error),
-            Err(_elapsed) => return format!("connection does not take messages for {WRITE_TIMEOUT_S} s"),
+async fn write_messages(writer: &mut OwnedWriteHalf, mut frames: mpsc::Receiver<Frame>) -> String {
+    while let Some(frame) = frames.recv().await {
+        for chunk in frame.parts().into_iter().flat_map(|part| part.chunks(CHUNK_BYTES)) {
+            match timeout(Duration::from_secs(WRITE_TIMEOUT_S), writer.write_all(chunk)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return failed(error.into()),
+                Err(_elapsed) => return format!("connection does not take messages for {WRITE_TIMEOUT_S} s"),
+            }
         }
     }
     // The worker sees the end of the stream either way; a failed shutdown means that it is already gone.

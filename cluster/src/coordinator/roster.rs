@@ -1,26 +1,38 @@
-//! The coordinator's state: who sits where, what the workers said, and how a decision is applied. No I/O and no clock here;
-//! messages to workers go into their outboxes, events into a list that the loop sends on.
+//! The coordinator's state: who sits where, what the workers said, and how a decision is applied. No clock here, and no I/O but the
+//! journal, which must be on the disk before anybody acts on it. Messages to workers go into their outboxes, events into a list that
+//! the loop sends on.
 
+mod arrivals;
+mod recovery;
+mod words;
+
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use cloze_recipes::failure::{Failure, FailureKind};
-use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
-use super::server::{Control, RunEnd};
+use self::recovery::{FailedGeneration, RestoredState};
+use super::connection::Outbox;
+use super::server::RunEnd;
 use crate::event::Event;
-use crate::membership::{self, Broken, Decision, Limits, Reason, Stage, State, Worker};
-use crate::protocol::{CoordinatorMessage, JoinRequest, WorkerMessage};
+use crate::journal::{Entry, Journal, Membership, Memory};
+use crate::membership::{self, Decision, Limits, Reason, Retries, Stage, State, Worker};
+use crate::protocol::{CoordinatorMessage, FailureClass, Frame, StartFrames, StateSource};
 use crate::secret::Secret;
 
 /// The rank that reports for all.
 const LEADER: u32 = 0;
 
+/// Longest time for which the journal lags behind the steps. It serves a report after a restart, so a second is good enough.
+const NOTE_INTERVAL: Duration = Duration::from_secs(1);
+
 /// A connected worker.
 struct Seat {
     connection: u64,
+    process_id: u32,
     collective_address: String,
-    outbox: mpsc::Sender<CoordinatorMessage>,
+    outbox: Outbox,
 }
 
 /// Who sits where.
@@ -29,34 +41,64 @@ pub(super) struct Roster {
     limits: Limits,
     /// By slot, as `state.workers`; filled exactly where a worker is present.
     seats: Vec<Option<Seat>>,
-    /// Number of the newest generation.
-    generation: u64,
+    /// Process ids, by slot, of workers that lost their seat because they were stuck; they may not come back.
+    stuck: BTreeMap<u32, u32>,
+    /// Rank by slot in the newest generation.
+    ranks: Vec<Option<u32>>,
+    /// Collective addresses by rank in the newest generation.
+    addresses: Vec<String>,
+    /// What the leader is told as soon as it comes back to this coordinator.
+    kept_for_leader: Vec<Frame>,
     /// Steps done, as the leader last reported.
     step: u64,
     /// Whether the newest generation has reported a step.
     stepped: bool,
-    /// Step at which the generation's state was restored.
-    stepped_from: Option<u64>,
+    /// The state from which the newest generation trains.
+    restored: Option<RestoredState>,
+    /// The generation whose failure has not been overcome yet.
+    failed: Option<FailedGeneration>,
+    journal: Option<Journal>,
+    /// Steps done and saved as the journal has them, and when it was told.
+    noted: ((u64, u64), Duration),
+    /// What the journal is still to be told of hosts.
+    host_entries: Vec<Entry>,
     events: Vec<Event>,
-    /// Outboxes of workers that are done. They close after the events are sent, so that a worker that saw its connection
-    /// close can rely on its last words having been heard.
-    departing: Vec<mpsc::Sender<CoordinatorMessage>>,
+    /// Workers that are done. They are let go after the events are sent, so that a worker that is let go can rely on its last words
+    /// having been heard.
+    departing: Vec<Outbox>,
+    /// Whether anything happened that a decision depends on, beside the clock.
+    has_changed: bool,
+    pulse: Frame,
+    release: Frame,
 }
 
 impl Roster {
-    /// An empty roster with one slot per worker.
-    pub(super) fn new(num_workers: u32, limits: Limits) -> Self {
-        Self {
+    /// A roster with one empty slot per worker. A generation that runs according to the journal is taken over.
+    pub(super) fn new(num_workers: u32, limits: Limits, journal: Option<Journal>) -> anyhow::Result<Self> {
+        let memory = journal.as_ref().map(|journal| journal.memory().clone()).unwrap_or_default();
+        let mut roster = Self {
             state: State::new(num_workers),
             limits,
             seats: (0..num_workers).map(|_| None).collect(),
-            generation: 0,
+            stuck: BTreeMap::new(),
+            ranks: vec![None; num_workers as usize],
+            addresses: Vec::new(),
+            kept_for_leader: Vec::new(),
             step: 0,
             stepped: false,
-            stepped_from: None,
+            restored: None,
+            failed: None,
+            journal,
+            noted: ((memory.step, memory.saved_step), Duration::ZERO),
+            host_entries: Vec::new(),
             events: Vec::new(),
             departing: Vec::new(),
-        }
+            has_changed: true,
+            pulse: Frame::new(&CoordinatorMessage::Pulse {})?,
+            release: Frame::new(&CoordinatorMessage::Released {})?,
+        };
+        roster.remember(memory);
+        Ok(roster)
     }
 
     /// Takes the events since the last call.
@@ -64,335 +106,268 @@ impl Roster {
         std::mem::take(&mut self.events)
     }
 
-    /// Closes the connections of workers that are done.
-    pub(super) fn close_departing(&mut self) {
-        self.departing.clear();
+    /// Whether a decision may be due although the clock has not ticked.
+    pub(super) fn take_change(&mut self) -> bool {
+        std::mem::take(&mut self.has_changed)
     }
 
-    /// A worker with valid papers asks for its seat.
-    pub(super) fn join(&mut self, connection: u64, join: JoinRequest, heard: Duration, outbox: mpsc::Sender<CoordinatorMessage>) {
-        if let Some(failure) = self.seat_refusal(join.worker) {
-            // The queue is new and empty; dropping the outbox closes the connection once the message is written.
-            if outbox.try_send(CoordinatorMessage::Refused { failure }).is_err() {
-                tracing::debug!(worker = join.worker, "a refused worker is already gone");
+    /// Lets workers go that are done.
+    pub(super) fn release_departing(&mut self) {
+        for outbox in self.departing.drain(..) {
+            if outbox.try_send(self.release.clone()).is_err() {
+                tracing::debug!("a worker that is done did not wait to be let go");
             }
-            return;
         }
-        let slot = join.worker as usize;
-        self.seats[slot] = Some(Seat { connection, collective_address: join.collective_address, outbox });
-        self.state.workers[slot] = Worker::Present { heard };
-        self.tell(join.worker, CoordinatorMessage::Welcome {});
-        self.events.push(Event::WorkerJoined { worker: join.worker, host: join.host });
     }
 
-    /// Takes every connected worker as heard now.
-    pub(super) fn excuse_silence(&mut self, now: Duration) {
+    /// Shows every worker that the coordinator lives.
+    pub(super) fn pulse(&self) {
+        for seat in self.seats.iter().flatten() {
+            // A full queue has signs of life enough, and a closed one belongs to a connection whose end is about to be reported.
+            let _ = seat.outbox.try_send(self.pulse.clone());
+        }
+    }
+
+    /// Takes every connected worker as heard now, and as stuck for `gap` less: for so long this process did not listen.
+    pub(super) fn excuse_silence(&mut self, now: Duration, gap: Duration) {
         for worker in &mut self.state.workers {
-            if let Worker::Present { heard } = worker {
-                *heard = now.max(*heard);
+            if let Worker::Present(presence) = worker {
+                presence.heard = now.max(presence.heard);
+                presence.activity.since = now.min(presence.activity.since + gap);
             }
         }
     }
 
-    /// A connected worker says something.
-    pub(super) fn message(&mut self, connection: u64, worker: u32, at: Duration, message: WorkerMessage) {
-        if !self.sits_on(worker, connection) {
-            return;
+    /// Writes down what hosts have failed and, now and then, how far the run is. Fails when the journal cannot be written.
+    pub(super) fn note_progress(&mut self, now: Duration) -> anyhow::Result<()> {
+        let (step, saved_step) = (self.step, self.state.saved_step);
+        let host_entries = std::mem::take(&mut self.host_entries);
+        let Some(journal) = &mut self.journal else { return Ok(()) };
+        for entry in host_entries {
+            journal.note(entry)?;
         }
-        if let Some(Worker::Present { heard }) = self.state.workers.get_mut(worker as usize) {
-            *heard = at.max(*heard);
+        if self.noted.0 != (step, saved_step) && now >= self.noted.1 + NOTE_INTERVAL {
+            journal.note(Entry::Progress { step, saved_step })?;
+            self.noted = ((step, saved_step), now);
         }
-        let leads = worker == LEADER;
-        match message {
-            WorkerMessage::Join(_) => self.lose(worker, "joined twice on one connection"),
-            WorkerMessage::Heartbeat { generation, step, .. } if leads && self.runs(generation) => {
-                // Not every step is reported, but a heartbeat tells how far the leader is.
-                if step > self.step && self.stepped_from.is_some_and(|restored| step > restored) {
-                    self.stepped = true;
-                    self.state.fruitless_generations = 0;
-                }
-                self.step = self.step.max(step);
-            }
-            WorkerMessage::Step { generation, report } if leads && self.runs(generation) => {
-                self.step = report.step;
-                self.stepped = true;
-                self.state.fruitless_generations = 0;
-                self.events.push(Event::Step { generation, report });
-            }
-            // A save that ends after its generation was aborted is still a good checkpoint.
-            WorkerMessage::CheckpointSaved { step, url, bytes, seconds, .. } if leads => {
-                self.state.saved_step = step;
-                self.events.push(Event::CheckpointSaved { step, url, bytes, seconds });
-            }
-            WorkerMessage::Restored { generation, step, source, skipped } if leads && self.runs(generation) => {
-                self.step = step;
-                self.stepped_from = Some(step);
-                self.state.saved_step = step;
-                self.events.push(Event::Restored { generation, step, source, skipped });
-            }
-            WorkerMessage::Broken { generation, reason } if self.runs(generation) => {
-                self.state.broken.get_or_insert(Broken { worker, cause: reason, at });
-            }
-            WorkerMessage::Failed { failure } => self.fail(worker, failure),
-            WorkerMessage::Finished { generation, step, stopped } if generation == self.generation => self.finish(worker, step, stopped),
-            // What remains is late word of an old generation, and reports that only the leader's copy counts of.
-            other => tracing::debug!(worker, message = ?other, "ignored a message"),
-        }
-    }
-
-    /// A connection ended.
-    pub(super) fn closed(&mut self, connection: u64, worker: u32, reason: &str) {
-        if self.sits_on(worker, connection) {
-            self.lose(worker, reason);
-        }
-    }
-
-    /// The launcher says something.
-    pub(super) fn control(&mut self, order: Control) {
-        match order {
-            Control::Stop { reason } => {
-                if self.state.stop.is_none() {
-                    self.tell_all(&CoordinatorMessage::Stop { reason: reason.clone() });
-                    self.state.stop = Some(reason);
-                }
-            }
-            Control::WorkerExited { worker, status } => {
-                let cause = format!("process ended with {status}");
-                match self.state.workers.get_mut(worker as usize) {
-                    Some(Worker::Present { .. }) => self.lose(worker, &cause),
-                    Some(absent @ Worker::Absent { .. }) => *absent = Worker::Absent { cause },
-                    Some(Worker::Finished { .. }) | None => {}
-                }
-            }
-            Control::GiveUp { failure } => {
-                self.state.failure.get_or_insert(failure);
-            }
-        }
+        Ok(())
     }
 
     /// Decides and applies until there is nothing to do but wait; returns the end of the run when there is one.
     pub(super) fn settle(&mut self, now: Duration) -> anyhow::Result<Option<RunEnd>> {
-        // A worker can be lost before and after a start; beside that there is one abort, one start and one wait.
-        for _ in 0..2 * self.seats.len() + 4 {
+        // A worker can be lost before and after a start; beside that there is one of everything else.
+        for _ in 0..2 * self.seats.len() + 8 {
             let (decision, reason) = membership::decide(now, &self.state, &self.limits);
             match decision {
                 Decision::Wait => return Ok(None),
-                Decision::Start => self.start(&reason)?,
-                Decision::Lose { worker } => self.lose(worker, &reason.to_string()),
-                Decision::Abort => self.abort(now, &reason),
+                Decision::Start { members, source } => self.start(now, &members, &source, &reason)?,
+                Decision::Lose { worker, class } => self.lose(worker, class, &reason.to_string()),
+                Decision::Adopt => self.adopt(),
+                Decision::Abort => self.abort(now, &reason)?,
+                Decision::Regroup => self.regroup(&reason),
+                Decision::Disband => self.disband(now, &reason)?,
                 Decision::Finish { step, stopped: true } => return Ok(Some(RunEnd::Stopped { step })),
                 Decision::Finish { step, stopped: false } => return Ok(Some(RunEnd::Finished { step })),
                 Decision::Fail { failure } => return Ok(Some(RunEnd::Failed(failure))),
             }
         }
-        anyhow::bail!("membership does not settle: {:?}", self.state)
+        anyhow::bail!("membership does not settle: {:?}", self.state.stage)
     }
 
-    /// Tells whoever is left that the run is over.
-    pub(super) fn farewell(&mut self, end: &RunEnd) {
+    /// Tells whoever is left that the run is over. Fails when the journal cannot be written.
+    pub(super) fn farewell(&mut self, end: &RunEnd) -> anyhow::Result<()> {
         let reason = match end {
             RunEnd::Finished { .. } => "the run is finished".to_owned(),
             RunEnd::Stopped { .. } => "the run is stopped".to_owned(),
             RunEnd::Failed(failure) => format!("the run failed: {}", failure.what),
         };
-        if let Stage::Running { generation } = self.state.stage {
+        if !matches!(self.state.stage, Stage::Gathering { .. }) {
+            let generation = self.state.generation;
+            // A run that is resumed later has nobody to wait for.
+            self.record(Entry::Over { generation })?;
             self.tell_all(&CoordinatorMessage::Abort { generation, reason: reason.clone() });
         }
         self.tell_all(&CoordinatorMessage::Stop { reason });
+        self.tell_all(&CoordinatorMessage::Released {});
+        Ok(())
     }
 
-    fn start(&mut self, reason: &Reason) -> anyhow::Result<()> {
-        self.generation += 1;
-        let peers: Vec<String> = self.seats.iter().flatten().map(|seat| seat.collective_address.clone()).collect();
-        let world_size = peers.len() as u32;
-        let key = Secret::random()?;
-        self.state.stage = Stage::Running { generation: self.generation };
-        self.state.broken = None;
-        self.stepped = false;
-        self.stepped_from = None;
-        self.events.push(Event::GenerationStarted { generation: self.generation, world_size, reason: reason.to_string() });
-        for rank in 0..world_size {
-            let (generation, peers, collective_key) = (self.generation, peers.clone(), key.clone());
-            self.tell(rank, CoordinatorMessage::Start { generation, rank, world_size, peers, collective_key });
+    /// Takes over what an earlier coordinator wrote down.
+    fn remember(&mut self, memory: Memory) {
+        let Memory { generation, running, step, saved_step, retries, hosts } = memory;
+        self.step = step;
+        (self.state.generation, self.state.saved_step, self.state.retries, self.state.hosts) = (generation, saved_step, retries, hosts);
+        if generation == 0 {
+            return;
+        }
+        match running {
+            Some(Membership { members, addresses }) if members.iter().all(|&slot| (slot as usize) < self.seats.len()) => {
+                self.addresses = addresses;
+                self.set_ranks(&members);
+                self.state.stage = Stage::Adopting { members, since: Duration::ZERO };
+            }
+            _ => self.events.push(Event::CoordinatorRestarted { generation, adopted: false }),
+        }
+    }
+
+    fn start(&mut self, now: Duration, members: &[u32], source: &StateSource, reason: &Reason) -> anyhow::Result<()> {
+        let generation = self.state.generation + 1;
+        let seats = members.iter().filter_map(|&slot| self.seats[slot as usize].as_ref());
+        let peers: Vec<String> = seats.map(|seat| seat.collective_address.clone()).collect();
+        anyhow::ensure!(peers.len() == members.len(), "a member of generation {generation} has no seat");
+        let frames = StartFrames::new(generation, (members, &peers), &Secret::random()?, source)?;
+        self.record(Entry::Generation { generation, members: members.to_vec(), addresses: peers.clone() })?;
+        self.state.generation = generation;
+        self.forget_reports();
+        self.addresses = peers;
+        self.set_ranks(members);
+        for &member in members {
+            if let Some(presence) = self.state.present_mut(member) {
+                (presence.generation, presence.ready, presence.activity.since) = (generation, None, now);
+            }
+        }
+        let world_size = members.len() as u32;
+        self.events.push(Event::GenerationStarted { generation, world_size, workers: members.to_vec(), reason: reason.to_string() });
+        self.state.stage = Stage::Running { members: members.to_vec(), regroup: None };
+        for (rank, &member) in (0_u32..).zip(members) {
+            self.push(member, frames.for_rank(rank)?);
         }
         Ok(())
     }
 
-    fn abort(&mut self, now: Duration, reason: &Reason) {
-        let generation = self.generation;
+    fn adopt(&mut self) {
+        if let Stage::Adopting { members, .. } = &mut self.state.stage {
+            self.state.stage = Stage::Running { members: std::mem::take(members), regroup: None };
+        }
+        self.stepped = true;
+        self.events.push(Event::CoordinatorRestarted { generation: self.state.generation, adopted: true });
+    }
+
+    fn abort(&mut self, now: Duration, reason: &Reason) -> anyhow::Result<()> {
+        let generation = self.state.generation;
+        if matches!(self.state.stage, Stage::Adopting { .. }) {
+            self.events.push(Event::CoordinatorRestarted { generation, adopted: false });
+        }
         let blameless = matches!(reason, Reason::Broken { .. });
         self.state.fruitless_generations = if blameless && !self.stepped { self.state.fruitless_generations + 1 } else { 0 };
-        self.state.stage = Stage::Gathering { since: now };
-        self.state.broken = None;
+        if let Reason::Setback { step, attempt, .. } = reason {
+            self.state.retries = Retries { step: *step, attempts: *attempt };
+            self.record(Entry::Retries(self.state.retries))?;
+        }
+        self.note_failure(now, reason.class());
+        self.end_generation(now, true)?;
         self.events.push(Event::GenerationAborted { generation, reason: reason.to_string(), step: self.step });
         self.tell_all(&CoordinatorMessage::Abort { generation, reason: reason.to_string() });
+        Ok(())
     }
 
-    fn lose(&mut self, worker: u32, reason: &str) {
-        let slot = worker as usize;
-        self.seats[slot] = None;
-        self.state.workers[slot] = Worker::Absent { cause: reason.to_owned() };
-        let rank = matches!(self.state.stage, Stage::Running { .. }).then_some(worker);
-        self.events.push(Event::WorkerLost { worker, rank, reason: reason.to_owned() });
+    fn regroup(&mut self, reason: &Reason) {
+        let (generation, why) = (self.state.generation, reason.to_string());
+        if let Stage::Running { members, regroup } = &mut self.state.stage {
+            *regroup = Some(why.clone());
+            let members = members.clone();
+            self.tell_members(&members, &CoordinatorMessage::Regroup { generation, reason: why });
+        }
     }
 
-    fn finish(&mut self, worker: u32, step: u64, stopped: bool) {
-        let slot = worker as usize;
-        self.state.workers[slot] = Worker::Finished { step, stopped };
-        self.departing.extend(self.seats[slot].take().map(|seat| seat.outbox));
-        self.events.push(Event::WorkerFinished { worker, step });
+    fn disband(&mut self, now: Duration, reason: &Reason) -> anyhow::Result<()> {
+        let ready = self.state.workers.iter().filter_map(|worker| match worker {
+            Worker::Present(presence) => presence.ready.and_then(|ready| ready.state_step),
+            Worker::Absent(_) | Worker::Finished { .. } => None,
+        });
+        self.step = ready.max().unwrap_or(self.step);
+        self.end_generation(now, false)?;
+        let generation = self.state.generation;
+        self.events.push(Event::GenerationRegrouped { generation, reason: reason.to_string(), step: self.step });
+        Ok(())
     }
 
-    fn fail(&mut self, worker: u32, failure: Failure) {
-        let failure = if failure.place.is_some() { failure } else { failure.at(format!("worker {worker} (rank {worker})")) };
-        self.state.failure.get_or_insert(failure);
+    fn end_generation(&mut self, now: Duration, patient: bool) -> anyhow::Result<()> {
+        self.record(Entry::Over { generation: self.state.generation })?;
+        self.state.stage = Stage::Gathering { since: now, patient };
+        self.forget_reports();
+        Ok(())
+    }
+
+    /// What was said of one generation does not count for the next.
+    fn forget_reports(&mut self) {
+        self.state.broken = None;
+        self.state.setbacks.clear();
+        self.kept_for_leader.clear();
+        self.stepped = false;
+        self.restored = None;
+    }
+
+    fn set_ranks(&mut self, members: &[u32]) {
+        self.ranks.fill(None);
+        for (rank, &member) in (0_u32..).zip(members) {
+            self.ranks[member as usize] = Some(rank);
+        }
+    }
+
+    fn record(&mut self, entry: Entry) -> anyhow::Result<()> {
+        match &mut self.journal {
+            Some(journal) => Ok(journal.record(entry)?),
+            None => Ok(()),
+        }
+    }
+
+    fn tell(&mut self, worker: u32, message: &CoordinatorMessage) {
+        if let Some(frame) = self.encode(message) {
+            self.push(worker, frame);
+        }
     }
 
     fn tell_all(&mut self, message: &CoordinatorMessage) {
-        for worker in 0..self.seats.len() as u32 {
-            self.tell(worker, message.clone());
+        let everybody: Vec<u32> = (0..self.seats.len() as u32).collect();
+        self.tell_members(&everybody, message);
+    }
+
+    fn tell_members(&mut self, members: &[u32], message: &CoordinatorMessage) {
+        let Some(frame) = self.encode(message) else { return };
+        for &worker in members {
+            self.push(worker, frame.clone());
         }
     }
 
-    fn tell(&mut self, worker: u32, message: CoordinatorMessage) {
+    /// The workers would wait for ever for a message that cannot be sent, so the run ends with it.
+    fn encode(&mut self, message: &CoordinatorMessage) -> Option<Frame> {
+        match Frame::new(message) {
+            Ok(frame) => Some(frame),
+            Err(error) => {
+                let failure = Failure::new(FailureKind::Run, "a message to the workers cannot be sent");
+                let failure = failure.because(format!("{:#}", anyhow::Error::new(error)));
+                self.state.failure.get_or_insert(failure);
+                None
+            }
+        }
+    }
+
+    fn push(&mut self, worker: u32, frame: Frame) {
         let Some(Some(seat)) = self.seats.get(worker as usize) else { return };
-        match seat.outbox.try_send(message) {
+        match seat.outbox.try_send(frame) {
             // A closed queue belongs to a connection whose end is about to be reported.
             Ok(()) | Err(TrySendError::Closed(_)) => {}
-            Err(TrySendError::Full(_)) => self.lose(worker, "does not read its messages"),
+            Err(TrySendError::Full(_)) => self.lose(worker, FailureClass::Hung, "does not read its messages"),
         }
     }
 
-    fn seat_refusal(&self, worker: u32) -> Option<Failure> {
-        let failure = |what: &str| Some(Failure::new(FailureKind::Run, what).at(format!("worker {worker}")));
-        match self.state.workers.get(worker as usize) {
-            None => failure("there is no such worker slot").map(|failure| failure.expected(format!("a slot below {}", self.seats.len()))),
-            Some(Worker::Present { .. }) => failure("another process already holds this worker's slot"),
-            Some(Worker::Finished { .. }) => failure("this worker's part of the run is already finished"),
-            Some(Worker::Absent { .. }) => None,
+    /// Slots of the members of the generation that runs, by rank; empty between generations.
+    fn members(&self) -> &[u32] {
+        match &self.state.stage {
+            Stage::Running { members, .. } | Stage::Adopting { members, .. } => members,
+            Stage::Gathering { .. } => &[],
         }
     }
 
     fn runs(&self, generation: u64) -> bool {
-        matches!(self.state.stage, Stage::Running { generation: running } if running == generation)
+        generation == self.state.generation && !matches!(self.state.stage, Stage::Gathering { .. })
     }
 
-    fn sits_on(&self, worker: u32, connection: u64) -> bool {
-        matches!(self.seats.get(worker as usize), Some(Some(seat)) if seat.connection == connection)
+    fn rank(&self, worker: u32) -> Option<u32> {
+        self.ranks.get(worker as usize).copied().flatten()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn at(seconds: u64) -> Duration {
-        Duration::from_secs(seconds)
-    }
-
-    fn roster(num_workers: u32) -> (Roster, Vec<mpsc::Receiver<CoordinatorMessage>>) {
-        let limits = Limits {
-            heartbeat_timeout: at(5),
-            join_timeout: at(50),
-            blame_grace: Duration::from_millis(300),
-            max_fruitless_generations: 3,
-        };
-        let mut roster = Roster::new(num_workers, limits);
-        let inboxes = (0..num_workers).map(|worker| join(&mut roster, worker, u64::from(worker), at(0))).collect();
-        (roster, inboxes)
-    }
-
-    fn join(roster: &mut Roster, worker: u32, connection: u64, now: Duration) -> mpsc::Receiver<CoordinatorMessage> {
-        let request = JoinRequest {
-            protocol_version: 1,
-            token: Secret::new("t"),
-            recipe_hash: "r".to_owned(),
-            build: "b".to_owned(),
-            worker,
-            process_id: 1,
-            host: "h".to_owned(),
-            collective_address: format!("127.0.0.1:{worker}"),
-        };
-        let (outbox, inbox) = mpsc::channel(8);
-        roster.join(connection, request, now, outbox);
-        inbox
-    }
-
-    fn heartbeat(roster: &mut Roster, worker: u32, now: Duration) {
-        let message = WorkerMessage::Heartbeat { generation: 1, step: 0, phase: crate::protocol::Phase::Training };
-        roster.message(u64::from(worker), worker, now, message);
-    }
-
-    #[test]
-    fn a_slot_has_one_owner() {
-        let (mut roster, _inboxes) = roster(2);
-        for worker in [1, 7] {
-            let mut inbox = join(&mut roster, worker, 9, at(0));
-            assert!(matches!(inbox.try_recv(), Ok(CoordinatorMessage::Refused { .. })), "worker {worker}");
-        }
-        // Words on the refused connection do not count as the owner's.
-        roster.closed(9, 1, "connection closed");
-        assert_eq!(roster.settle(at(0)).unwrap(), None);
-        assert!(!roster.take_events().iter().any(|event| matches!(event, Event::WorkerLost { .. })));
-    }
-
-    #[test]
-    fn late_words_of_an_old_generation_are_ignored() {
-        let (mut roster, _inboxes) = roster(1);
-        roster.settle(at(0)).unwrap();
-        roster.take_events();
-        roster.message(0, 0, at(1), WorkerMessage::Finished { generation: 0, step: 9, stopped: false });
-        roster.message(0, 0, at(1), WorkerMessage::Broken { generation: 0, reason: "old".to_owned() });
-        assert_eq!(roster.settle(at(2)).unwrap(), None);
-        assert_eq!(roster.take_events(), Vec::new());
-    }
-
-    #[test]
-    fn a_silent_worker_ends_the_generation() {
-        let (mut roster, mut inboxes) = roster(2);
-        roster.settle(at(0)).unwrap();
-        heartbeat(&mut roster, 0, at(6));
-        assert_eq!(roster.settle(at(6)).unwrap(), None);
-        let reasons: Vec<String> = roster
-            .take_events()
-            .into_iter()
-            .filter_map(|event| match event {
-                Event::WorkerLost { worker: 1, rank: Some(1), reason } | Event::GenerationAborted { reason, .. } => Some(reason),
-                _ => None,
-            })
-            .collect();
-        assert_eq!(reasons, ["no heartbeat for 6.0 s", "worker 1 (rank 1) lost: no heartbeat for 6.0 s"]);
-        let mut last = None;
-        while let Ok(message) = inboxes[0].try_recv() {
-            last = Some(message);
-        }
-        assert!(matches!(last, Some(CoordinatorMessage::Abort { generation: 1, .. })), "{last:?}");
-    }
-
-    #[test]
-    fn a_collective_that_always_breaks_ends_the_run() {
-        let (mut roster, _inboxes) = roster(1);
-        let mut now = at(1);
-        for generation in 1..10 {
-            assert_eq!(roster.settle(now).unwrap(), None);
-            roster.message(0, 0, now, WorkerMessage::Broken { generation, reason: "no route".to_owned() });
-            now += at(1);
-            heartbeat(&mut roster, 0, now);
-            if let Some(end) = roster.settle(now).unwrap() {
-                assert_eq!(generation, 4);
-                assert!(matches!(end, RunEnd::Failed(_)));
-                return;
-            }
-        }
-        panic!("the run goes on for ever");
-    }
-
-    #[test]
-    fn a_failure_names_its_worker() {
-        let (mut roster, _inboxes) = roster(2);
-        roster.settle(at(0)).unwrap();
-        roster.message(1, 1, at(1), WorkerMessage::Failed { failure: Failure::new(FailureKind::Run, "loss is not finite") });
-        let Some(RunEnd::Failed(failure)) = roster.settle(at(1)).unwrap() else { panic!("failed") };
-        assert_eq!(failure.place.as_deref(), Some("worker 1 (rank 1)"));
-    }
-}
+mod tests;

@@ -1,41 +1,44 @@
-//! The loop: waits for a connection, a worker's word, an order of the launcher or the clock, and lets the roster decide.
+//! The loop: waits for a worker's word, an order of the launcher or the clock, and lets the roster decide.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use cloze_recipes::failure::{Failure, FailureKind};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::JoinSet;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep, timeout};
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tracing::Instrument as _;
 
 use super::admission::Identity;
-use super::connection::{Door, Input, MAX_UNAUTHENTICATED_CONNECTIONS, serve};
+use super::connection::Input;
+use super::reception::Reception;
 use super::roster::Roster;
 use crate::event::Event;
-use crate::membership::Limits;
+use crate::journal::Journal;
+use crate::membership::{HangLimits, Limits};
 use crate::secret::Secret;
 
 /// Words of workers that wait for the loop.
-const INPUT_MESSAGES: usize = 1024;
+const INPUT_MESSAGES: usize = 4096;
+
+/// Connections that the operating system keeps until they are accepted. A thousand machines may call at the same moment; where the
+/// system allows fewer, later ones are tried again by the callers' systems.
+const BACKLOG_CONNECTIONS: u32 = 4096;
 
 /// The clock is looked at every twentieth of the heartbeat timeout, within these bounds in milliseconds.
 const TICK_MS: (u64, u64) = (10, 250);
-
-/// Wait before accepting again after the operating system refused, for instance for want of file descriptors.
-const ACCEPT_RETRY_MS: u64 = 100;
-
-/// Longest wait for the last messages to reach the workers.
-const FAREWELL_MS: u64 = 500;
 
 /// Time in which a closed connection can explain a broken collective; connections of a dead process close within milliseconds.
 const BLAME_GRACE_MS: u64 = 300;
 
 /// Generations in a row that may break without a lost worker and without a step.
 const MAX_FRUITLESS_GENERATIONS: u32 = 3;
+
+/// How long the members of a generation may take to come back to a new coordinator. They try five times a second.
+const ADOPT_TIMEOUT_S: u64 = 10;
 
 /// What a coordinator needs to know.
 #[derive(Clone, Debug)]
@@ -54,6 +57,22 @@ pub struct CoordinatorOptions {
     pub heartbeat_timeout: Duration,
     /// Longest time in which all slots must be filled, at the start and after a loss.
     pub join_timeout: Duration,
+    /// Fewest workers with which the run goes on; `None` waits until all slots are filled.
+    pub min_workers: Option<u32>,
+    /// With `min_workers`, how long absent workers are waited for before the run goes on without them.
+    pub replacement_wait: Duration,
+    /// A worker that makes no progress for longer than this is stuck.
+    pub hang: HangLimits,
+    /// Failures of workers on one host after which the host is used no more; 0 never excludes one.
+    pub exclude_host_after: u32,
+    /// How often one step may be tried again after a loss that is not finite or a want of memory.
+    pub retries_per_step: u32,
+    /// Whether every worker holds the whole state.
+    pub state_is_replicated: bool,
+    /// Where to write down what a successor must know; `None` writes nothing.
+    pub journal: Option<PathBuf>,
+    /// Take over the generation that runs according to the journal, if there is one.
+    pub adopt: bool,
 }
 
 /// An order of the launcher.
@@ -64,12 +83,22 @@ pub enum Control {
         /// Who asked.
         reason: String,
     },
+    /// Ask the workers to save a checkpoint and go on.
+    Save {
+        /// Who asked.
+        reason: String,
+    },
     /// A worker process is gone.
     WorkerExited {
         /// Its slot.
         worker: u32,
         /// Exit code or signal, such as `SIGKILL` or `exit code 1`.
         status: String,
+    },
+    /// Nobody will start another process for a slot that is empty; where the run may go on with fewer, it need not wait for it.
+    NoReplacement {
+        /// The slot.
+        worker: u32,
     },
     /// End the run with a failure.
     GiveUp {
@@ -99,21 +128,30 @@ pub enum RunEnd {
 #[derive(Debug)]
 pub struct Coordinator {
     options: CoordinatorOptions,
+    journal: Option<Journal>,
     listener: TcpListener,
     address: SocketAddr,
 }
 
 impl Coordinator {
-    /// Starts to listen; fails with kind `Environment` when the address is taken or not this machine's.
+    /// Starts to listen and opens the journal. Fails with kind `Environment` when the address is taken or not this machine's, and as
+    /// [`Journal::open`] does.
     pub async fn bind(options: CoordinatorOptions) -> anyhow::Result<Self> {
-        let listener = TcpListener::bind(options.bind).await.map_err(|error| {
+        let listener = listen(options.bind).map_err(|error| {
             Failure::new(FailureKind::Environment, "the coordinator cannot listen")
                 .at(options.bind)
                 .because(error)
                 .hint("choose another address, or port 0 for any free port")
         })?;
         let address = listener.local_addr().context("read the coordinator's address")?;
-        Ok(Self { options, listener, address })
+        let journal = match options.journal.clone() {
+            Some(path) => {
+                let open = spawn_blocking(move || Journal::open(&path, options.adopt));
+                Some(open.await.context("open the journal")??)
+            }
+            None => None,
+        };
+        Ok(Self { options, journal, listener, address })
     }
 
     /// The address that workers connect to.
@@ -121,25 +159,29 @@ impl Coordinator {
         self.address
     }
 
-    /// Runs until the run ends. Fails when nobody reads the events any more.
+    /// Runs until the run ends. Fails when nobody reads the events any more, and with kind `Storage` when the journal cannot be written.
+    /// Dropping the future is like a crash: connections close without a word, and workers wait for a successor.
     pub async fn run(self, events: mpsc::Sender<Event>, mut control: mpsc::Receiver<Control>) -> anyhow::Result<RunEnd> {
+        let Self { options, journal, listener, .. } = self;
         let started = Instant::now();
         let (sender, mut inputs) = mpsc::channel(INPUT_MESSAGES);
-        let mut reception = Reception::new(self.listener, &self.options, sender);
-        let mut roster = Roster::new(self.options.workers, limits(&self.options));
-        let mut tick = clock(self.options.heartbeat_timeout);
+        let reception = ReceptionTask::start(listener, &options, sender);
+        let mut roster = Roster::new(options.workers, limits(&options), journal)?;
+        let mut tick = clock(options.heartbeat_timeout / 20, TICK_MS);
+        let mut pulse = clock(options.heartbeat_timeout / 2, (TICK_MS.0, u64::MAX));
         let mut last_pass = started.elapsed();
         let end = loop {
-            tokio::select! {
-                Some(order) = control.recv() => roster.control(order),
-                Some(input) = inputs.recv() => apply(&mut roster, input, started),
-                () = reception.attend() => {}
-                _ = tick.tick() => {}
-            }
+            let is_time = tokio::select! {
+                Some(order) = control.recv() => { roster.control(order); false }
+                Some(input) = inputs.recv() => { apply(&mut roster, input, started); false }
+                _ = pulse.tick() => { roster.pulse(); false }
+                _ = tick.tick() => true,
+            };
             // A process that was stopped itself, or whose reporters were slow, has heard nothing meanwhile: that is nobody's silence.
             let now = started.elapsed();
-            if now.saturating_sub(last_pass) > self.options.heartbeat_timeout / 2 {
-                roster.excuse_silence(now);
+            let gap = now.saturating_sub(last_pass);
+            if gap > options.heartbeat_timeout / 2 {
+                roster.excuse_silence(now, gap);
             }
             last_pass = now;
             // What was said before now must be heard before silence is judged.
@@ -147,14 +189,16 @@ impl Coordinator {
                 let Ok(input) = inputs.try_recv() else { break };
                 apply(&mut roster, input, started);
             }
-            let end = roster.settle(started.elapsed())?;
+            // Most words are heartbeats, which change nothing that the clock does not bring up by itself.
+            let end = if roster.take_change() || is_time { roster.settle(started.elapsed())? } else { None };
             if let Some(end) = &end {
-                roster.farewell(end);
+                roster.farewell(end)?;
             }
             for event in roster.take_events() {
                 events.send(event).await.context("send an event to the reporters")?;
             }
-            roster.close_departing();
+            roster.release_departing();
+            roster.note_progress(started.elapsed())?;
             if let Some(end) = end {
                 break end;
             }
@@ -166,57 +210,41 @@ impl Coordinator {
     }
 }
 
-/// The listener and the connections it led to.
-struct Reception {
-    listener: TcpListener,
-    door: Arc<Door>,
-    /// Bounds the connections that have not joined yet.
-    unauthenticated: Arc<Semaphore>,
-    connections: JoinSet<()>,
-    num_accepted: u64,
+/// The task that accepts connections; it ends with this value.
+struct ReceptionTask {
+    task: JoinSet<()>,
+    quit: oneshot::Sender<()>,
 }
 
-impl Reception {
-    fn new(listener: TcpListener, options: &CoordinatorOptions, inputs: mpsc::Sender<Input>) -> Self {
+impl ReceptionTask {
+    fn start(listener: TcpListener, options: &CoordinatorOptions, inputs: mpsc::Sender<Input>) -> Self {
         let identity = Identity { token: options.token.clone(), recipe_hash: options.recipe_hash.clone(), build: options.build.clone() };
-        let unauthenticated = Arc::new(Semaphore::new(MAX_UNAUTHENTICATED_CONNECTIONS));
-        let door = Arc::new(Door { identity, inputs });
-        Self { listener, door, unauthenticated, connections: JoinSet::new(), num_accepted: 0 }
-    }
-
-    /// Accepts one connection or sees one off. Loses nothing when it is dropped while it waits.
-    async fn attend(&mut self) {
-        tokio::select! {
-            accepted = self.listener.accept() => match accepted {
-                Ok((stream, peer)) => self.receive(stream, peer),
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection");
-                    sleep(Duration::from_millis(ACCEPT_RETRY_MS)).await;
-                }
-            },
-            Some(ended) = self.connections.join_next() => if let Err(error) = ended {
-                tracing::error!(%error, "a connection task failed");
-            },
-        }
-    }
-
-    fn receive(&mut self, stream: TcpStream, peer: SocketAddr) {
-        let Ok(permit) = Arc::clone(&self.unauthenticated).try_acquire_owned() else {
-            tracing::warn!(%peer, limit = MAX_UNAUTHENTICATED_CONNECTIONS, "closed a connection: too many others have not joined yet");
-            return;
-        };
-        self.num_accepted += 1;
-        let span = tracing::info_span!("coordinator connection", number = self.num_accepted, %peer);
-        self.connections.spawn(serve(stream, self.num_accepted, permit, Arc::clone(&self.door)).instrument(span));
+        let (quit, quitting) = oneshot::channel();
+        let mut task = JoinSet::new();
+        let reception = Reception::new(listener, identity, inputs);
+        task.spawn(reception.run(quitting).instrument(tracing::info_span!("coordinator reception")));
+        Self { task, quit }
     }
 
     /// Lets the connections write their last messages, then ends them.
-    async fn close(mut self) {
-        let written = async { while self.connections.join_next().await.is_some() {} };
-        if timeout(Duration::from_millis(FAREWELL_MS), written).await.is_err() {
-            tracing::debug!("some workers did not take the last message");
+    async fn close(self) {
+        let Self { mut task, quit } = self;
+        // Where the task is gone already, there is nothing left to end.
+        let _ = quit.send(());
+        while let Some(ended) = task.join_next().await {
+            if let Err(error) = ended {
+                tracing::error!(%error, "the task that accepts connections failed");
+            }
         }
     }
+}
+
+fn listen(bind: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if bind.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // A successor takes the address while connections of its predecessor are still being forgotten.
+    socket.set_reuseaddr(true)?;
+    socket.bind(bind)?;
+    socket.listen(BACKLOG_CONNECTIONS)
 }
 
 fn apply(roster: &mut Roster, input: Input, started: Instant) {
@@ -233,249 +261,22 @@ fn limits(options: &CoordinatorOptions) -> Limits {
         join_timeout: options.join_timeout,
         blame_grace: Duration::from_millis(BLAME_GRACE_MS),
         max_fruitless_generations: MAX_FRUITLESS_GENERATIONS,
+        min_workers: options.min_workers,
+        replacement_wait: options.replacement_wait,
+        hang: options.hang.clone(),
+        retries_per_step: options.retries_per_step,
+        exclude_host_after: options.exclude_host_after,
+        state_is_replicated: options.state_is_replicated,
+        adopt_timeout: Duration::from_secs(ADOPT_TIMEOUT_S),
     }
 }
 
-fn clock(heartbeat_timeout: Duration) -> Interval {
-    let period = (heartbeat_timeout / 20).clamp(Duration::from_millis(TICK_MS.0), Duration::from_millis(TICK_MS.1));
-    let mut tick = interval(period);
+/// Ticks with a period, which is kept within bounds in milliseconds.
+fn clock(period: Duration, (shortest_ms, longest_ms): (u64, u64)) -> Interval {
+    let mut tick = interval(period.clamp(Duration::from_millis(shortest_ms), Duration::from_millis(longest_ms)));
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     tick
 }
 
 #[cfg(test)]
-mod tests {
-    use std::net::{Ipv4Addr, SocketAddr};
-
-    use tokio::io::AsyncReadExt as _;
-    use tokio::task::{JoinHandle, spawn_blocking};
-
-    use super::*;
-    use crate::client::{Client, JoinOptions};
-    use crate::protocol::{self, CoordinatorMessage, JoinRequest, PROTOCOL_VERSION, StepReport, WorkerMessage};
-
-    const PATIENCE: Duration = Duration::from_secs(10);
-
-    /// A coordinator on loopback, and the launcher's ends of its channels.
-    struct Sandbox {
-        address: SocketAddr,
-        events: mpsc::Receiver<Event>,
-        control: mpsc::Sender<Control>,
-        run: JoinHandle<anyhow::Result<RunEnd>>,
-    }
-
-    impl Sandbox {
-        async fn start(workers: u32) -> Self {
-            let options = CoordinatorOptions {
-                bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
-                token: Secret::new("token"),
-                recipe_hash: "recipe".to_owned(),
-                build: "build".to_owned(),
-                workers,
-                heartbeat_timeout: Duration::from_secs(2),
-                join_timeout: Duration::from_secs(20),
-            };
-            let coordinator = Coordinator::bind(options).await.unwrap();
-            let address = coordinator.address();
-            let (sender, events) = mpsc::channel(1024);
-            let (control, orders) = mpsc::channel(16);
-            Self { address, events, control, run: tokio::spawn(coordinator.run(sender, orders)) }
-        }
-
-        fn options(&self, worker: u32) -> JoinOptions {
-            JoinOptions {
-                coordinator: self.address.to_string(),
-                token: Secret::new("token"),
-                recipe_hash: "recipe".to_owned(),
-                build: "build".to_owned(),
-                worker,
-                collective_address: format!("127.0.0.1:{}", 9000 + worker),
-                heartbeat_timeout: Duration::from_secs(2),
-            }
-        }
-
-        async fn join(&self, worker: u32) -> Arc<Client> {
-            Arc::new(try_join(self.options(worker)).await.unwrap())
-        }
-
-        async fn end(self) -> (RunEnd, Vec<Event>) {
-            let end = timeout(PATIENCE, self.run).await.unwrap().unwrap().unwrap();
-            let mut events = self.events;
-            let mut seen = Vec::new();
-            while let Ok(event) = events.try_recv() {
-                seen.push(event);
-            }
-            (end, seen)
-        }
-    }
-
-    async fn try_join(options: JoinOptions) -> anyhow::Result<Client> {
-        spawn_blocking(move || Client::join(options)).await.unwrap()
-    }
-
-    /// Waits for the start of a generation; returns its number, rank, addresses and key.
-    async fn started(client: &Arc<Client>) -> (u64, u32, Vec<String>, Secret) {
-        let client = Arc::clone(client);
-        let wait = move || loop {
-            match client.next(PATIENCE).unwrap() {
-                Some(CoordinatorMessage::Start { generation, rank, peers, collective_key, .. }) => {
-                    return (generation, rank, peers, collective_key);
-                }
-                Some(_) => {}
-                None => panic!("no start within {PATIENCE:?}"),
-            }
-        };
-        spawn_blocking(wait).await.unwrap()
-    }
-
-    async fn finish(client: Arc<Client>, generation: u64, step: u64, stopped: bool) {
-        spawn_blocking(move || client.finish(generation, step, stopped)).await.unwrap().unwrap();
-    }
-
-    fn report(step: u64) -> StepReport {
-        StepReport {
-            step,
-            loss: 1.0,
-            learning_rate: 1e-3,
-            gradient_norm: 1.0,
-            examples: 1,
-            tokens: 1,
-            labels: 1,
-            seconds: 0.1,
-            examples_per_s: 10.0,
-            tokens_per_s: 10.0,
-        }
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn two_workers_train_and_finish() {
-        let sandbox = Sandbox::start(2).await;
-        let (leader, other) = (sandbox.join(0).await, sandbox.join(1).await);
-        let (first, second) = (started(&leader).await, started(&other).await);
-        assert_eq!((first.0, first.1, second.0, second.1), (1, 0, 1, 1));
-        assert_eq!(first.2, ["127.0.0.1:9000", "127.0.0.1:9001"]);
-        assert_eq!((&first.2, &first.3), (&second.2, &second.3));
-        for client in [&leader, &other] {
-            // Every worker may report; only the leader's report counts.
-            client.send(&WorkerMessage::Step { generation: 1, report: report(1) }).unwrap();
-        }
-        tokio::join!(finish(leader, 1, 1, false), finish(other, 1, 1, false));
-        let (end, events) = sandbox.end().await;
-        assert_eq!(end, RunEnd::Finished { step: 1 });
-        assert_eq!(events.iter().filter(|event| matches!(event, Event::Step { .. })).count(), 1);
-        assert_eq!(events.iter().filter(|event| matches!(event, Event::WorkerFinished { .. })).count(), 2);
-        assert!(!events.iter().any(|event| matches!(event, Event::WorkerLost { .. })), "{events:?}");
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn strangers_are_refused() {
-        let sandbox = Sandbox::start(1).await;
-        let cases = [
-            (JoinOptions { token: Secret::new("guess"), ..sandbox.options(0) }, None, None),
-            (JoinOptions { recipe_hash: "other".to_owned(), ..sandbox.options(0) }, Some("recipe hash recipe"), Some("recipe hash other")),
-            (JoinOptions { build: "old".to_owned(), ..sandbox.options(0) }, Some("build build"), Some("build old")),
-            (JoinOptions { worker: 4, ..sandbox.options(0) }, Some("a slot below 1"), None),
-        ];
-        for (options, expected, found) in cases {
-            let failure = try_join(options).await.unwrap_err().downcast::<Failure>().unwrap();
-            assert_eq!((failure.expected.as_deref(), failure.found.as_deref()), (expected, found), "{failure}");
-        }
-        let _owner = sandbox.join(0).await;
-        let failure = try_join(sandbox.options(0)).await.unwrap_err().downcast::<Failure>().unwrap();
-        assert_eq!(failure.what, "another process already holds this worker's slot");
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn another_protocol_version_is_refused() {
-        let sandbox = Sandbox::start(1).await;
-        let mut socket = TcpStream::connect(sandbox.address).await.unwrap();
-        let request = JoinRequest {
-            protocol_version: PROTOCOL_VERSION + 1,
-            token: Secret::new("token"),
-            recipe_hash: "recipe".to_owned(),
-            build: "build".to_owned(),
-            worker: 0,
-            process_id: 1,
-            host: "h".to_owned(),
-            collective_address: String::new(),
-        };
-        protocol::write_message(&mut socket, &WorkerMessage::Join(request)).await.unwrap();
-        let body = timeout(PATIENCE, protocol::read_frame(&mut socket)).await.unwrap().unwrap().unwrap();
-        let CoordinatorMessage::Refused { failure } = protocol::decode(&body).unwrap() else { panic!("refused") };
-        assert_eq!(failure.found, Some((PROTOCOL_VERSION + 1).to_string()));
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_lost_worker_is_replaced() {
-        let mut sandbox = Sandbox::start(2).await;
-        let (survivor, victim) = (sandbox.join(0).await, sandbox.join(1).await);
-        let key = started(&survivor).await.3;
-        started(&victim).await;
-        let (aborted, abort) = std::sync::mpsc::channel();
-        survivor.on_abort(Box::new(move |generation, reason: &str| {
-            let _ = aborted.send((generation, reason.to_owned()));
-        }));
-
-        let cut = Instant::now();
-        drop(victim);
-        let abort = spawn_blocking(move || abort.recv_timeout(PATIENCE)).await.unwrap().unwrap();
-        assert!(cut.elapsed() < Duration::from_secs(1), "a closed connection is noticed at once, not by a missed heartbeat");
-        assert_eq!(abort, (1, "worker 1 (rank 1) lost: connection closed".to_owned()));
-
-        sandbox.control.send(Control::WorkerExited { worker: 1, status: "SIGKILL".to_owned() }).await.unwrap();
-        let replacement = sandbox.join(1).await;
-        let (first, second) = (started(&survivor).await, started(&replacement).await);
-        assert_eq!((first.0, second.0), (2, 2));
-        assert_ne!(first.3, key, "each generation has its own key");
-        tokio::join!(finish(survivor, 2, 9, false), finish(replacement, 2, 9, false));
-        let mut seen = Vec::new();
-        while let Ok(Some(event)) = timeout(PATIENCE, sandbox.events.recv()).await {
-            seen.push(event);
-        }
-        let lost = Event::WorkerLost { worker: 1, rank: Some(1), reason: "connection closed".to_owned() };
-        assert_eq!(seen.iter().filter(|event| matches!(event, Event::WorkerLost { .. })).collect::<Vec<_>>(), [&lost]);
-        assert_eq!(sandbox.end().await.0, RunEnd::Finished { step: 9 });
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_stop_lets_the_workers_leave() {
-        let sandbox = Sandbox::start(1).await;
-        let client = sandbox.join(0).await;
-        started(&client).await;
-        sandbox.control.send(Control::Stop { reason: "SIGTERM".to_owned() }).await.unwrap();
-        let waiting = Arc::clone(&client);
-        let told = spawn_blocking(move || waiting.next(PATIENCE)).await.unwrap().unwrap();
-        assert_eq!(told, Some(CoordinatorMessage::Stop { reason: "SIGTERM".to_owned() }));
-        assert_eq!(client.stop_requested().as_deref(), Some("SIGTERM"));
-        finish(client, 1, 17, true).await;
-        assert_eq!(sandbox.end().await.0, RunEnd::Stopped { step: 17 });
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn giving_up_ends_the_run_and_the_workers() {
-        let sandbox = Sandbox::start(2).await;
-        let client = sandbox.join(0).await;
-        let failure = Failure::new(FailureKind::Run, "restart budget spent");
-        sandbox.control.send(Control::GiveUp { failure: failure.clone() }).await.unwrap();
-        assert_eq!(sandbox.end().await.0, RunEnd::Failed(failure));
-        let ended = spawn_blocking(move || while client.next(PATIENCE).is_ok_and(|message| message.is_some()) {});
-        timeout(PATIENCE, ended).await.unwrap().unwrap();
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn silent_connections_are_bounded() {
-        let sandbox = Sandbox::start(1).await;
-        let mut silent = Vec::new();
-        for _ in 0..=MAX_UNAUTHENTICATED_CONNECTIONS {
-            silent.push(TcpStream::connect(sandbox.address).await.unwrap());
-        }
-        let mut last = silent.pop().unwrap();
-        let begun = Instant::now();
-        assert_eq!(timeout(PATIENCE, last.read(&mut [0; 1])).await.unwrap().unwrap(), 0);
-        assert!(begun.elapsed() < Duration::from_secs(1), "one too many is closed at once");
-        let mut first = silent.swap_remove(0);
-        assert_eq!(timeout(PATIENCE, first.read(&mut [0; 1])).await.unwrap().unwrap(), 0, "the others are closed after a while");
-        drop(silent);
-        sandbox.join(0).await;
-    }
-}
+mod tests;

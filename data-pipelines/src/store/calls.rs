@@ -1,14 +1,16 @@
 //! Blocking calls on a store.
 
 use std::io::Read;
-use std::sync::OnceLock;
+use std::ops::Range;
+use std::sync::{OnceLock, PoisonError};
 use std::time::Instant;
 
 use anyhow::Context;
 use bytes::Bytes;
 use cloze_recipes::failure::{Failure, FailureKind};
 use futures::TryStreamExt;
-use object_store::{GetOptions, ObjectMeta, ObjectStoreExt, PutPayload};
+use object_store::path::Path as ObjectPath;
+use object_store::{GetOptions, ObjectMeta, ObjectStoreExt, PutMode, PutPayload};
 use tokio::runtime::{Builder, Runtime};
 
 use super::failure::explain;
@@ -39,6 +41,11 @@ pub fn block_on<F: Future>(future: F) -> anyhow::Result<F::Output> {
 
 /// Reads a whole object. Fails when it is missing or larger than `max_bytes`.
 pub fn read_all(store: &Store, key: &str, max_bytes: u64) -> anyhow::Result<Bytes> {
+    Ok(read_hashed(store, key, max_bytes)?.0)
+}
+
+/// Reads a whole object and hashes it meanwhile: its content and its BLAKE3 hash in hexadecimal digits. Fails like [`read_all`].
+pub fn read_hashed(store: &Store, key: &str, max_bytes: u64) -> anyhow::Result<(Bytes, String)> {
     let info = head(store, key)?;
     if info.size > max_bytes {
         return Err(Failure::new(FailureKind::Input, "object is too large")
@@ -49,8 +56,18 @@ pub fn read_all(store: &Store, key: &str, max_bytes: u64) -> anyhow::Result<Byte
     }
     let mut content = Vec::with_capacity(info.size as usize);
     let mut reader = ObjectReader::new(store, &info, PIECE_BYTES)?;
+    let digest = reader.digest();
     reader.read_to_end(&mut content).map_err(|error| ObjectReader::failure(error, &store.url(key)))?;
-    Ok(content.into())
+    let hash = digest.lock().unwrap_or_else(PoisonError::into_inner).finalize().to_hex().to_string();
+    Ok((content.into(), hash))
+}
+
+/// Reads a part of an object; shorter where the object ends. Fails when it is missing or ends before the range begins.
+pub fn read_range(store: &Store, key: &str, range: Range<u64>) -> anyhow::Result<Bytes> {
+    let path = store.path(key)?;
+    let started = Instant::now();
+    let read = async { store.object_store.get_opts(&path, GetOptions::new().with_range(Some(range))).await?.bytes().await };
+    Ok(block_on(read)?.map_err(|error| explain(store, "read object", key, started, &error))?)
 }
 
 /// Writes an object; it appears whole or not at all. Missing folders are created.
@@ -62,12 +79,36 @@ pub fn put(store: &Store, key: &str, content: impl Into<Bytes>) -> anyhow::Resul
     Ok(())
 }
 
+/// Writes an object where there is none: true when it was written, false when there was one, which stays as it is.
+///
+/// Some stores take the condition and ignore it; [`super::probe_conditional_put`] finds out.
+pub fn put_if_absent(store: &Store, key: &str, content: impl Into<Bytes>) -> anyhow::Result<bool> {
+    let path = store.path(key)?;
+    let started = Instant::now();
+    Ok(create(store, &path, content.into())?.map_err(|error| explain(store, "write object", key, started, &error))?)
+}
+
+/// The conditional write itself, with the store's own error.
+pub(super) fn create(store: &Store, path: &ObjectPath, content: Bytes) -> anyhow::Result<object_store::Result<bool>> {
+    match block_on(store.object_store.put_opts(path, PutPayload::from(content), PutMode::Create.into()))? {
+        Ok(_) => Ok(Ok(true)),
+        Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => Ok(Ok(false)),
+        Err(error) => Ok(Err(error)),
+    }
+}
+
 /// Everything below the prefix, sorted by key. A prefix that does not exist has nothing below it.
 pub fn list(store: &Store) -> anyhow::Result<Vec<ObjectInfo>> {
+    list_below(store, "")
+}
+
+/// Everything in a folder below the prefix, sorted by key; keys begin with the folder.
+pub fn list_below(store: &Store, folder: &str) -> anyhow::Result<Vec<ObjectInfo>> {
     let started = Instant::now();
-    let prefix = (!store.prefix.as_ref().is_empty()).then_some(&store.prefix);
-    let found: Vec<ObjectMeta> =
-        block_on(store.object_store.list(prefix).try_collect())?.map_err(|error| explain(store, "list objects", "", started, &error))?;
+    let path = store.path(folder)?;
+    let prefix = (!path.as_ref().is_empty()).then_some(&path);
+    let found: Vec<ObjectMeta> = block_on(store.object_store.list(prefix).try_collect())?
+        .map_err(|error| explain(store, "list objects", folder, started, &error))?;
     let mut found: Vec<ObjectInfo> = found.into_iter().map(|meta| info_of(store, &meta)).collect();
     found.sort_by(|a, b| a.key.cmp(&b.key));
     Ok(found)
@@ -80,6 +121,17 @@ pub fn head(store: &Store, key: &str) -> anyhow::Result<ObjectInfo> {
     let result = block_on(store.object_store.get_opts(&path, GetOptions::new().with_head(true)))?;
     let meta = result.map_err(|error| explain(store, "look up object", key, started, &error))?.meta;
     Ok(ObjectInfo { key: key.to_owned(), ..info_of(store, &meta) })
+}
+
+/// Size of one object in bytes; `None` when it is missing.
+pub fn size_of(store: &Store, key: &str) -> anyhow::Result<Option<u64>> {
+    let path = store.path(key)?;
+    let started = Instant::now();
+    match block_on(store.object_store.get_opts(&path, GetOptions::new().with_head(true)))? {
+        Ok(found) => Ok(Some(found.meta.size)),
+        Err(object_store::Error::NotFound { .. }) => Ok(None),
+        Err(error) => Err(explain(store, "look up object", key, started, &error).into()),
+    }
 }
 
 /// Deletes an object; one that is not there counts as deleted.
@@ -138,6 +190,31 @@ mod tests {
         delete(&store, "b/two").unwrap();
         delete(&store, "b/two").unwrap();
         assert_eq!(list(&store).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn an_object_is_created_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = local(&folder);
+        assert!(put_if_absent(&store, "a/b", b"one".to_vec()).unwrap());
+        assert!(!put_if_absent(&store, "a/b", b"two".to_vec()).unwrap());
+        assert_eq!(read_all(&store, "a/b", 9).unwrap().as_ref(), b"one");
+        assert_eq!(std::fs::read_dir(folder.path().join("a")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn sizes_ranges_folders_and_hashes() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = local(&folder);
+        put(&store, "a/one", b"12345".to_vec()).unwrap();
+        put(&store, "b/two", b"2".to_vec()).unwrap();
+        assert_eq!((size_of(&store, "a/one").unwrap(), size_of(&store, "a/none").unwrap()), (Some(5), None));
+        assert_eq!(read_range(&store, "a/one", 1..3).unwrap().as_ref(), b"23");
+        assert_eq!(read_range(&store, "a/one", 3..30).unwrap().as_ref(), b"45");
+        assert_eq!(list_below(&store, "a").unwrap().iter().map(|info| info.key.as_str()).collect::<Vec<_>>(), ["a/one"]);
+        assert!(list_below(&store, "none").unwrap().is_empty());
+        let (content, hash) = read_hashed(&store, "a/one", 5).unwrap();
+        assert_eq!(hash, blake3::hash(&content).to_hex().to_string());
     }
 
     #[test]

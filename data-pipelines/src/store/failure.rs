@@ -6,13 +6,10 @@ use std::time::Instant;
 use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::Store;
+use super::location::StoreKind;
 
 /// Longest cause that is shown, in characters; some stores answer with whole pages.
 const MAX_CAUSE_CHARACTERS: usize = 800;
-
-/// What helps when a store refuses; without credentials in the environment it asks the cloud's metadata service, which refuses too.
-const REFUSED_HINT: &str =
-    "check the permissions, and for a bucket that `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` are set in the environment and right";
 
 /// Turns a store's error into a failure with url, operation, elapsed time and hint; `operation` is a verb phrase.
 ///
@@ -37,13 +34,17 @@ fn classify(store: &Store, error: &object_store::Error) -> (FailureKind, &'stati
     let answered = |status: &str| causes(error).any(|cause| cause.to_string().contains(status));
     let refused = !store.is_local() && (answered("403 Forbidden") || answered("401 Unauthorized"));
     let absent = !store.is_local() && answered("404 Not Found");
+    let refused_hint = match store.kind {
+        StoreKind::Bucket(cloud) => cloud.refused_hint(),
+        StoreKind::Folder | StoreKind::Other => "check the permissions",
+    };
     match error {
-        _ if refused => (FailureKind::Storage, "access refused", REFUSED_HINT),
+        _ if refused => (FailureKind::Storage, "access refused", refused_hint),
         _ if absent => (FailureKind::Input, "no such bucket or object", "check the bucket, the prefix and the endpoint"),
         _ if disk_full => (FailureKind::Storage, "no space left on the disk", "free space there; what was finished is kept"),
         StoreError::NotFound { .. } if store.is_local() => (FailureKind::Input, "no such file", "check the path"),
         StoreError::NotFound { .. } => (FailureKind::Input, "no such bucket or object", "check the bucket, the prefix and the endpoint"),
-        StoreError::PermissionDenied { .. } | StoreError::Unauthenticated { .. } => (FailureKind::Storage, "access refused", REFUSED_HINT),
+        StoreError::PermissionDenied { .. } | StoreError::Unauthenticated { .. } => (FailureKind::Storage, "access refused", refused_hint),
         StoreError::Precondition { .. } | StoreError::NotModified { .. } => {
             (FailureKind::Storage, "the object changed meanwhile", "let its writer finish, then run the same command again")
         }
@@ -74,7 +75,8 @@ pub(super) fn with_causes(error: &(dyn Error + 'static)) -> String {
     text
 }
 
-fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+/// An error and everything beneath it, outermost first.
+pub(super) fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     std::iter::successors(Some(error), |&error| error.source())
 }
 

@@ -1,14 +1,19 @@
 //! Folders and buckets behind one interface, with bounded waits and errors that a user can act on.
 //!
-//! [`open`] takes a path, `file://` or `s3://` url. The calls block, so that programs without an async runtime can use them;
-//! they must not be made from inside async code. Everything slow has a bound: see the constants in `location.rs`.
+//! [`open`] takes a path, `file://`, `s3://`, `gs://` or `az://` url. The calls block, so that programs without an async runtime can
+//! use them; they must not be made from inside async code. Everything slow has a bound: see the constants in `cloud.rs` and `upload.rs`.
 
 mod calls;
+mod cloud;
 mod failure;
 mod location;
+mod probe;
 mod reader;
+mod upload;
 
-pub use calls::{ObjectInfo, block_on, delete, head, list, put, read_all};
+pub use calls::{ObjectInfo, block_on, delete, head, list, list_below, put, put_if_absent, read_all, read_hashed, read_range, size_of};
 pub use failure::explain;
 pub use location::{Store, open};
+pub use probe::{ConditionalPut, probe_conditional_put};
 pub use reader::ObjectReader;
+pub use upload::{Written, put_pieces, remove_leftovers};

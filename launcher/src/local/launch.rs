@@ -1,116 +1,283 @@
 //! From options to the end of a run.
 
 use std::io::Write;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use cloze_cluster::{Coordinator, CoordinatorOptions, Event, RunEnd, Secret};
+use cloze_cluster::{Coordinator, CoordinatorOptions, Event, HangLimits, RunEnd, Secret};
 use cloze_recipes::failure::{Failure, FailureKind};
-use cloze_recipes::recipe::Recipe;
+use cloze_recipes::recipe::{HangRecipe, Recipe, Shard};
 use tokio::sync::mpsc;
 use tracing::Instrument as _;
 
+use super::adoption::{Adoption, AdoptionReason, Legacy, Wanted, decide_adoption};
+use super::crew::Crew;
+use super::drill::Drill;
 use super::process::WorkerCommand;
+use super::record::ProcessRecord;
+use super::restart::RestartLimits;
 use super::signals::Signals;
-use super::supervisor::{CoordinatorTask, Supervisor};
+use super::supervisor::{CoordinatorTask, Supervisor, SupervisorLimits};
+use crate::dashboard::{Dashboard, DashboardOptions, DashboardOrder};
 use crate::reporter::{Reporters, TerminalStyle};
-use crate::run_folder::RunFolder;
+use crate::run_folder::{ControlFile, RunFolder};
 
 /// Threads of the launcher's runtime; it only waits and forwards, and the cores belong to the workers.
 const RUNTIME_THREADS: usize = 2;
 
-/// Longest time in which all workers must join, at the start and after a loss. A worker joins before it builds anything.
-const JOIN_TIMEOUT_S: u64 = 90;
-
 /// Events that wait for the reporters; the coordinator waits where the disk is slower than the run.
 const EVENT_MESSAGES: usize = 1024;
 
-/// Orders that wait for the coordinator; one for each exit and signal.
-const CONTROL_MESSAGES: usize = 256;
+/// Most worker processes of one machine; its cores and GPUs are far fewer.
+const MAX_LOCAL_WORKERS: u32 = 1024;
+
+/// Orders that wait for the coordinator: at most two for each of 1024 processes that end at once, and one for each signal.
+const CONTROL_MESSAGES: usize = 4096;
+
+/// Orders of the dashboard that wait for the loop; somebody clicks them.
+const DASHBOARD_ORDERS: usize = 16;
+
+/// Time for workers of an earlier controller to come back before they are killed; longer than the coordinator waits for them.
+const COME_BACK_TIMEOUT_S: u64 = 15;
+
+/// Where a coordinator listens unless told otherwise: on loopback, at a free port.
+const DEFAULT_BIND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 /// What a run needs.
 pub struct LaunchOptions {
     /// The run's folder, locked by this process.
     pub run: RunFolder,
-    /// Its checked recipe.
-    pub recipe: Recipe,
-    /// Steps of the whole run.
-    pub total_steps: u64,
-    /// Number of worker processes.
-    pub workers: u32,
-    /// The worker binary.
-    pub worker_binary: PathBuf,
-    /// The build that the worker binary states when it joins.
-    pub worker_build: String,
-    /// Where the coordinator listens; port 0 takes a free one. Loopback unless told otherwise.
-    pub bind: SocketAddr,
+    /// What is to be done.
+    pub plan: LaunchPlan,
     /// Where progress is shown; usually standard error.
     pub output: Box<dyn Write + Send>,
     /// How it is shown.
     pub style: TerminalStyle,
-    /// A worker that is killed on purpose, to see the recovery.
-    pub fault: Option<PlannedFault>,
 }
 
-/// A drill: the worker's process gets SIGKILL once, when this step is reported.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PlannedFault {
-    /// Slot of the worker.
-    pub worker: u32,
-    /// Steps done; the first report of this step or a later one counts.
-    pub step: u64,
+/// What is to be done.
+#[derive(Clone, Debug)]
+pub struct LaunchPlan {
+    /// The run's checked recipe.
+    pub recipe: Recipe,
+    /// Steps of the whole run.
+    pub total_steps: u64,
+    /// Slots of the run.
+    pub workers: u32,
+    /// Slots whose processes are started on this machine, from 0; the others are waited for.
+    pub local_workers: u32,
+    /// The worker binary.
+    pub worker_binary: PathBuf,
+    /// The build that the worker binary states when it joins.
+    pub worker_build: String,
+    /// Where the coordinator listens; port 0 takes a free one. `None` is loopback, or for a resumed run where its last controller
+    /// listened.
+    pub bind: Option<SocketAddr>,
+    /// Longest time in which all workers must join, at the start and after a loss. A worker joins before it builds anything.
+    pub join_timeout: Duration,
+    /// The run was started before; workers of a controller that was killed are taken over.
+    pub resumed: bool,
+    /// Where the dashboard listens; `None` switches it off.
+    pub dashboard: Option<SocketAddr>,
+    /// Failures on purpose, to see the recovery.
+    pub drills: Vec<Drill>,
 }
 
 /// Runs to the end: starts coordinator and workers, replaces workers within the recipe's budget, reports. Blocks.
 ///
-/// SIGINT and SIGTERM ask the workers to save and leave; a second signal, or two minutes, ends them at once. After that the two
-/// signals do nothing any more in this process. A run that failed is `Ok(RunEnd::Failed)`; an error is a failure of the
-/// launcher itself: the worker binary cannot be started (`Environment`), the run folder cannot be written (`Storage`).
+/// SIGINT, SIGTERM, SIGHUP and SIGUSR2 ask the workers to save and leave; a second signal, or `checkpoint.stop_timeout_s`, ends them
+/// at once. SIGUSR1 asks them to save and go on. After that the signals do nothing any more in this process. A run that failed is
+/// `Ok(RunEnd::Failed)`; an error is a failure of the launcher itself: the worker binary cannot be started (`Environment`), the run
+/// folder cannot be written (`Storage`).
 pub fn launch(options: LaunchOptions) -> anyhow::Result<RunEnd> {
-    let LaunchOptions { run, recipe, total_steps, workers, worker_binary, worker_build, bind, output, style, fault } = options;
-    if let Some(fault) = fault.filter(|fault| fault.worker >= workers) {
-        return Err(Failure::new(FailureKind::Recipe, "the worker to be killed does not exist")
-            .expected(format!("a worker below {workers}"))
-            .found(fault.worker)
-            .into());
-    }
+    let LaunchOptions { run, plan, output, style } = options;
+    plan.check()?;
     let started = Instant::now();
-    let terminal = crate::reporter::terminal(output, style, &run, recipe.train.log_every_steps);
+    let terminal = crate::reporter::terminal(output, style, &run, plan.recipe.train.log_every_steps);
     let mut reporters = Reporters::open(&run, terminal)?;
-    let (name, recipe_hash) = (run.info().name.clone(), run.info().recipe_hash.clone());
-    reporters.write(Event::RunStarted { name, recipe_hash: recipe_hash.clone(), workers, steps: total_steps })?;
-    let signals = Signals::listen().context("listen to SIGINT and SIGTERM")?;
+    reporters.write(Event::RunStarted {
+        name: run.info().name.clone(),
+        recipe_hash: run.info().recipe_hash.clone(),
+        workers: plan.workers,
+        min_workers: plan.recipe.cluster.min_workers,
+        steps: plan.total_steps,
+    })?;
+    let signals = Signals::listen().context("listen to signals")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(RUNTIME_THREADS).thread_name("launcher").enable_all().build();
     let runtime = runtime.context("start the launcher's runtime")?;
-
-    let token = Secret::random()?;
-    let coordinator_options = CoordinatorOptions {
-        bind,
-        token: token.clone(),
-        recipe_hash,
-        build: worker_build,
-        workers,
-        heartbeat_timeout: Duration::from_millis(recipe.cluster.heartbeat_timeout_ms),
-        join_timeout: Duration::from_secs(JOIN_TIMEOUT_S),
-    };
-    let outcome = runtime.block_on(async {
-        let (coordinator, address) = start_coordinator(coordinator_options).await?;
-        let command = WorkerCommand { binary: &worker_binary, run: &run, coordinator: address, token: &token, local_workers: workers };
-        let mut supervisor = Supervisor::new(command, recipe.cluster.max_restarts, fault, &mut reporters);
-        supervisor.run(coordinator, &signals).await
-    });
-    report_end(&mut reporters, outcome, started.elapsed())
+    runtime.block_on(async {
+        let outcome = Box::pin(control(&run, &plan, &mut reporters, &signals)).await;
+        let end = report_end(&mut reporters, outcome, started.elapsed());
+        reporters.close().await;
+        end
+    })
 }
 
-async fn start_coordinator(options: CoordinatorOptions) -> anyhow::Result<(CoordinatorTask, SocketAddr)> {
-    let coordinator = Coordinator::bind(options).await?;
-    let address = coordinator.address();
+impl LaunchPlan {
+    /// Refuses what cannot be done, with kind `Recipe`.
+    pub fn check(&self) -> Result<(), Failure> {
+        let wrong =
+            |what: &str, expected: String, found: String| Err(Failure::new(FailureKind::Recipe, what).expected(expected).found(found));
+        if self.local_workers > self.workers {
+            let expected = format!("at most {}, the number of all workers", self.workers);
+            return wrong("more workers are to be started here than the run has", expected, self.local_workers.to_string());
+        }
+        if self.local_workers > MAX_LOCAL_WORKERS {
+            let expected = format!("at most {MAX_LOCAL_WORKERS} on one machine (`--local`)");
+            return wrong("too many workers are to be started here", expected, self.local_workers.to_string());
+        }
+        if let Some(min_workers) = self.recipe.cluster.min_workers.filter(|&min_workers| min_workers > self.workers) {
+            let expected = format!("at least {min_workers} workers (`cluster.min_workers`)");
+            return wrong("the run has fewer workers than its recipe needs", expected, self.workers.to_string());
+        }
+        if let Some(bind) = self.bind.filter(|bind| bind.ip().is_unspecified()) {
+            let expected = "an address of this machine that its workers can reach".to_owned();
+            return wrong("the coordinator needs an address that names this machine", expected, bind.to_string());
+        }
+        self.drills.iter().try_for_each(|drill| drill.check(self.local_workers, self.total_steps))
+    }
+
+    fn supervisor_limits(&self) -> SupervisorLimits {
+        let Recipe { cluster, checkpoint, .. } = &self.recipe;
+        let restart = RestartLimits { max_restarts: cluster.max_restarts, min_workers: cluster.min_workers };
+        SupervisorLimits { restart, stop_timeout: Duration::from_secs(checkpoint.stop_timeout_s) }
+    }
+
+    fn coordinator_options(&self, run: &RunFolder, bind: SocketAddr, token: Secret, adopt: bool) -> CoordinatorOptions {
+        let cluster = &self.recipe.cluster;
+        CoordinatorOptions {
+            bind,
+            token,
+            recipe_hash: run.info().recipe_hash.clone(),
+            build: self.worker_build.clone(),
+            workers: self.workers,
+            heartbeat_timeout: Duration::from_millis(cluster.heartbeat_timeout_ms),
+            join_timeout: self.join_timeout,
+            min_workers: cluster.min_workers,
+            replacement_wait: Duration::from_secs(cluster.replacement_wait_s),
+            hang: hang_limits(&cluster.hang),
+            exclude_host_after: cluster.exclude_host_after,
+            retries_per_step: cluster.retries_per_step,
+            state_is_replicated: self.recipe.train.shard == Shard::None,
+            journal: Some(run.paths().journal()),
+            adopt,
+        }
+    }
+}
+
+fn hang_limits(hang: &HangRecipe) -> HangLimits {
+    let [init, data, step, checkpoint] = [hang.init_s, hang.data_s, hang.step_s, hang.checkpoint_s].map(Duration::from_secs);
+    HangLimits { init, data, step, checkpoint }
+}
+
+/// What is open before the workers come.
+struct Opened {
+    coordinator: Coordinator,
+    token: Secret,
+    /// Living processes that are taken over.
+    living: Vec<ProcessRecord>,
+}
+
+/// Controls the run until it ends. `control.json` is there from the moment in which workers can come, until the end.
+async fn control(run: &RunFolder, plan: &LaunchPlan, reporters: &mut Reporters, signals: &Signals) -> anyhow::Result<RunEnd> {
+    let opened = open_coordinator(run, plan, reporters).await?;
+    let (order_sender, orders) = mpsc::channel(DASHBOARD_ORDERS);
+    let dashboard = open_dashboard(plan.dashboard, &opened.token, order_sender).await?;
+    let url = dashboard.as_ref().map(Dashboard::url);
+    if let Some(dashboard) = dashboard {
+        reporters.attach(dashboard)?;
+    }
+    let (address, token) = (opened.coordinator.address(), opened.token.clone());
+    ControlFile { address, token, dashboard: url.clone(), process_id: std::process::id() }.write(run.paths())?;
+    let outcome = async {
+        if let Some(url) = url {
+            reporters.write(Event::DashboardListening { url })?;
+        }
+        let (crew, coordinator) = muster(run, plan, opened);
+        let mut supervisor = Supervisor::new(crew, plan.supervisor_limits(), reporters, signals);
+        supervisor.practise(&plan.drills);
+        supervisor.run(coordinator, orders).await
+    };
+    let outcome = outcome.await;
+    let removed = ControlFile::remove(run.paths());
+    // How the run ended matters more than a file that stayed behind.
+    let end = outcome?;
+    removed?;
+    Ok(end)
+}
+
+/// Starts the coordinator, and gathers the processes that live already.
+fn muster(run: &RunFolder, plan: &LaunchPlan, opened: Opened) -> (Crew, CoordinatorTask) {
+    let Opened { coordinator, token, living } = opened;
+    let command = WorkerCommand {
+        binary: plan.worker_binary.clone(),
+        paths: run.paths().clone(),
+        coordinator: coordinator.address().to_string(),
+        token,
+        slots: plan.workers,
+        local_workers: plan.local_workers,
+        by_join: false,
+    };
+    let mut crew = Crew::new(command, 0..plan.local_workers);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(COME_BACK_TIMEOUT_S);
+    for record in living {
+        crew.find(record, Some(deadline));
+    }
+    crew.practise(&plan.drills);
+    (crew, start(coordinator))
+}
+
+/// Opens the coordinator: where an earlier controller's workers look for it if they can be taken over, else where the plan says.
+async fn open_coordinator(run: &RunFolder, plan: &LaunchPlan, reporters: &mut Reporters) -> anyhow::Result<Opened> {
+    let mut legacy = if plan.resumed { Legacy::find(run.paths())? } else { Legacy::default() };
+    let wanted = Wanted { workers: plan.workers, local_workers: plan.local_workers, bind: plan.bind };
+    let (mut adoption, mut reason) = decide_adoption(&legacy, &wanted);
+    tracing::debug!(?adoption, %reason, "looked for workers of an earlier controller");
+    if adoption == Adoption::TakeOver
+        && let Some(control) = &legacy.control
+    {
+        // Without a journal the generation is not known; its workers come back all the same and start another.
+        let adopt = run.paths().journal().exists();
+        let options = plan.coordinator_options(run, control.address, control.token.clone(), adopt);
+        match Coordinator::bind(options).await {
+            Ok(coordinator) => return Ok(Opened { coordinator, token: control.token.clone(), living: legacy.living }),
+            // The port was not asked for, so another one does as well.
+            Err(error) if plan.bind.is_none_or(|bind| bind.port() == 0) => {
+                let message = format!("the coordinator listens at another address than before: {error:#}");
+                reporters.write(Event::Warning { message })?;
+                (adoption, reason) = (Adoption::Replace, AdoptionReason::AddressTaken);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    if adoption == Adoption::Replace && !legacy.living.is_empty() {
+        let message = format!("{} workers of the earlier controller are killed: {reason}", legacy.living.len());
+        reporters.write(Event::Warning { message })?;
+        legacy.end_living().await?;
+    }
+    let bind =
+        plan.bind.or_else(|| legacy.control.as_ref().map(|control| SocketAddr::new(control.address.ip(), 0))).unwrap_or(DEFAULT_BIND);
+    let token = Secret::random()?;
+    let coordinator = Coordinator::bind(plan.coordinator_options(run, bind, token.clone(), false)).await?;
+    Ok(Opened { coordinator, token, living: Vec::new() })
+}
+
+async fn open_dashboard(
+    bind: Option<SocketAddr>,
+    token: &Secret,
+    orders: mpsc::Sender<DashboardOrder>,
+) -> anyhow::Result<Option<Dashboard>> {
+    let Some(bind) = bind else { return Ok(None) };
+    Dashboard::start(DashboardOptions { bind, token: token.clone() }, orders).await.map(Some)
+}
+
+fn start(coordinator: Coordinator) -> CoordinatorTask {
     let (sender, events) = mpsc::channel(EVENT_MESSAGES);
     let (control, orders) = mpsc::channel(CONTROL_MESSAGES);
     let end = tokio::spawn(coordinator.run(sender, orders).instrument(tracing::info_span!("coordinator")));
-    Ok((CoordinatorTask { end, events, control }, address))
+    CoordinatorTask { end, events, control }
 }
 
 fn report_end(reporters: &mut Reporters, outcome: anyhow::Result<RunEnd>, elapsed: Duration) -> anyhow::Result<RunEnd> {
@@ -138,83 +305,4 @@ fn report_end(reporters: &mut Reporters, outcome: anyhow::Result<RunEnd>, elapse
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use cloze_cluster::Recorded;
-
-    use super::*;
-    use crate::run_folder::NewRun;
-    use crate::sample::recipe;
-
-    fn options(root: &Path, worker_binary: &str) -> LaunchOptions {
-        let recipe = recipe();
-        let new = NewRun {
-            name: "run",
-            recipe: &recipe,
-            data_fingerprint: String::new(),
-            command_line: Vec::new(),
-            worker_build: "build".to_owned(),
-        };
-        let run = RunFolder::create(root, &new).unwrap();
-        LaunchOptions {
-            run,
-            recipe,
-            total_steps: 10,
-            workers: 1,
-            worker_binary: PathBuf::from(worker_binary),
-            worker_build: "build".to_owned(),
-            bind: SocketAddr::from(([127, 0, 0, 1], 0)),
-            output: Box::new(std::io::sink()),
-            style: TerminalStyle::default(),
-            fault: None,
-        }
-    }
-
-    fn events(root: &Path) -> Vec<Event> {
-        let text = std::fs::read_to_string(root.join("run").join("events.jsonl")).unwrap();
-        text.lines().map(|line| serde_json::from_str::<Recorded>(line).unwrap().event).collect()
-    }
-
-    #[test]
-    fn a_worker_that_always_fails_is_restarted_within_the_budget() {
-        let root = tempfile::tempdir().unwrap();
-        // A shell that is given a worker's arguments complains that there is no script `train`.
-        let end = launch(options(root.path(), "/bin/sh")).unwrap();
-        let RunEnd::Failed(failure) = end else { panic!("{end:?}") };
-        assert_eq!(failure.kind, FailureKind::Run);
-        assert!(failure.what.starts_with("worker 0 (rank 0) ended with exit code "), "{failure}");
-        assert!(failure.what.ends_with("all 2 replacements of this run are used (`cluster.max_restarts`)"), "{failure}");
-        assert!(failure.cause.as_ref().unwrap().contains("train"), "its last words: {failure}");
-        let events = events(root.path());
-        let restarts: Vec<(u32, u32)> = events
-            .iter()
-            .filter_map(|event| match event {
-                Event::WorkerRestarted { attempt, budget_left, .. } => Some((*attempt, *budget_left)),
-                _ => None,
-            })
-            .collect();
-        assert_eq!(restarts, [(1, 1), (2, 0)]);
-        assert_eq!(events.iter().filter(|event| matches!(event, Event::WorkerStarted { .. })).count(), 3);
-        assert_eq!(events.last(), Some(&Event::RunFailed { failure }));
-        let log = std::fs::read_to_string(root.path().join("run").join("logs").join("worker-0.log")).unwrap();
-        assert_eq!(log.lines().filter(|line| line.starts_with("== worker 0, process ")).count(), 3);
-    }
-
-    #[test]
-    fn a_missing_binary_is_the_machines_fault() {
-        let root = tempfile::tempdir().unwrap();
-        let error = launch(options(root.path(), "/nowhere/cloze-worker")).unwrap_err();
-        let failure = error.downcast::<Failure>().unwrap();
-        assert_eq!((failure.kind, failure.place.as_deref()), (FailureKind::Environment, Some("/nowhere/cloze-worker")));
-        assert_eq!(events(root.path()).last(), Some(&Event::RunFailed { failure }));
-    }
-
-    #[test]
-    fn a_drill_needs_an_existing_worker() {
-        let root = tempfile::tempdir().unwrap();
-        let options = LaunchOptions { fault: Some(PlannedFault { worker: 1, step: 5 }), ..options(root.path(), "/bin/sh") };
-        let failure = launch(options).unwrap_err().downcast::<Failure>().unwrap();
-        assert_eq!((failure.kind, failure.expected.as_deref()), (FailureKind::Recipe, Some("a worker below 1")));
-    }
-}
+mod tests;

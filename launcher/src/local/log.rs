@@ -1,145 +1,100 @@
-//! A worker's log: its standard output and error, line by line, with bounds on a line and on the file.
+//! A worker's log. The process itself writes its output there, so that it loses nothing when its controller is killed; this
+//! program keeps the file within bounds and reads its end.
 
-use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write as _};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
-use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
+/// A log above this size, in bytes, is put aside when the slot's next process starts; the one put aside before it goes.
+const MAX_LOG_BYTES: u64 = 64 << 20;
 
-/// Longest line, in bytes; a longer one is broken into several.
-const MAX_LINE_BYTES: usize = 1 << 16;
+/// How far back from the end the last lines are looked for, in bytes.
+const MAX_TAIL_BYTES: u64 = 64 << 10;
 
-/// Most that one controller writes to one slot's log, in bytes; what comes after is dropped, and the log says so.
-const MAX_LOG_BYTES: u64 = 1 << 30;
-
-/// Lines that are kept for the message about a worker that failed.
+/// Lines that are kept for the message about a worker that ended.
 const TAIL_LINES: usize = 8;
 
 /// Longest kept line, in characters.
 const MAX_TAIL_LINE_CHARACTERS: usize = 400;
 
-/// The log file of one worker slot, and its last lines.
-#[derive(Debug)]
-pub(super) struct WorkerLog {
-    file: File,
-    bytes_left: u64,
-    tail: VecDeque<String>,
+/// How the line begins that this program writes for each process.
+const HEADER: &str = "== worker ";
+
+/// Opens a slot's log to append to it; one that has grown too large is put aside first.
+pub(super) fn open(path: &Path) -> io::Result<File> {
+    open_within(path, MAX_LOG_BYTES)
 }
 
-impl WorkerLog {
-    /// Opens the log to append to it.
-    pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new().append(true).create(true).open(path)?;
-        Ok(Self { file, bytes_left: MAX_LOG_BYTES, tail: VecDeque::new() })
+fn open_within(path: &Path, max_bytes: u64) -> io::Result<File> {
+    if fs::metadata(path).is_ok_and(|log| log.len() > max_bytes) {
+        let mut aside = path.as_os_str().to_owned();
+        aside.push(".1");
+        fs::rename(path, aside)?;
     }
-
-    /// Appends a line that this program says.
-    pub(super) fn note(&mut self, text: &str) -> io::Result<()> {
-        self.append(text.as_bytes())
-    }
-
-    /// Appends a line of the worker.
-    fn line(&mut self, line: &[u8]) -> io::Result<()> {
-        if self.tail.len() == TAIL_LINES {
-            self.tail.pop_front();
-        }
-        self.tail.push_back(String::from_utf8_lossy(line).chars().take(MAX_TAIL_LINE_CHARACTERS).collect());
-        self.append(line)
-    }
-
-    /// The worker's last lines, the oldest first.
-    pub(super) fn tail(&self) -> String {
-        self.tail.iter().map(String::as_str).collect::<Vec<_>>().join("\n")
-    }
-
-    fn append(&mut self, line: &[u8]) -> io::Result<()> {
-        if self.bytes_left == 0 {
-            return Ok(());
-        }
-        let bytes = line.len() as u64 + 1;
-        let last: &[u8] = b"the log is full; later lines are dropped";
-        let text = if bytes >= self.bytes_left { last } else { line };
-        self.bytes_left = self.bytes_left.saturating_sub(bytes);
-        self.file.write_all(&[text, b"\n"].concat())
-    }
+    OpenOptions::new().append(true).create(true).open(path)
 }
 
-/// Copies a process's output into its log until it ends.
-pub(super) async fn pump<R: AsyncRead + Unpin>(output: R, log: &Mutex<WorkerLog>) -> io::Result<()> {
-    let mut reader = BufReader::new(output);
-    let mut line = Vec::new();
-    loop {
-        let available = reader.fill_buf().await?;
-        if available.is_empty() {
-            return if line.is_empty() { Ok(()) } else { write_line(log, &line) };
-        }
-        let room = &available[..available.len().min(MAX_LINE_BYTES - line.len())];
-        let (part, used, complete) = match room.iter().position(|&byte| byte == b'\n') {
-            Some(end) => (&room[..end], end + 1, true),
-            None => (room, room.len(), line.len() + room.len() == MAX_LINE_BYTES),
-        };
-        line.extend_from_slice(part);
-        reader.consume(used);
-        if complete {
-            write_line(log, &line)?;
-            line.clear();
-        }
-    }
+/// The line that tells the processes of a log apart.
+pub(super) fn header(worker: u32, process_id: u32) -> String {
+    format!("{HEADER}{worker}, process {process_id} ==\n")
 }
 
-fn write_line(log: &Mutex<WorkerLog>, line: &[u8]) -> io::Result<()> {
-    log.lock().unwrap_or_else(PoisonError::into_inner).line(line)
+/// The last lines of a log from this byte on, the oldest first.
+pub(super) fn tail(path: &Path, from: u64) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let start = from.max(file.metadata()?.len().saturating_sub(MAX_TAIL_BYTES));
+    file.seek(SeekFrom::Start(start))?;
+    let mut bytes = Vec::new();
+    file.take(MAX_TAIL_BYTES).read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
+    let mut lines: Vec<&str> = text.lines().filter(|line| !line.starts_with(HEADER)).collect();
+    lines.drain(..lines.len().saturating_sub(TAIL_LINES));
+    let lines: Vec<String> = lines.into_iter().map(|line| line.chars().take(MAX_TAIL_LINE_CHARACTERS).collect()).collect();
+    Ok(lines.join("\n"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    async fn logged(output: &[u8]) -> (String, String) {
+    #[test]
+    fn the_tail_is_the_last_lines_of_the_last_process() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("worker-0.log");
-        let log = Mutex::new(WorkerLog::open(&path).unwrap());
-        pump(output, &log).await.unwrap();
-        let tail = log.into_inner().unwrap().tail();
-        (std::fs::read_to_string(&path).unwrap(), tail)
-    }
-
-    #[tokio::test]
-    async fn lines_are_copied() {
-        let cases = [("", "", ""), ("a\nb\n", "a\nb\n", "a\nb"), ("a\n\nb", "a\n\nb\n", "a\n\nb")];
-        for (output, file, tail) in cases {
-            assert_eq!(logged(output.as_bytes()).await, (file.to_owned(), tail.to_owned()), "{output:?}");
+        let old = "== worker 0, process 1 ==\nold\n";
+        let many: String = (0..100).map(|number| format!("line {number}\n")).collect();
+        let long = format!("{}\n", "x".repeat(2 * MAX_TAIL_BYTES as usize));
+        let cases = [
+            ("nothing", String::new(), 0, String::new()),
+            ("without a line end", "a\n\nb".to_owned(), 3, "a\n\nb".to_owned()),
+            ("many lines", many, TAIL_LINES, (92..100).map(|number| format!("line {number}\n")).collect::<String>().trim_end().to_owned()),
+            ("a long line", long, 1, "x".repeat(MAX_TAIL_LINE_CHARACTERS)),
+        ];
+        for (name, output, lines, expected) in cases {
+            fs::write(&path, format!("{old}{}{output}", header(0, 2))).unwrap();
+            let found = tail(&path, old.len() as u64).unwrap();
+            assert_eq!((found.lines().count(), found), (lines, expected), "{name}");
         }
-    }
-
-    #[tokio::test]
-    async fn long_lines_are_broken_and_nothing_is_lost() {
-        let output = vec![b'x'; 2 * MAX_LINE_BYTES + 5];
-        let (file, tail) = logged(&output).await;
-        let lengths: Vec<usize> = file.lines().map(str::len).collect();
-        assert_eq!(lengths, [MAX_LINE_BYTES, MAX_LINE_BYTES, 5]);
-        assert!(tail.lines().all(|line| line.len() <= MAX_TAIL_LINE_CHARACTERS));
-    }
-
-    #[tokio::test]
-    async fn the_tail_is_the_last_lines() {
-        let output: Vec<u8> = (0..100).flat_map(|number| format!("line {number}\n").into_bytes()).collect();
-        let (_, tail) = logged(&output).await;
-        let lines: Vec<&str> = tail.lines().collect();
-        assert_eq!((lines.len(), lines[0], lines[TAIL_LINES - 1]), (TAIL_LINES, "line 92", "line 99"));
     }
 
     #[test]
-    fn a_full_log_says_so_once() {
+    fn words_before_the_header_are_kept() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("worker-0.log");
-        let mut log = WorkerLog { bytes_left: 8, ..WorkerLog::open(&path).unwrap() };
-        for line in ["abc", "defgh", "ijk"] {
-            log.line(line.as_bytes()).unwrap();
+        fs::write(&path, format!("too quick\n{}", header(0, 2))).unwrap();
+        assert_eq!(tail(&path, 0).unwrap(), "too quick");
+    }
+
+    #[test]
+    fn a_large_log_is_put_aside() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("worker-0.log");
+        let aside = folder.path().join("worker-0.log.1");
+        for (text, is_put_aside) in [("12345678", false), ("123456789", true), ("abcdefghi", true)] {
+            fs::write(&path, text).unwrap();
+            drop(open_within(&path, 8).unwrap());
+            assert_eq!(fs::read_to_string(&path).unwrap().is_empty(), is_put_aside, "{text}");
+            assert_eq!(fs::read_to_string(&aside).ok().as_deref(), is_put_aside.then_some(text));
         }
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "abc\nthe log is full; later lines are dropped\n");
-        assert_eq!(log.tail(), "abc\ndefgh\nijk");
     }
 }

@@ -1,19 +1,29 @@
-//! One run on this machine: a coordinator, N worker processes, and a loop that keeps them alive.
+//! A run as seen from one machine: the coordinator, worker processes, and a loop that keeps them alive.
 //!
 //! | task          | name (tracing span) | on error                                      | on stop                                         |
 //! |---------------|---------------------|-----------------------------------------------|-------------------------------------------------|
 //! | the loop      | the caller's thread | kills the workers and returns the error       | ask, wait, kill, report                         |
 //! | coordinator   | `coordinator`       | the loop returns its error                    | `Control::Stop`; dropped with the loop          |
-//! | a process     | `worker process`    | kills its process; the exit carries the error | killed after the deadline, or with the launcher |
+//! | a process     | `worker process`    | its exit carries the error                    | killed after the deadline, or with its task     |
 //!
-//! A worker process is killed when its task is dropped, and leaves by itself when the coordinator's connection closes, so that
-//! none outlives the launcher, however the launcher ends.
+//! A launcher that ends in order leaves no worker behind. One that is killed leaves them all: they train on, look for a coordinator
+//! for a while, and the next launcher finds them by `processes/` and `control.json` and takes them over. `cloze join` runs the same
+//! processes under a loop of its own, without a coordinator.
 
+mod adoption;
+mod crew;
+mod drill;
+mod dump;
+mod event_tail;
 mod launch;
 mod log;
 mod process;
+mod record;
 mod restart;
 mod signals;
+mod slots;
 mod supervisor;
 
-pub use launch::{LaunchOptions, PlannedFault, launch};
+pub use drill::{Drill, DrillKind};
+pub use launch::{LaunchOptions, LaunchPlan, launch};
+pub use slots::{SlotsOptions, last_workers, serve_slots};

@@ -1,83 +1,122 @@
-//! One worker process: started in a process group of its own, its output in its log, ended on request.
+//! One worker process: started in a process group of its own or found again, its output in its log, ended on request.
 
-use std::net::SocketAddr;
+use std::io::Write as _;
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use cloze_cluster::Secret;
+use cloze_cluster::host::host_name;
 use cloze_recipes::failure::{Failure, FailureKind};
+use rustix::process::Signal;
 use tokio::process::{Child, Command};
-use tokio::sync::Notify;
-use tokio::time::timeout;
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval};
 
-use super::log::{WorkerLog, pump};
-use crate::run_folder::{RunFolder, storage};
+use super::dump::write_dump;
+use super::log;
+use super::record::{self, ProcessRecord};
+use crate::run_folder::{RunPaths, storage};
 
 /// Environment variable with the run's token; an argument would show in the list of processes.
 pub(super) const TOKEN_VARIABLE: &str = "CLOZE_TOKEN";
 
-/// After a process has ended, longest wait for the rest of its output; a grandchild may still hold the pipe.
-const OUTPUT_DRAIN_S: u64 = 1;
+/// Interval at which a process that is nobody's child here is looked for.
+const WATCH_MS: u64 = 100;
 
-/// What all worker processes of a run have in common.
-#[derive(Clone, Copy)]
-pub(super) struct WorkerCommand<'a> {
+/// Orders that wait for one process: a freeze, a dump and a kill at most come together.
+const MAX_ORDERS: usize = 8;
+
+/// What all worker processes of one program have in common.
+#[derive(Clone, Debug)]
+pub(super) struct WorkerCommand {
     /// The worker binary.
-    pub binary: &'a Path,
+    pub binary: PathBuf,
     /// The run folder.
-    pub run: &'a RunFolder,
-    /// Where the coordinator listens.
-    pub coordinator: SocketAddr,
+    pub paths: RunPaths,
+    /// `host:port` on which the coordinator listens.
+    pub coordinator: String,
     /// The run's token.
-    pub token: &'a Secret,
-    /// Number of workers on this machine, which share its cores.
+    pub token: Secret,
+    /// Slots of the run.
+    pub slots: u32,
+    /// Number of workers that this program starts on this machine, which share its cores.
     pub local_workers: u32,
+    /// Whether this program is `cloze join`.
+    pub by_join: bool,
 }
 
-/// A process that was started.
-pub(super) struct WorkerProcess {
-    worker: u32,
-    process_id: u32,
-    child: Child,
-    kill: Arc<Notify>,
-    log: Arc<Mutex<WorkerLog>>,
+/// What a process can be made to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum ProcessOrder {
+    /// End, by SIGKILL.
+    Kill,
+    /// Stand still, by SIGSTOP.
+    Freeze,
+    /// Leave its stacks in this file and end.
+    DumpAndKill(PathBuf),
 }
+
+/// A process that lives.
+pub(super) struct WorkerProcess {
+    record: ProcessRecord,
+    log_path: PathBuf,
+    body: Body,
+    orders: mpsc::Receiver<ProcessOrder>,
+}
+
+/// How a process is watched.
+enum Body {
+    /// This program's child; killed when it is dropped.
+    Child(Child),
+    /// Started by an earlier controller.
+    Found(FoundProcess),
+}
+
+/// A process of an earlier controller; like a child it is killed when it is dropped.
+struct FoundProcess(ProcessRecord);
 
 /// A process that has ended.
 #[derive(Debug)]
 pub(super) struct Exit {
     /// Its slot.
     pub worker: u32,
-    /// Exit code; `None` after a signal.
+    /// Its process id.
+    pub process_id: u32,
+    /// Exit code; `None` after a signal, and for a process that was not this program's child.
     pub code: Option<i32>,
     /// `exit code 1`, `SIGKILL`.
     pub status: String,
     /// Its last lines.
     pub tail: String,
-    /// Why its log could not be written; such a process is killed.
-    pub log_error: Option<std::io::Error>,
+    /// Where its stacks were written before its end, or why they could not be.
+    pub dump: Option<Result<PathBuf, String>>,
 }
 
 impl WorkerProcess {
-    /// Starts the process of a slot. Fails with kind `Environment` when the binary cannot be run, and with kind `Storage` when
-    /// its log cannot be written.
-    pub(super) fn start(command: WorkerCommand<'_>, worker: u32) -> anyhow::Result<Self> {
-        let log_path = command.run.log_path(worker);
-        let mut log = WorkerLog::open(&log_path).map_err(|error| storage("open a worker's log", &log_path, &error))?;
-        let mut child = Command::new(command.binary)
-            .args(["train", "--coordinator", &command.coordinator.to_string(), "--run"])
-            .arg(command.run.path())
+    /// Starts the process of a slot, with the failures that it is to practise. Fails with kind `Environment` when the binary
+    /// cannot be run, and with kind `Storage` when its log or its record cannot be written.
+    pub(super) fn start(command: &WorkerCommand, worker: u32, drills: &[String]) -> anyhow::Result<(Self, mpsc::Sender<ProcessOrder>)> {
+        let log_path = command.paths.log(worker);
+        let log_failure = |error: &std::io::Error| storage("write a worker's log", &log_path, error);
+        let mut log = log::open(&log_path).map_err(|error| log_failure(&error))?;
+        let log_start = log.metadata().map_err(|error| log_failure(&error))?.len();
+        let copy = || log.try_clone().map_err(|error| log_failure(&error));
+        let (output, errors) = (copy()?, copy()?);
+        let child = Command::new(&command.binary)
+            .args(["train", "--coordinator", &command.coordinator, "--run"])
+            .arg(command.paths.root())
             .args(["--worker", &worker.to_string(), "--local-workers", &command.local_workers.to_string()])
+            .args(drills.iter().flat_map(|drill| ["--drill", drill.as_str()]))
             .env(TOKEN_VARIABLE, command.token.expose())
-            // Ctrl-C in the terminal must reach the launcher only, which asks the workers to save first.
+            // Ctrl-C in the terminal must reach the launcher only, which asks the workers to save first; and a worker must outlive a launcher
+            // that was killed.
             .process_group(0)
             .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stdout(output)
+            .stderr(errors)
             .kill_on_drop(true)
             .spawn()
             .map_err(|error| {
@@ -87,67 +126,92 @@ impl WorkerProcess {
                     .hint("`cloze-worker` belongs beside `cloze`; build both with `make build`")
             })?;
         let process_id = child.id().context("read a new process's id")?;
-        if let Err(error) = log.note(&format!("== worker {worker}, process {process_id} ==")) {
-            // The process is killed when it is dropped; this only makes it certain before the error is told.
-            let _ = child.start_kill();
-            return Err(storage("write a worker's log", &log_path, &error).into());
-        }
-        Ok(Self { worker, process_id, child, kill: Arc::new(Notify::new()), log: Arc::new(Mutex::new(log)) })
+        let start_ticks = record::start_ticks(process_id).context("read a new process's start time")?;
+        log.write_all(log::header(worker, process_id).as_bytes()).map_err(|error| log_failure(&error))?;
+        let (slots, host, by_join) = (command.slots, host_name(), command.by_join);
+        let record = ProcessRecord { worker, slots, process_id, start_ticks, host, by_join, log_start };
+        record.write(&command.paths)?;
+        Ok(Self::new(record, log_path, Body::Child(child)))
+    }
+
+    /// Takes over a process that an earlier controller started.
+    pub(super) fn find(command: &WorkerCommand, record: ProcessRecord) -> (Self, mpsc::Sender<ProcessOrder>) {
+        let log_path = command.paths.log(record.worker);
+        Self::new(record.clone(), log_path, Body::Found(FoundProcess(record)))
+    }
+
+    fn new(record: ProcessRecord, log_path: PathBuf, body: Body) -> (Self, mpsc::Sender<ProcessOrder>) {
+        let (sender, orders) = mpsc::channel(MAX_ORDERS);
+        (Self { record, log_path, body, orders }, sender)
     }
 
     /// Its process id.
     pub(super) fn process_id(&self) -> u32 {
-        self.process_id
+        self.record.process_id
     }
 
-    /// Ends the process with SIGKILL when it is notified.
-    pub(super) fn kill_switch(&self) -> Arc<Notify> {
-        Arc::clone(&self.kill)
-    }
-
-    /// Copies the output into the log until the process has ended.
+    /// Follows orders until the process has ended.
     pub(super) async fn wait(mut self) -> Exit {
-        let (output, errors) = (self.child.stdout.take(), self.child.stderr.take());
-        let log = Arc::clone(&self.log);
-        let copying = async move {
-            let copy_output = async { if let Some(output) = output { pump(output, &log).await } else { Ok(()) } };
-            let copy_errors = async { if let Some(errors) = errors { pump(errors, &log).await } else { Ok(()) } };
-            tokio::try_join!(copy_output, copy_errors).map(|_| ())
-        };
-        tokio::pin!(copying);
-        let mut copied = None;
-        let status = loop {
+        let mut dump = None;
+        let (code, status) = loop {
             tokio::select! {
-                status = self.child.wait() => break status,
-                () = self.kill.notified() => self.kill_now(),
-                result = &mut copying, if copied.is_none() => {
-                    if result.is_err() {
-                        self.kill_now();
+                end = self.body.ended() => break end,
+                Some(order) = self.orders.recv() => match order {
+                    ProcessOrder::Freeze => self.signal(Signal::STOP),
+                    ProcessOrder::Kill => self.signal(Signal::KILL),
+                    ProcessOrder::DumpAndKill(path) => {
+                        let written = write_dump(self.record.process_id, &path).await;
+                        dump = Some(written.map(|()| path).map_err(|error| error.to_string()));
+                        self.signal(Signal::KILL);
                     }
-                    copied = Some(result);
                 }
             }
         };
-        if copied.is_none() {
-            copied = timeout(Duration::from_secs(OUTPUT_DRAIN_S), copying).await.ok();
-        }
-        self.exit(status, copied.and_then(Result::err))
+        let tail = log::tail(&self.log_path, self.record.log_start).unwrap_or_else(|error| format!("(its log cannot be read: {error})"));
+        Exit { worker: self.record.worker, process_id: self.record.process_id, code, status, tail, dump }
     }
 
-    fn kill_now(&mut self) {
-        // A process that has just ended cannot be killed, and need not be.
-        if let Err(error) = self.child.start_kill() {
-            tracing::debug!(worker = self.worker, %error, "a worker process was already gone");
+    fn signal(&self, signal: Signal) {
+        // A process that has just ended takes no signal, and needs none.
+        if let Err(error) = self.body.signal(signal) {
+            tracing::debug!(worker = self.record.worker, %error, "a worker process was already gone");
+        }
+    }
+}
+
+impl Body {
+    /// Waits for the end; exit code and words for it.
+    async fn ended(&mut self) -> (Option<i32>, String) {
+        match self {
+            Self::Child(child) => match child.wait().await {
+                Ok(status) => (status.code(), status_text(status)),
+                Err(error) => (None, format!("an unknown status: {error}")),
+            },
+            Self::Found(FoundProcess(record)) => {
+                let mut tick = interval(Duration::from_millis(WATCH_MS));
+                tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+                while record.is_alive() {
+                    tick.tick().await;
+                }
+                (None, "a status that only an earlier controller could have seen".to_owned())
+            }
         }
     }
 
-    fn exit(&self, status: std::io::Result<ExitStatus>, log_error: Option<std::io::Error>) -> Exit {
-        let tail = self.log.lock().unwrap_or_else(PoisonError::into_inner).tail();
-        let (code, status) = match status {
-            Ok(status) => (status.code(), status_text(status)),
-            Err(error) => (None, format!("an unknown status: {error}")),
-        };
-        Exit { worker: self.worker, code, status, tail, log_error }
+    fn signal(&self, signal: Signal) -> std::io::Result<()> {
+        match self {
+            // A child that nobody has waited for keeps its process id, so that the signal cannot reach another process.
+            Self::Child(child) => child.id().map_or(Ok(()), |process_id| record::send(process_id, signal)),
+            Self::Found(FoundProcess(record)) => record.signal(signal),
+        }
+    }
+}
+
+impl Drop for FoundProcess {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.signal(Signal::KILL) {
+            tracing::debug!(worker = self.0.worker, %error, "a worker process was already gone");
+        }
     }
 }
 
@@ -162,7 +226,11 @@ fn status_text(status: ExitStatus) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::Path;
+
     use super::*;
+    use crate::sample::script;
 
     #[test]
     fn statuses() {
@@ -171,5 +239,52 @@ mod tests {
         for (raw, text) in cases {
             assert_eq!(status_text(ExitStatus::from_raw(raw)), text);
         }
+    }
+
+    /// A command whose worker is this shell script, in a run folder without a run.
+    fn command(folder: &Path, commands: &str) -> WorkerCommand {
+        let binary = script(folder, commands);
+        let paths = RunPaths::new(folder.to_owned());
+        for folder in paths.folders() {
+            fs::create_dir_all(folder).unwrap();
+        }
+        let coordinator = "127.0.0.1:1".to_owned();
+        WorkerCommand { binary, paths, coordinator, token: Secret::new("token"), slots: 4, local_workers: 2, by_join: false }
+    }
+
+    #[tokio::test]
+    async fn output_goes_straight_to_the_log() {
+        let folder = tempfile::tempdir().unwrap();
+        let command = command(folder.path(), "echo \"$@\"; echo $CLOZE_TOKEN >&2; exit 7");
+        let (process, _orders) = WorkerProcess::start(&command, 1, &["nan@3".to_owned()]).unwrap();
+        let process_id = process.process_id();
+        let exit = process.wait().await;
+        assert_eq!((exit.worker, exit.process_id, exit.code, exit.status.as_str()), (1, process_id, Some(7), "exit code 7"));
+        let run = folder.path().display();
+        let line = format!("train --coordinator 127.0.0.1:1 --run {run} --worker 1 --local-workers 2 --drill nan@3");
+        assert_eq!(exit.tail, format!("{line}\ntoken"));
+        assert!(exit.dump.is_none());
+        let log = fs::read_to_string(command.paths.log(1)).unwrap();
+        assert!(log.contains(&format!("== worker 1, process {process_id} ==\n")), "{log}");
+    }
+
+    #[tokio::test]
+    async fn a_process_of_an_earlier_controller_is_watched_and_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let command = command(folder.path(), "kill -STOP $$");
+        let (mine, _orders) = WorkerProcess::start(&command, 2, &[]).unwrap();
+        let found = record::living(&command.paths).unwrap();
+        assert_eq!((found.len(), found[0].worker, found[0].process_id), (1, 2, mine.process_id()));
+        let mine = tokio::spawn(mine.wait());
+        let (other, orders) = WorkerProcess::find(&command, found[0].clone());
+        let other = tokio::spawn(other.wait());
+        let dump = command.paths.dump(2, found[0].process_id);
+        orders.send(ProcessOrder::Freeze).await.unwrap();
+        orders.send(ProcessOrder::DumpAndKill(dump.clone())).await.unwrap();
+        let (mine, other) = (mine.await.unwrap(), other.await.unwrap());
+        assert_eq!((mine.status.as_str(), other.code), ("SIGKILL", None));
+        assert_eq!(other.dump, Some(Ok(dump.clone())));
+        assert!(fs::read_to_string(dump).unwrap().contains("worker.sh"));
+        assert!(record::living(&command.paths).unwrap().is_empty());
     }
 }

@@ -1,40 +1,30 @@
-//! The loop that keeps a run alive: it starts and replaces worker processes, listens to signals, and hands every event to the
-//! reporters.
+//! The loop that keeps a run alive: it starts and replaces worker processes, listens to signals and to the dashboard, and hands
+//! every event to the reporters.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use cloze_cluster::{Control, Event, RunEnd};
 use cloze_recipes::failure::{Failure, FailureKind};
+use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
-use tokio::sync::{Notify, mpsc};
-use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
-use tracing::Instrument as _;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::launch::PlannedFault;
-use super::process::{Exit, WorkerCommand, WorkerProcess};
-use super::restart::{ExitDecision, ExitFacts, ExitReason, RestartLimits, decide_exit};
-use super::signals::Signals;
+use super::crew::{Crew, Verdict};
+use super::drill::{Drill, DrillKind};
+use super::process::{Exit, ProcessOrder};
+use super::restart::{ExitDecision, ExitReason, RestartLimits};
+use super::signals::{Request, Signals};
+use crate::dashboard::DashboardOrder;
 use crate::reporter::Reporters;
-use crate::run_folder::storage;
 
 /// Interval at which signals and due times are looked at.
 const TICK_MS: u64 = 100;
 
-/// After a request to stop, longest time for the step, the save and the way out.
-const STOP_TIMEOUT_MINUTES: u64 = 2;
-
-/// Time for a worker that lost its seat to leave by itself, and so to say why, before it is killed.
-const LOST_WORKER_GRACE_S: u64 = 1;
-
 /// After the run has ended, longest time for the workers to leave before they are killed.
 const LEAVE_TIMEOUT_S: u64 = 10;
-
-/// Longest wait for a killed process to be gone.
-const KILL_TIMEOUT_S: u64 = 5;
 
 /// The coordinator as the loop sees it.
 pub(super) struct CoordinatorTask {
@@ -46,28 +36,12 @@ pub(super) struct CoordinatorTask {
     pub control: mpsc::Sender<Control>,
 }
 
-/// One worker slot.
-#[derive(Default)]
-struct Slot {
-    /// Ends the live process; `None` while there is none.
-    kill: Option<Arc<Notify>>,
-    /// The live process has joined the coordinator.
-    joined: bool,
-    /// The worker has said that it is done.
-    finished: bool,
-    /// When the live process is killed, having lost its seat.
-    kill_at: Option<Instant>,
-    /// When a replacement is started, and what the budget is then.
-    restart_at: Option<(Instant, u32)>,
-    restarts: u32,
-}
-
-impl Slot {
-    fn kill_process(&self) {
-        if let Some(kill) = &self.kill {
-            kill.notify_one();
-        }
-    }
+/// Bounds of the loop.
+pub(super) struct SupervisorLimits {
+    /// Bounds of restarting.
+    pub restart: RestartLimits,
+    /// After a request to stop, longest time for the step, the save and the way out.
+    pub stop_timeout: Duration,
 }
 
 /// How far a stop has come.
@@ -75,50 +49,54 @@ impl Slot {
 enum Stop {
     /// Nobody asked.
     No,
-    /// The workers were asked, and are killed at this time.
-    Asked(Instant),
+    /// The workers were asked.
+    Asked {
+        /// When they are killed.
+        deadline: Instant,
+        /// Whether another signal kills them before.
+        firm: bool,
+    },
     /// The workers were killed.
     Killed,
 }
 
 /// The state of the loop.
 pub(super) struct Supervisor<'a> {
-    command: WorkerCommand<'a>,
-    limits: RestartLimits,
-    fault: Option<PlannedFault>,
+    crew: Crew,
+    limits: SupervisorLimits,
+    /// Processes that are still to be killed or frozen on purpose.
+    drills: Vec<Drill>,
     reporters: &'a mut Reporters,
-    slots: Vec<Slot>,
-    processes: JoinSet<Exit>,
-    restarts: u32,
+    signals: &'a Signals,
     stop: Stop,
 }
 
 impl<'a> Supervisor<'a> {
-    /// A loop without processes yet, with one slot per worker.
-    pub(super) fn new(command: WorkerCommand<'a>, max_restarts: u32, fault: Option<PlannedFault>, reporters: &'a mut Reporters) -> Self {
-        Self {
-            command,
-            limits: RestartLimits { max_restarts },
-            fault,
-            reporters,
-            slots: (0..command.local_workers).map(|_| Slot::default()).collect(),
-            processes: JoinSet::new(),
-            restarts: 0,
-            stop: Stop::No,
-        }
+    /// A loop for a crew; processes that were found are in it already.
+    pub(super) fn new(crew: Crew, limits: SupervisorLimits, reporters: &'a mut Reporters, signals: &'a Signals) -> Self {
+        Self { crew, limits, drills: Vec::new(), reporters, signals, stop: Stop::No }
     }
 
-    /// Starts the workers and runs until the coordinator ends; no worker is left when it returns.
-    pub(super) async fn run(&mut self, mut coordinator: CoordinatorTask, signals: &Signals) -> anyhow::Result<RunEnd> {
-        let outcome = self.drive(&mut coordinator, signals).await;
+    /// Kills or freezes processes on purpose.
+    pub(super) fn practise(&mut self, drills: &[Drill]) {
+        self.drills.extend(drills.iter().filter(|drill| !drill.kind.is_in_worker()));
+    }
+
+    /// Starts the missing workers and runs until the coordinator ends; no worker is left when it returns.
+    pub(super) async fn run(
+        &mut self,
+        mut coordinator: CoordinatorTask,
+        mut orders: mpsc::Receiver<DashboardOrder>,
+    ) -> anyhow::Result<RunEnd> {
+        let outcome = self.drive(&mut coordinator, &mut orders).await;
         coordinator.end.abort();
         let patience = if outcome.is_ok() { Duration::from_secs(LEAVE_TIMEOUT_S) } else { Duration::ZERO };
-        self.end_processes(patience).await;
+        self.crew.end(patience).await;
         outcome
     }
 
-    async fn drive(&mut self, coordinator: &mut CoordinatorTask, signals: &Signals) -> anyhow::Result<RunEnd> {
-        for worker in 0..self.command.local_workers {
+    async fn drive(&mut self, coordinator: &mut CoordinatorTask, orders: &mut mpsc::Receiver<DashboardOrder>) -> anyhow::Result<RunEnd> {
+        for worker in self.crew.vacant() {
             self.start(worker)?;
         }
         let mut tick = interval(Duration::from_millis(TICK_MS));
@@ -128,11 +106,10 @@ impl<'a> Supervisor<'a> {
             tokio::select! {
                 biased;
                 end = &mut coordinator.end => break end,
-                _ = tick.tick() => self.look_around(&coordinator.control, signals)?,
+                _ = tick.tick() => self.look_around(&coordinator.control)?,
                 Some(event) = coordinator.events.recv() => self.take_event(event)?,
-                Some(exit) = self.processes.join_next() => {
-                    self.take_exit(&coordinator.control, &exit.context("watch a worker process")?)?;
-                }
+                Some(exit) = self.crew.next_exit() => self.take_exit(&coordinator.control, &exit?)?,
+                Some(order) = orders.recv() => self.take_order(&coordinator.control, order)?,
             }
         };
         let end = end.context("run the coordinator")?;
@@ -143,141 +120,126 @@ impl<'a> Supervisor<'a> {
     }
 
     /// What the clock brings: signals, deadlines, replacements.
-    fn look_around(&mut self, control: &mpsc::Sender<Control>, signals: &Signals) -> anyhow::Result<()> {
+    fn look_around(&mut self, control: &mpsc::Sender<Control>) -> anyhow::Result<()> {
         let now = Instant::now();
-        if let Some(signal) = signals.take() {
-            self.take_signal(control, signal, now)?;
+        if let Some(signal) = self.signals.take(Request::EarlyStop) {
+            self.ask_to_stop(control, signal, false, now)?;
         }
-        if let Stop::Asked(deadline) = self.stop
+        if let Some(signal) = self.signals.take(Request::Stop) {
+            self.ask_to_stop(control, signal, true, now)?;
+        }
+        if let Some(signal) = self.signals.take(Request::Save) {
+            self.ask_to_save(control, signal)?;
+        }
+        if let Stop::Asked { deadline, .. } = self.stop
             && now >= deadline
         {
-            self.warn(format!("the workers did not leave within {STOP_TIMEOUT_MINUTES} minutes and are killed"))?;
+            let seconds = self.limits.stop_timeout.as_secs();
+            self.warn(format!("the workers did not leave within {seconds} s (`checkpoint.stop_timeout_s`) and are killed"))?;
             self.kill_all();
         }
-        for worker in 0..self.command.local_workers {
-            let slot = &mut self.slots[worker as usize];
-            if slot.kill_at.is_some_and(|at| now >= at) {
-                slot.kill_at = None;
-                slot.kill_process();
-            }
-            if let Some((at, budget_left)) = slot.restart_at
-                && now >= at
-            {
-                slot.restart_at = None;
-                let attempt = slot.restarts;
-                self.reporters.write(Event::WorkerRestarted { worker, attempt, budget_left })?;
-                self.start(worker)?;
-            }
+        for replacement in self.crew.due(now) {
+            let (worker, attempt, budget_left) = (replacement.worker, replacement.attempt, replacement.budget_left);
+            self.reporters.write(Event::WorkerRestarted { worker, attempt, budget_left })?;
+            self.start(worker)?;
         }
         Ok(())
     }
 
-    fn take_signal(&mut self, control: &mpsc::Sender<Control>, signal: &str, now: Instant) -> anyhow::Result<()> {
-        if self.stop == Stop::No {
-            self.warn(format!("{signal}: the workers finish their step, save and leave; a second signal ends them at once"))?;
-            self.stop = Stop::Asked(now + Duration::from_mins(STOP_TIMEOUT_MINUTES));
-            for slot in &mut self.slots {
-                slot.restart_at = None;
+    fn take_order(&mut self, control: &mpsc::Sender<Control>, order: DashboardOrder) -> anyhow::Result<()> {
+        match order {
+            DashboardOrder::Stop { reason } => self.ask_to_stop(control, &reason, false, Instant::now()),
+            DashboardOrder::Save { reason } => self.ask_to_save(control, &reason),
+        }
+    }
+
+    /// Asks the workers to stop, or, when they were asked firmly before, kills them.
+    fn ask_to_stop(&mut self, control: &mpsc::Sender<Control>, who: &str, firm: bool, now: Instant) -> anyhow::Result<()> {
+        match self.stop {
+            Stop::No => {
+                let second = if firm { "; a second signal ends them at once" } else { "" };
+                self.warn(format!("{who}: the workers finish their step, save and leave{second}"))?;
+                self.stop = Stop::Asked { deadline: now + self.limits.stop_timeout, firm };
+                self.crew.stop_replacing();
+                tell(control, Control::Stop { reason: who.to_owned() })
             }
-            tell(control, Control::Stop { reason: signal.to_owned() })
+            Stop::Asked { deadline, firm: false } if firm => {
+                self.warn(format!("{who}: the workers save and leave already; another signal ends them at once"))?;
+                self.stop = Stop::Asked { deadline, firm };
+                Ok(())
+            }
+            Stop::Asked { .. } | Stop::Killed if firm => {
+                self.warn(format!("{who} again: the workers are killed; the last checkpoint stands"))?;
+                self.kill_all();
+                Ok(())
+            }
+            Stop::Asked { .. } | Stop::Killed => Ok(()),
+        }
+    }
+
+    fn ask_to_save(&mut self, control: &mpsc::Sender<Control>, who: &str) -> anyhow::Result<()> {
+        if self.stop == Stop::No {
+            tell(control, Control::Save { reason: who.to_owned() })
         } else {
-            self.warn(format!("{signal} again: the workers are killed; the last checkpoint stands"))?;
-            self.kill_all();
-            Ok(())
+            self.warn(format!("{who}: the workers save and leave already"))
         }
     }
 
     fn take_event(&mut self, event: Event) -> anyhow::Result<()> {
-        let mut fault = None;
-        match &event {
-            Event::WorkerJoined { worker, .. } => self.slots[*worker as usize].joined = true,
-            Event::WorkerFinished { worker, .. } => self.slots[*worker as usize].finished = true,
-            Event::WorkerLost { worker, .. } => {
-                let slot = &mut self.slots[*worker as usize];
-                // A process that has not joined is the replacement of the lost one.
-                if std::mem::take(&mut slot.joined) && slot.kill.is_some() {
-                    slot.kill_at = Some(Instant::now() + Duration::from_secs(LOST_WORKER_GRACE_S));
-                }
-            }
-            Event::Step { report, .. } => fault = self.fault.take_if(|fault| report.step >= fault.step),
-            _ => {}
-        }
+        self.crew.hear(&event, Instant::now());
+        let due: Vec<Drill> = match &event {
+            Event::Step { report, .. } => self.drills.extract_if(.., |drill| report.step >= drill.step).collect(),
+            _ => Vec::new(),
+        };
         self.reporters.write(event)?;
-        if let Some(PlannedFault { worker, step }) = fault {
-            self.warn(format!("drill: worker {worker} is killed at step {step}, as asked"))?;
-            self.slots[worker as usize].kill_process();
+        for Drill { kind, worker, step } in due {
+            let (order, done) = match kind {
+                DrillKind::Freeze => (ProcessOrder::Freeze, "frozen"),
+                _ => (ProcessOrder::Kill, "killed"),
+            };
+            self.warn(format!("drill: worker {worker} is {done} at step {step}, as asked"))?;
+            self.crew.order(worker, order);
         }
         Ok(())
     }
 
     fn take_exit(&mut self, control: &mpsc::Sender<Control>, exit: &Exit) -> anyhow::Result<()> {
         let worker = exit.worker;
-        if let Some(error) = &exit.log_error {
-            return Err(storage("write a worker's log", &self.command.run.log_path(worker), error).into());
+        match &exit.dump {
+            None => {}
+            Some(Ok(path)) => self.reporters.write(Event::StackDumped { worker, path: path.display().to_string() })?,
+            Some(Err(error)) => self.warn(format!("the stacks of worker {worker} could not be written: {error}"))?,
         }
-        let slot = &mut self.slots[worker as usize];
-        (slot.kill, slot.kill_at, slot.joined) = (None, None, false);
-        let facts = ExitFacts {
-            code: exit.code,
-            finished: slot.finished,
-            stopping: self.stop != Stop::No,
-            restarts: self.restarts,
-            slot_restarts: slot.restarts,
-        };
-        let (decision, reason) = decide_exit(&facts, &self.limits);
-        tracing::debug!(worker, status = exit.status, %reason, ?decision, "a worker process ended");
-        if !facts.finished {
-            tell(control, Control::WorkerExited { worker, status: exit.status.clone() })?;
+        let Verdict { decision, reason, finished } = self.crew.take_exit(exit, self.stop != Stop::No, &self.limits.restart);
+        if !finished {
+            let (process_id, status, tail) = (exit.process_id, exit.status.clone(), exit.tail.clone());
+            self.reporters.write(Event::WorkerExited { worker, process_id, status: status.clone(), tail })?;
+            tell(control, Control::WorkerExited { worker, status })?;
         }
         match decision {
-            ExitDecision::Expected if facts.finished && exit.code != Some(0) => {
+            ExitDecision::Expected if finished && exit.code.is_some_and(|code| code != 0) => {
                 self.warn(format!("worker {worker} ended with {} after it had finished", exit.status))
             }
-            ExitDecision::Expected => Ok(()),
-            ExitDecision::Restart { after, budget_left } => {
-                slot.restarts += 1;
-                slot.restart_at = Some((Instant::now() + after, budget_left));
-                self.restarts += 1;
-                Ok(())
+            ExitDecision::Expected | ExitDecision::Restart { .. } => Ok(()),
+            ExitDecision::LeaveEmpty => {
+                self.warn(format!("worker {worker} is not replaced: {reason}"))?;
+                tell(control, Control::NoReplacement { worker })
             }
             ExitDecision::GiveUp { kind } => {
-                let log_path = self.command.run.log_path(worker);
+                let log_path = self.crew.command().paths.log(worker);
                 tell(control, Control::GiveUp { failure: exit_failure(kind, reason, exit, &log_path) })
             }
         }
     }
 
     fn start(&mut self, worker: u32) -> anyhow::Result<()> {
-        let process = WorkerProcess::start(self.command, worker)?;
-        let process_id = process.process_id();
-        self.slots[worker as usize].kill = Some(process.kill_switch());
-        let span = tracing::info_span!("worker process", worker, process_id);
-        self.processes.spawn(process.wait().instrument(span));
+        let process_id = self.crew.start(worker)?;
         self.reporters.write(Event::WorkerStarted { worker, process_id })
     }
 
     fn kill_all(&mut self) {
         self.stop = Stop::Killed;
-        for slot in &mut self.slots {
-            slot.restart_at = None;
-            slot.kill_process();
-        }
-    }
-
-    /// Waits for the processes to leave, then kills what is left.
-    async fn end_processes(&mut self, patience: Duration) {
-        let processes = &mut self.processes;
-        let leave = async { while processes.join_next().await.is_some() {} };
-        if timeout(patience, leave).await.is_ok() {
-            return;
-        }
-        self.kill_all();
-        let processes = &mut self.processes;
-        let die = async { while processes.join_next().await.is_some() {} };
-        if timeout(Duration::from_secs(KILL_TIMEOUT_S), die).await.is_err() {
-            // Dropping the tasks kills once more; a process that survives that hangs in the kernel.
-            tracing::error!(timeout_s = KILL_TIMEOUT_S, "some worker processes do not end");
-        }
+        self.crew.kill_all();
     }
 
     fn warn(&mut self, message: String) -> anyhow::Result<()> {
@@ -294,13 +256,11 @@ fn tell(control: &mpsc::Sender<Control>, order: Control) -> anyhow::Result<()> {
 }
 
 /// The end of a run because of a worker process: who, how, and its last words.
-fn exit_failure(kind: FailureKind, reason: ExitReason, exit: &Exit, log_path: &Path) -> Failure {
+pub(super) fn exit_failure(kind: FailureKind, reason: ExitReason, exit: &Exit, log_path: &Path) -> Failure {
     let Exit { worker, status, tail, .. } = exit;
     let last_words =
         if tail.is_empty() { "the worker wrote nothing".to_owned() } else { format!("its last lines are\n{}", indented(tail)) };
-    let failure = Failure::new(kind, format!("worker {worker} (rank {worker}) ended with {status}: {reason}"))
-        .at(log_path.display())
-        .because(last_words);
+    let failure = Failure::new(kind, format!("worker {worker} ended with {status}: {reason}")).at(log_path.display()).because(last_words);
     if status == "SIGKILL" {
         failure.hint(
             "where nobody sent SIGKILL it was the kernel, for want of memory; lower `train.micro_batch_tokens` or start fewer workers",
@@ -320,12 +280,13 @@ mod tests {
 
     #[test]
     fn a_failure_tells_who_how_and_why() {
-        let exit = Exit { worker: 1, code: None, status: "SIGKILL".to_owned(), tail: "step 3\nloading".to_owned(), log_error: None };
+        let (status, tail) = ("SIGKILL".to_owned(), "step 3\nloading".to_owned());
+        let exit = Exit { worker: 1, process_id: 7, code: None, status, tail, dump: None };
         let reason = ExitReason::BudgetSpent { max_restarts: 2 };
         let failure = exit_failure(FailureKind::Run, reason, &exit, Path::new("/r/logs/worker-1.log"));
         let text = failure.to_string();
         for part in [
-            "worker 1 (rank 1) ended with SIGKILL: all 2 replacements of this run are used (`cluster.max_restarts`)",
+            "worker 1 ended with SIGKILL: all 2 replacements of this run are used (`cluster.max_restarts`)",
             "where: /r/logs/worker-1.log",
             "its last lines are\n    step 3\n    loading",
             "for want of memory",

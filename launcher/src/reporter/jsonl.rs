@@ -18,11 +18,7 @@ pub struct Jsonl {
 impl Jsonl {
     /// Opens the log to append to it. A last line that a crash cut off is removed, so that every line can be read.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
-        let whole = whole_lines_bytes(&mut file)?;
-        file.set_len(whole)?;
-        file.seek(SeekFrom::End(0))?;
-        Ok(Self { file })
+        Ok(Self { file: open_whole_lines(path)? })
     }
 
     /// Appends one event with a single write. Floating-point numbers keep their full precision; one that is not finite
@@ -32,6 +28,15 @@ impl Jsonl {
         line.push(b'\n');
         self.file.write_all(&line)
     }
+}
+
+/// Opens a file of lines to append to it, without a last line that a crash cut off.
+pub(super) fn open_whole_lines(path: &Path) -> io::Result<File> {
+    let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+    let whole = whole_lines_bytes(&mut file)?;
+    file.set_len(whole)?;
+    file.seek(SeekFrom::End(0))?;
+    Ok(file)
 }
 
 /// Length of the file up to its last line feed.

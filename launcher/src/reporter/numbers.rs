@@ -13,14 +13,14 @@ pub(super) fn eta_seconds(step: u64, total_steps: u64, seconds_per_step: Option<
 }
 
 /// `0:42`, `12:05`, `1:02:03`; whole seconds, rounded.
-pub(super) fn clock_text(seconds: f64) -> String {
+pub(crate) fn clock_text(seconds: f64) -> String {
     let seconds = seconds.max(0.0).round() as u64;
     let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
     if hours > 0 { format!("{hours}:{minutes:02}:{seconds:02}") } else { format!("{minutes}:{seconds:02}") }
 }
 
 /// Two or three digits with a thousands letter: `8.1`, `812`, `1.2k`, `33k`, `4.5M`.
-pub(super) fn compact(number: f64) -> String {
+pub(crate) fn compact(number: f64) -> String {
     if !number.is_finite() {
         return "?".to_owned();
     }

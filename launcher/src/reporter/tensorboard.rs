@@ -299,7 +299,7 @@ mod tests {
     fn a_restore_starts_a_session_after_the_restored_step() {
         let folder = tempfile::tempdir().unwrap();
         let mut board = TensorBoard::create(folder.path()).unwrap();
-        let event = Event::Restored { generation: 2, step: 50, source: "file:///c".to_owned(), skipped: Vec::new() };
+        let event = Event::Restored { generation: 2, step: 50, source: "file:///c".to_owned(), skipped: Vec::new(), seconds: 0.1 };
         board.write(&Recorded { time: 2.0, event }).unwrap();
         let records = records(&only_file(folder.path()));
         let event = fields(&records[1]);

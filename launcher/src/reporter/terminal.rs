@@ -5,7 +5,8 @@ use std::io::{self, Write};
 
 use cloze_cluster::{Event, Recorded, StepReport};
 
-use super::numbers::{clock_text, compact, eta_seconds, pace};
+use super::numbers::{clock_text, pace};
+use super::sentences;
 
 /// Goes to the start of the line and erases it.
 const ERASE_LINE: &str = "\r\x1b[2K";
@@ -26,7 +27,7 @@ pub struct TerminalStyle {
 enum Tone {
     /// The run goes as it should; left out when quiet.
     Plain,
-    /// The run ended as it should.
+    /// The run ended as it should, or goes on after a loss.
     Good,
     /// Something was lost or is wrong.
     Bad,
@@ -88,7 +89,7 @@ impl Terminal {
             return Ok(());
         }
         let seconds_per_step = pace(first, (report.step, time)).unwrap_or(report.seconds);
-        let text = step_text(report, self.total_steps, seconds_per_step);
+        let text = sentences::step(report, self.total_steps, seconds_per_step);
         if self.style.interactive {
             write!(self.output, "{ERASE_LINE}{text}")?;
             self.progress = text;
@@ -118,51 +119,40 @@ impl Terminal {
     /// The permanent lines of an event; keeps track of the generation.
     fn lines(&mut self, event: &Event) -> Vec<(Tone, String)> {
         match event {
-            Event::RunStarted { name, workers, steps, .. } => {
+            Event::RunStarted { name, workers, min_workers, steps, .. } => {
                 self.total_steps = *steps;
-                vec![(Tone::Plain, format!("run {name}: {steps} steps with {}", workers_text(*workers)))]
+                vec![(Tone::Plain, sentences::run_started(name, *steps, *workers, *min_workers))]
             }
             Event::GenerationStarted { world_size, .. } => {
                 self.world_size = *world_size;
                 (self.first_step, self.loss_is_told) = (None, false);
                 Vec::new()
             }
-            Event::Restored { generation, step, source, skipped } => self.restored_lines(*generation, *step, source, skipped),
-            Event::CheckpointSaved { step, url, bytes, seconds } => {
-                vec![(Tone::Plain, format!("checkpoint of step {step} saved: {url} ({}B in {seconds:.1} s)", compact(*bytes as f64)))]
+            Event::Restored { generation, step, source, skipped, .. } => self.restored_lines(*generation, *step, source, skipped),
+            Event::CheckpointSaved { step, url, bytes, seconds, blocked_s } => {
+                vec![(Tone::Plain, sentences::checkpoint_saved(*step, url, *bytes, *seconds, *blocked_s))]
             }
-            Event::WorkerLost { worker, rank, reason } => vec![(Tone::Bad, self.loss_text(*worker, *rank, reason))],
+            Event::WorkerLost { worker, rank, host, class, reason } => {
+                self.loss_is_told |= rank.is_some();
+                vec![(Tone::Bad, sentences::worker_lost(*worker, *rank, host, *class, reason))]
+            }
             Event::GenerationAborted { .. } if self.loss_is_told => Vec::new(),
             Event::GenerationAborted { generation, reason, step } => {
                 vec![(Tone::Bad, format!("generation {generation} ended after step {step}: {reason}"))]
-            }
-            Event::WorkerRestarted { worker, attempt, budget_left } => {
-                vec![(Tone::Plain, format!("worker {worker} restarted (attempt {attempt}, {budget_left} left for this run)"))]
             }
             Event::Warning { message } => vec![(Tone::Bad, format!("warning: {message}"))],
             Event::RunFinished { step, seconds } => vec![(Tone::Good, format!("finished at step {step} in {}", clock_text(*seconds)))],
             Event::RunStopped { step } => vec![(Tone::Good, self.stopped_text(*step))],
             // The failure itself is what the program ends with.
             Event::RunFailed { .. } => vec![(Tone::Bad, "the run failed".to_owned())],
-            Event::Step { .. } | Event::WorkerStarted { .. } | Event::WorkerJoined { .. } | Event::WorkerFinished { .. } => Vec::new(),
+            other => life_line(other).into_iter().collect(),
         }
     }
 
     fn restored_lines(&self, generation: u64, step: u64, source: &str, skipped: &[String]) -> Vec<(Tone, String)> {
         let skipped_lines = skipped.iter().map(|skipped| (Tone::Bad, format!("warning: checkpoint passed over: {skipped}")));
-        let from = if step == 0 && source == "scratch" { source.to_owned() } else { format!("step {step}") };
-        let started = format!("generation {generation} started with {} from {from}", workers_text(self.world_size));
+        let started = sentences::generation_started(generation, self.world_size, step, source);
         skipped_lines.chain([(Tone::Plain, started)]).collect()
-    }
-
-    fn loss_text(&mut self, worker: u32, rank: Option<u32>, reason: &str) -> String {
-        match rank {
-            Some(rank) => {
-                self.loss_is_told = true;
-                format!("worker {worker} (rank {rank}) lost: {reason}; waiting for a replacement")
-            }
-            None => format!("worker {worker} lost before it could start: {reason}"),
-        }
     }
 
     fn stopped_text(&self, step: u64) -> String {
@@ -180,33 +170,44 @@ fn ends_progress(event: &Event) -> bool {
         event,
         Event::WorkerLost { .. }
             | Event::GenerationAborted { .. }
+            | Event::GenerationRegrouped { .. }
             | Event::RunFinished { .. }
             | Event::RunStopped { .. }
             | Event::RunFailed { .. }
     )
 }
 
-/// `step 120/300 · loss 1.234 · lr 9.8e-4 · 812 examples/s · 33k tokens/s · ETA 0:42`.
-fn step_text(report: &StepReport, total_steps: u64, seconds_per_step: f64) -> String {
-    let eta = eta_seconds(report.step, total_steps, Some(seconds_per_step)).map_or_else(|| "?".to_owned(), clock_text);
-    format!(
-        "step {}/{total_steps} · loss {:.3} · lr {:.1e} · {} examples/s · {} tokens/s · ETA {eta}",
-        report.step,
-        report.loss,
-        report.learning_rate,
-        compact(report.examples_per_s),
-        compact(report.tokens_per_s),
-    )
-}
-
-/// `1 worker`, `2 workers`.
-fn workers_text(workers: u32) -> String {
-    if workers == 1 { "1 worker".to_owned() } else { format!("{workers} workers") }
+/// The line about the life of a worker, a host or the coordinator; `None` where it says nothing new.
+fn life_line(event: &Event) -> Option<(Tone, String)> {
+    let line = match event {
+        Event::DashboardListening { url } => (Tone::Plain, format!("dashboard: {url}")),
+        Event::WorkerRestarted { worker, attempt, budget_left } => {
+            (Tone::Plain, format!("worker {worker} restarted (attempt {attempt}, {budget_left} left for this run)"))
+        }
+        Event::WorkerExited { worker, process_id, status, .. } => {
+            (Tone::Plain, format!("worker {worker} (process {process_id}) ended with {status}"))
+        }
+        Event::StackDumped { worker, path } => (Tone::Plain, format!("stacks of worker {worker} written to {path}")),
+        Event::HostExcluded { host, failures } => {
+            (Tone::Bad, format!("host {host} is used no more after {}", sentences::count(u64::from(*failures), "failure")))
+        }
+        Event::GenerationRegrouped { generation, reason, step } => {
+            (Tone::Plain, format!("generation {generation} makes room after step {step}: {reason}"))
+        }
+        Event::Recovered { seconds, steps_lost, source, .. } => (Tone::Good, sentences::recovered(*seconds, *steps_lost, source)),
+        Event::CoordinatorRestarted { generation, adopted } => {
+            (if *adopted { Tone::Good } else { Tone::Bad }, sentences::coordinator_restarted(*generation, *adopted))
+        }
+        _ => return None,
+    };
+    Some(line)
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::{Arc, Mutex};
+
+    use cloze_cluster::FailureClass;
 
     use super::*;
 
@@ -249,25 +250,35 @@ mod tests {
 
     fn start() -> Vec<Event> {
         vec![
-            Event::RunStarted { name: "demo".to_owned(), recipe_hash: "r".to_owned(), workers: 2, steps: 300 },
+            Event::RunStarted { name: "demo".to_owned(), recipe_hash: "r".to_owned(), workers: 2, min_workers: None, steps: 300 },
             Event::WorkerStarted { worker: 0, process_id: 7 },
-            Event::WorkerJoined { worker: 0, host: "h".to_owned() },
-            Event::GenerationStarted { generation: 1, world_size: 2, reason: "all 2 workers are there".to_owned() },
-            Event::Restored { generation: 1, step: 0, source: "scratch".to_owned(), skipped: Vec::new() },
+            Event::WorkerJoined { worker: 0, host: "h".to_owned(), rejoined: false },
+            generation(1),
+            Event::Restored { generation: 1, step: 0, source: "scratch".to_owned(), skipped: Vec::new(), seconds: 0.0 },
         ]
+    }
+
+    fn generation(generation: u64) -> Event {
+        Event::GenerationStarted { generation, world_size: 2, workers: vec![0, 1], reason: "all 2 workers are there".to_owned() }
+    }
+
+    fn lost(rank: Option<u32>, reason: &str) -> Event {
+        let (host, class) = ("node-a".to_owned(), FailureClass::ConnectionClosed);
+        Event::WorkerLost { worker: 1, rank, host, class, reason: reason.to_owned() }
     }
 
     fn recovery() -> Vec<Event> {
         vec![
-            Event::WorkerLost { worker: 1, rank: Some(1), reason: "connection closed".to_owned() },
+            lost(Some(1), "connection closed"),
             Event::GenerationAborted { generation: 1, reason: "worker 1 (rank 1) lost: connection closed".to_owned(), step: 57 },
             Event::WorkerRestarted { worker: 1, attempt: 1, budget_left: 2 },
-            Event::GenerationStarted { generation: 2, world_size: 2, reason: "all 2 workers are there".to_owned() },
+            generation(2),
             Event::Restored {
                 generation: 2,
                 step: 50,
                 source: "file:///c/step-000000000050".to_owned(),
                 skipped: vec!["step-000000000055: manifest.json is missing".to_owned()],
+                seconds: 0.2,
             },
         ]
     }
@@ -287,18 +298,19 @@ mod tests {
         let mut events = start();
         events.extend([step(9), step(10), step(11)]);
         events.extend(recovery());
-        events.push(Event::CheckpointSaved { step: 300, url: "file:///c/step-000000000300".to_owned(), bytes: 12_300_000, seconds: 0.44 });
+        let url = "file:///c/step-000000000300".to_owned();
+        events.push(Event::CheckpointSaved { step: 300, url, bytes: 12_300_000, seconds: 0.44, blocked_s: 0.018 });
         events.extend([step(300), Event::RunFinished { step: 300, seconds: 245.0 }]);
         assert_eq!(
             shown(TerminalStyle::default(), events),
             "run demo: 300 steps with 2 workers\n\
              generation 1 started with 2 workers from scratch\n\
              step 10/300 · loss 1.234 · lr 9.8e-4 · 812 examples/s · 33k tokens/s · ETA 4:50\n\
-             worker 1 (rank 1) lost: connection closed; waiting for a replacement\n\
+             worker 1 (rank 1) on node-a lost: connection closed\n\
              worker 1 restarted (attempt 1, 2 left for this run)\n\
              warning: checkpoint passed over: step-000000000055: manifest.json is missing\n\
              generation 2 started with 2 workers from step 50\n\
-             checkpoint of step 300 saved: file:///c/step-000000000300 (12MB in 0.4 s)\n\
+             checkpoint of step 300 saved: file:///c/step-000000000300 (12MB in 0.4 s, training waited 0.02 s)\n\
              step 300/300 · loss 1.234 · lr 9.8e-4 · 812 examples/s · 33k tokens/s · ETA 0:00\n\
              finished at step 300 in 4:05\n"
         );
@@ -327,7 +339,7 @@ mod tests {
         events.extend(recovery());
         assert_eq!(
             shown(style, events),
-            "\x1b[33mworker 1 (rank 1) lost: connection closed; waiting for a replacement\x1b[0m\n\
+            "\x1b[33mworker 1 (rank 1) on node-a lost: connection closed\x1b[0m\n\
              \x1b[33mwarning: checkpoint passed over: step-000000000055: manifest.json is missing\x1b[0m\n"
         );
     }
@@ -336,11 +348,43 @@ mod tests {
     fn other_ends() {
         let cases = [
             (Event::RunStopped { step: 0 }, "stopped before anything was saved\n"),
-            (Event::WorkerLost { worker: 1, rank: None, reason: "x".to_owned() }, "worker 1 lost before it could start: x\n"),
+            (lost(None, "x"), "worker 1 on node-a lost before it could start: x\n"),
             (
                 Event::GenerationAborted { generation: 3, reason: "the collective broke".to_owned(), step: 7 },
                 "generation 3 ended after step 7: the collective broke\n",
             ),
+        ];
+        for (event, text) in cases {
+            assert_eq!(shown(TerminalStyle::default(), vec![event]), text);
+        }
+    }
+
+    #[test]
+    fn lives_and_recoveries() {
+        let recovered = Event::Recovered {
+            generation: 4,
+            failed_generation: 3,
+            class: FailureClass::MissedHeartbeat,
+            seconds: 0.84,
+            steps_lost: 0,
+            source: "memory of worker 0".to_owned(),
+        };
+        let (status, tail) = ("SIGKILL".to_owned(), "step 3".to_owned());
+        let cases = [
+            (Event::DashboardListening { url: "http://127.0.0.1:4243/".to_owned() }, "dashboard: http://127.0.0.1:4243/\n"),
+            (Event::WorkerExited { worker: 1, process_id: 7, status, tail }, "worker 1 (process 7) ended with SIGKILL\n"),
+            (
+                Event::StackDumped { worker: 1, path: "/r/dumps/worker-1-7.txt".to_owned() },
+                "stacks of worker 1 written to /r/dumps/worker-1-7.txt\n",
+            ),
+            (Event::HostExcluded { host: "node-a".to_owned(), failures: 3 }, "host node-a is used no more after 3 failures\n"),
+            (
+                Event::GenerationRegrouped { generation: 3, reason: "worker 1 has joined".to_owned(), step: 40 },
+                "generation 3 makes room after step 40: worker 1 has joined\n",
+            ),
+            (recovered, "recovered in 0.8 s, 0 steps lost, state from memory of worker 0\n"),
+            (Event::CoordinatorRestarted { generation: 3, adopted: true }, "coordinator restarted; generation 3 goes on\n"),
+            (Event::WorkerStarted { worker: 1, process_id: 7 }, ""),
         ];
         for (event, text) in cases {
             assert_eq!(shown(TerminalStyle::default(), vec![event]), text);

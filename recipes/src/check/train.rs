@@ -35,6 +35,8 @@ pub(super) fn check(context: &mut Context<'_>, raw: &TrainRaw) -> TrainRecipe {
         precision: raw.precision,
         threads: raw.threads,
         log_every_steps: raw.log_every_steps,
+        shard: raw.shard,
+        audit_samples: raw.audit_samples,
     }
 }
 

@@ -1,0 +1,104 @@
+//! Reaching the coordinator and asking it for a seat.
+
+use std::net::{TcpStream, ToSocketAddrs as _};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use cloze_recipes::failure::{Failure, FailureKind};
+
+use super::JoinOptions;
+use crate::host::host_name;
+use crate::protocol::{self, CoordinatorMessage, Held, JoinRequest, PROTOCOL_VERSION, WorkerMessage};
+
+/// Longest wait for the TCP connection to one address.
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Longest wait for the answer to a join. Ten thousand workers that join at the same moment wait for each other.
+pub(super) const JOIN_REPLY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Longest wait for the socket to take one message.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The coordinator's answer to a join.
+#[derive(Debug)]
+pub(super) enum Answer {
+    /// The worker has its seat.
+    Welcome {
+        /// The generation that the worker holds goes on.
+        adopted: bool,
+    },
+    /// It may not join.
+    Refused(Failure),
+}
+
+/// One connection, for those who read, write and close it.
+pub(super) struct Sockets {
+    pub(super) reading: TcpStream,
+    pub(super) writing: TcpStream,
+    pub(super) closing: TcpStream,
+}
+
+/// Connects; fails with kind `Environment`.
+pub(super) fn connect(coordinator: &str, wait: Duration) -> anyhow::Result<TcpStream> {
+    let unreachable = |cause: &dyn std::fmt::Display| {
+        Failure::new(FailureKind::Environment, "the coordinator cannot be reached")
+            .at(coordinator)
+            .because(cause)
+            .hint("workers are started by `cloze train`; a worker on its own has nobody to join")
+    };
+    let mut last_error = None;
+    for address in coordinator.to_socket_addrs().map_err(|error| unreachable(&error))? {
+        match TcpStream::connect_timeout(&address, wait) {
+            // While nobody listens on a port of this machine, the system may connect a socket to itself.
+            Ok(socket) if socket.local_addr().is_ok_and(|own| own == address) => {
+                last_error = Some(std::io::Error::from(std::io::ErrorKind::ConnectionRefused));
+            }
+            Ok(socket) => {
+                socket.set_nodelay(true).context("switch off Nagle's algorithm")?;
+                socket.set_write_timeout(Some(WRITE_TIMEOUT)).context("bound writes to the coordinator")?;
+                return Ok(socket);
+            }
+            Err(error) => last_error = Some(error),
+        }
+    }
+    match last_error {
+        Some(error) => Err(unreachable(&error).into()),
+        None => Err(unreachable(&"the name has no address").into()),
+    }
+}
+
+/// What a worker brings; `held` is the generation that still runs in it.
+pub(super) fn request(options: &JoinOptions, held: Option<Held>) -> JoinRequest {
+    JoinRequest {
+        protocol_version: PROTOCOL_VERSION,
+        token: options.token.clone(),
+        recipe_hash: options.recipe_hash.clone(),
+        build: options.build.clone(),
+        worker: options.worker,
+        process_id: std::process::id(),
+        host: host_name(),
+        collective_address: options.collective_address.clone(),
+        held,
+    }
+}
+
+/// Asks and waits for the answer.
+pub(super) fn ask_for_seat(socket: &mut TcpStream, request: JoinRequest, wait: Duration) -> anyhow::Result<Answer> {
+    socket.set_read_timeout(Some(wait)).context("bound the wait for the coordinator")?;
+    protocol::write_message_blocking(socket, &WorkerMessage::Join(request)).context("ask the coordinator for a seat")?;
+    let body = protocol::read_frame_blocking(socket).context("wait for the coordinator's answer")?;
+    let body = body.context("the coordinator closed the connection instead of answering")?;
+    match protocol::decode::<CoordinatorMessage>(&body).context("read the coordinator's answer")? {
+        CoordinatorMessage::Welcome { adopted } => Ok(Answer::Welcome { adopted }),
+        CoordinatorMessage::Refused { failure } => Ok(Answer::Refused(failure)),
+        other => anyhow::bail!("the coordinator answered a join with {other:?}"),
+    }
+}
+
+/// Shares a connection out. From now on a coordinator that says nothing for two heartbeat timeouts, four pulses, counts as away.
+pub(super) fn divide(socket: TcpStream, heartbeat_timeout: Duration) -> anyhow::Result<Sockets> {
+    socket.set_read_timeout(Some(2 * heartbeat_timeout)).context("bound the coordinator's silence")?;
+    let writing = socket.try_clone().context("share the coordinator's socket")?;
+    let closing = socket.try_clone().context("share the coordinator's socket")?;
+    Ok(Sockets { reading: socket, writing, closing })
+}

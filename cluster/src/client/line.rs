@@ -1,0 +1,257 @@
+//! What the worker says, in its order: to the coordinator, or into a queue while that is away.
+
+use std::collections::VecDeque;
+use std::net::TcpStream;
+
+use anyhow::Context as _;
+
+use super::Shared;
+use crate::protocol::{self, FrameError, Held, WorkerMessage};
+
+/// Messages that are kept while the coordinator is away. A run that reports ten steps a second fills it in under two minutes; then
+/// the oldest reports go.
+const MAX_KEPT_MESSAGES: usize = 1024;
+
+/// The way to the coordinator.
+pub(super) struct Line {
+    link: Link,
+    kept: VecDeque<WorkerMessage>,
+    pub(super) standing: Standing,
+}
+
+enum Link {
+    /// Connected.
+    Up(TcpStream),
+    /// The link thread tries to come back.
+    Away,
+    /// The grace is over; the worker ends its work alone.
+    Gone {
+        /// Whether it was logged that messages are dropped.
+        is_logged: bool,
+    },
+    /// The coordinator has let this worker go.
+    Closed,
+}
+
+/// What a coordinator must know of this worker, and is told again after each lost connection.
+#[derive(Default)]
+pub(super) struct Standing {
+    /// The generation that this worker was told to start and has not left.
+    pub(super) running: Option<u64>,
+    /// Its word that it waits for the next generation, while it does.
+    ready: Option<WorkerMessage>,
+    /// Its last word of a share of a checkpoint in the generation that runs.
+    share: Option<WorkerMessage>,
+    pub(super) last_words: Option<LastWords>,
+}
+
+/// The last message of a worker.
+pub(super) struct LastWords {
+    pub(super) message: WorkerMessage,
+    /// Only the coordinator's word that it was heard ends the wait; otherwise the end of the connection is enough.
+    pub(super) needs_release: bool,
+    pub(super) was_written: bool,
+}
+
+impl Line {
+    pub(super) fn new(writer: TcpStream) -> Self {
+        Self { link: Link::Up(writer), kept: VecDeque::new(), standing: Standing::default() }
+    }
+
+    pub(super) fn is_away(&self) -> bool {
+        matches!(self.link, Link::Away)
+    }
+
+    /// Whether a lost connection leaves something to come back for.
+    pub(super) fn has_more_to_say(&self) -> bool {
+        self.standing.last_words.as_ref().is_none_or(|words| words.needs_release || !words.was_written)
+    }
+
+    /// The connection is lost; what is said from now on is kept.
+    pub(super) fn hang_up(&mut self) {
+        if matches!(self.link, Link::Up(_)) {
+            self.link = Link::Away;
+        }
+    }
+
+    /// Nobody comes back.
+    pub(super) fn end(&mut self, is_gone: bool) {
+        self.link = if is_gone { Link::Gone { is_logged: false } } else { Link::Closed };
+        self.kept.clear();
+    }
+
+    /// A generation starts.
+    pub(super) fn start(&mut self, generation: u64) {
+        self.standing.running = Some(generation);
+        (self.standing.ready, self.standing.share) = (None, None);
+    }
+
+    /// What a coordinator is told of the generation that still runs.
+    pub(super) fn held(&self, step: u64) -> Option<Held> {
+        self.standing.running.map(|generation| Held { generation, step })
+    }
+
+    fn note(&mut self, message: &WorkerMessage) {
+        match message {
+            WorkerMessage::Ready { .. } => {
+                self.standing.ready = Some(message.clone());
+                (self.standing.running, self.standing.share) = (None, None);
+            }
+            WorkerMessage::ShareSaved { .. } => self.standing.share = Some(message.clone()),
+            _ => {}
+        }
+    }
+
+    fn keep(&mut self, message: &WorkerMessage) {
+        // These are worth something at their moment only, or are told again from what is known.
+        let is_told_otherwise = matches!(
+            message,
+            WorkerMessage::Join(_)
+                | WorkerMessage::Heartbeat { .. }
+                | WorkerMessage::Ping { .. }
+                | WorkerMessage::Ready { .. }
+                | WorkerMessage::ShareSaved { .. }
+        );
+        if is_told_otherwise {
+            return;
+        }
+        if self.kept.len() >= MAX_KEPT_MESSAGES {
+            let oldest_report = self.kept.iter().position(|kept| matches!(kept, WorkerMessage::Step { .. })).unwrap_or(0);
+            self.kept.remove(oldest_report);
+        }
+        self.kept.push_back(message.clone());
+    }
+}
+
+impl Shared {
+    /// Says something on a line that the caller holds.
+    pub(super) fn say(&self, line: &mut Line, message: &WorkerMessage) -> anyhow::Result<()> {
+        line.note(message);
+        if !self.write(line, message)? {
+            line.keep(message);
+        }
+        Ok(())
+    }
+
+    /// Says the last words as far as they have not been written.
+    pub(super) fn say_last_words(&self, line: &mut Line) -> anyhow::Result<()> {
+        let Some(words) = line.standing.last_words.take() else { return Ok(()) };
+        let written = self.write(line, &words.message);
+        let was_written = words.was_written || matches!(written, Ok(true));
+        line.standing.last_words = Some(LastWords { was_written, ..words });
+        written.map(drop)
+    }
+
+    /// The line is connected again; `adopted` tells whether the generation goes on.
+    pub(super) fn pick_up(&self, line: &mut Line, writer: TcpStream, adopted: bool) {
+        line.link = Link::Up(writer);
+        let share = line.standing.share.clone().filter(|_| adopted);
+        let again = share.into_iter().chain(line.standing.ready.clone());
+        for message in std::mem::take(&mut line.kept).into_iter().chain(again) {
+            // Where the connection is lost once more, the message is kept once more.
+            if let Err(error) = self.say(line, &message) {
+                tracing::error!(error = format!("{error:#}"), "a message that was kept cannot be sent");
+            }
+        }
+        if let Err(error) = self.say_last_words(line) {
+            tracing::error!(error = format!("{error:#}"), "the last words cannot be sent");
+        }
+    }
+
+    /// Whether the message is on its way. Fails when it cannot be sent at all.
+    fn write(&self, line: &mut Line, message: &WorkerMessage) -> anyhow::Result<bool> {
+        match &mut line.link {
+            Link::Up(writer) => match protocol::write_message_blocking(writer, message) {
+                Ok(()) => Ok(true),
+                // Nothing of it was written, so the connection is still good.
+                Err(error @ (FrameError::TooLong { .. } | FrameError::Json(_))) => Err(error).context("send a message to the coordinator"),
+                Err(FrameError::Io(error)) => {
+                    tracing::debug!(%error, "a message to the coordinator is kept");
+                    line.hang_up();
+                    // Wakes the link thread, which reads from the same connection.
+                    self.close();
+                    Ok(false)
+                }
+            },
+            Link::Away => Ok(false),
+            Link::Gone { is_logged } => {
+                if !std::mem::replace(is_logged, true) {
+                    tracing::warn!("messages are dropped: the coordinator is gone");
+                }
+                Ok(true)
+            }
+            Link::Closed => Err(self.lost_failure().into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cloze_recipes::failure::{Failure, FailureKind};
+
+    use super::*;
+    use crate::protocol::{FailureClass, Phase, StepReport};
+
+    fn away() -> Line {
+        Line { link: Link::Away, kept: VecDeque::new(), standing: Standing::default() }
+    }
+
+    fn step(step: u64) -> WorkerMessage {
+        let report = StepReport {
+            step,
+            loss: 1.0,
+            learning_rate: 1.0,
+            gradient_norm: 1.0,
+            examples: 1,
+            tokens: 1,
+            labels: 1,
+            seconds: 1.0,
+            examples_per_s: 1.0,
+            tokens_per_s: 1.0,
+        };
+        WorkerMessage::Step { generation: 1, report }
+    }
+
+    #[test]
+    fn what_is_kept_is_bounded_and_reports_go_first() {
+        let mut line = away();
+        let broken = WorkerMessage::Broken { generation: 1, reason: "receive".to_owned() };
+        line.keep(&broken);
+        line.keep(&WorkerMessage::Heartbeat { generation: 1, step: 1, phase: Phase::Training, waiting: false, progress: 1 });
+        for number in 1..=2_000 {
+            line.keep(&step(number));
+        }
+        assert_eq!(line.kept.len(), MAX_KEPT_MESSAGES);
+        assert_eq!(line.kept.front(), Some(&broken), "what matters most stays");
+        assert_eq!(line.kept.back(), Some(&step(2_000)));
+        assert_eq!(line.kept[1], step(2_000 - MAX_KEPT_MESSAGES as u64 + 2));
+    }
+
+    #[test]
+    fn a_generation_is_held_from_its_start_until_it_is_left() {
+        let mut line = away();
+        assert_eq!(line.held(0), None);
+        line.start(3);
+        assert_eq!(line.held(17), Some(Held { generation: 3, step: 17 }));
+        line.note(&WorkerMessage::ShareSaved { generation: 3, step: 17, files: Vec::new() });
+        assert!(line.standing.share.is_some());
+        line.note(&WorkerMessage::Ready { generation: 3, state_step: Some(17) });
+        assert_eq!(line.held(17), None);
+        assert!(line.standing.share.is_none() && line.standing.ready.is_some());
+        line.start(4);
+        assert!(line.standing.ready.is_none());
+    }
+
+    #[test]
+    fn last_words_are_worth_a_return_until_they_are_heard() {
+        let cases = [(true, false, true), (true, true, true), (false, false, true), (false, true, false)];
+        for (needs_release, was_written, wanted) in cases {
+            let mut line = away();
+            assert!(line.has_more_to_say());
+            let failure = Failure::new(FailureKind::Run, "x");
+            let message = WorkerMessage::Failed { failure, class: FailureClass::Other, generation: 1, step: 1, culprit: true };
+            line.standing.last_words = Some(LastWords { message, needs_release, was_written });
+            assert_eq!(line.has_more_to_say(), wanted, "{needs_release} {was_written}");
+        }
+    }
+}

@@ -1,0 +1,443 @@
+//! Decisions applied: outboxes and events, without sockets.
+
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::coordinator::server::Control;
+use crate::membership::HangLimits;
+use crate::protocol::{self, Held, JoinRequest, PROTOCOL_VERSION, Phase, SavedFile, WorkerMessage};
+
+type Inbox = mpsc::Receiver<Frame>;
+
+fn at(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+fn limits() -> Limits {
+    Limits {
+        heartbeat_timeout: at(5),
+        join_timeout: at(50),
+        blame_grace: Duration::from_millis(300),
+        max_fruitless_generations: 3,
+        min_workers: None,
+        replacement_wait: at(10),
+        hang: HangLimits { init: at(100), data: at(100), step: at(20), checkpoint: at(100) },
+        retries_per_step: 1,
+        exclude_host_after: 0,
+        state_is_replicated: true,
+        adopt_timeout: at(10),
+    }
+}
+
+fn elastic() -> Limits {
+    Limits { min_workers: Some(1), ..limits() }
+}
+
+/// A roster whose workers, each on a host of its own, have joined on connections of their own numbers, and are ready.
+fn roster_of(num_workers: u32, limits: Limits) -> (Roster, Vec<Inbox>) {
+    let mut roster = Roster::new(num_workers, limits, None).unwrap();
+    let inboxes = (0..num_workers).map(|worker| join(&mut roster, worker, u64::from(worker), at(0))).collect();
+    for worker in 0..num_workers {
+        ready(&mut roster, worker, at(0), 0, None);
+    }
+    (roster, inboxes)
+}
+
+fn roster(num_workers: u32) -> (Roster, Vec<Inbox>) {
+    roster_of(num_workers, limits())
+}
+
+fn request(worker: u32) -> JoinRequest {
+    JoinRequest {
+        protocol_version: PROTOCOL_VERSION,
+        token: Secret::new("t"),
+        recipe_hash: "r".to_owned(),
+        build: "b".to_owned(),
+        worker,
+        process_id: 1000 + worker,
+        host: format!("node-{worker}"),
+        collective_address: format!("127.0.0.1:{worker}"),
+        held: None,
+    }
+}
+
+fn join_as(roster: &mut Roster, connection: u64, request: JoinRequest, now: Duration) -> Inbox {
+    let (outbox, inbox) = mpsc::channel(64);
+    roster.join(connection, request, now, outbox);
+    inbox
+}
+
+fn join(roster: &mut Roster, worker: u32, connection: u64, now: Duration) -> Inbox {
+    join_as(roster, connection, request(worker), now)
+}
+
+fn rejoin(roster: &mut Roster, worker: u32, generation: u64, now: Duration) -> Inbox {
+    join_as(roster, u64::from(worker), JoinRequest { held: Some(Held { generation, step: 0 }), ..request(worker) }, now)
+}
+
+/// Says something on the connection that has the worker's number.
+fn say(roster: &mut Roster, worker: u32, now: Duration, message: WorkerMessage) {
+    roster.message(u64::from(worker), worker, now, message);
+}
+
+fn ready(roster: &mut Roster, worker: u32, now: Duration, generation: u64, state_step: Option<u64>) {
+    say(roster, worker, now, WorkerMessage::Ready { generation, state_step });
+}
+
+fn heartbeat(roster: &mut Roster, worker: u32, now: Duration, step: u64) {
+    let (generation, progress) = (roster.state.generation, now.as_secs());
+    say(roster, worker, now, WorkerMessage::Heartbeat { generation, step, phase: Phase::Training, waiting: false, progress });
+}
+
+fn heard(inbox: &mut Inbox) -> Vec<CoordinatorMessage> {
+    std::iter::from_fn(|| inbox.try_recv().ok()).map(|frame| protocol::decode(&frame.parts().concat()[4..]).unwrap()).collect()
+}
+
+fn settle(roster: &mut Roster, now: Duration) -> Vec<Event> {
+    assert_eq!(roster.settle(now).unwrap(), None);
+    roster.take_events()
+}
+
+fn failure(what: &str) -> Failure {
+    Failure::new(FailureKind::Run, what)
+}
+
+#[test]
+fn a_slot_has_one_owner() {
+    let (mut roster, _inboxes) = roster(2);
+    for worker in [1, 7] {
+        let stranger = JoinRequest { process_id: 1, ..request(worker) };
+        let mut inbox = join_as(&mut roster, 9, stranger, at(0));
+        assert!(matches!(heard(&mut inbox)[..], [CoordinatorMessage::Refused { .. }]), "worker {worker}");
+    }
+    // Words on the refused connection do not count as the owner's.
+    roster.closed(9, 1, "connection closed");
+    assert!(!settle(&mut roster, at(0)).iter().any(|event| matches!(event, Event::WorkerLost { .. })));
+}
+
+#[test]
+fn late_words_of_an_old_generation_are_ignored() {
+    let (mut roster, _inboxes) = roster(1);
+    settle(&mut roster, at(0));
+    say(&mut roster, 0, at(1), WorkerMessage::Finished { generation: 0, step: 9, stopped: false });
+    say(&mut roster, 0, at(1), WorkerMessage::Broken { generation: 0, reason: "old".to_owned() });
+    ready(&mut roster, 0, at(1), 0, Some(5));
+    let class = FailureClass::NotFinite;
+    say(&mut roster, 0, at(1), WorkerMessage::Failed { failure: failure("old"), class, generation: 0, step: 1, culprit: true });
+    assert_eq!(settle(&mut roster, at(2)), Vec::new());
+}
+
+#[test]
+fn a_silent_worker_ends_the_generation() {
+    let (mut roster, mut inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    heartbeat(&mut roster, 0, at(6), 0);
+    let events = settle(&mut roster, at(6));
+    let Event::WorkerLost { worker: 1, rank: Some(1), host, class: FailureClass::MissedHeartbeat, reason } = &events[0] else {
+        panic!("{events:?}")
+    };
+    assert_eq!((host.as_str(), reason.as_str()), ("node-1", "no heartbeat for 6.0 s"));
+    let Event::GenerationAborted { generation: 1, reason, .. } = &events[1] else { panic!("{events:?}") };
+    assert_eq!(reason, "worker 1 (rank 1) on node-1 lost: no heartbeat for 6.0 s");
+    assert!(matches!(heard(&mut inboxes[0]).last(), Some(CoordinatorMessage::Abort { generation: 1, .. })));
+}
+
+#[test]
+fn a_stuck_worker_loses_its_seat_for_good() {
+    let (mut roster, _inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    let training = |progress| WorkerMessage::Heartbeat { generation: 1, step: 3, phase: Phase::Training, waiting: false, progress };
+    say(&mut roster, 1, at(1), training(7));
+    for second in 2..=22 {
+        assert!(!settle(&mut roster, at(second - 1)).iter().any(|event| matches!(event, Event::WorkerLost { .. })), "{second}");
+        heartbeat(&mut roster, 0, at(second), 3);
+        say(&mut roster, 1, at(second), training(7));
+    }
+    let events = settle(&mut roster, at(22));
+    assert!(matches!(events[0], Event::WorkerLost { worker: 1, class: FailureClass::Hung, .. }), "{events:?}");
+    let mut inbox = rejoin(&mut roster, 1, 1, at(23));
+    assert!(matches!(heard(&mut inbox)[..], [CoordinatorMessage::Refused { .. }]), "the same process");
+    let mut inbox = join_as(&mut roster, 1, JoinRequest { process_id: 5, ..request(1) }, at(23));
+    assert_eq!(heard(&mut inbox), [CoordinatorMessage::Welcome { adopted: false }], "its replacement");
+}
+
+#[test]
+fn a_pause_of_the_coordinator_is_nobodys_fault() {
+    let (mut roster, _inboxes) = roster(1);
+    settle(&mut roster, at(0));
+    heartbeat(&mut roster, 0, at(1), 0);
+    roster.excuse_silence(at(1000), at(999));
+    assert_eq!(settle(&mut roster, at(1000)), Vec::new());
+    let presence = roster.state.present(0).unwrap();
+    assert_eq!((presence.heard, presence.activity.since), (at(1000), at(1000)));
+}
+
+#[test]
+fn a_collective_that_always_breaks_ends_the_run() {
+    let (mut roster, _inboxes) = roster(1);
+    let mut now = at(1);
+    for generation in 1..10 {
+        assert_eq!(roster.settle(now).unwrap(), None);
+        say(&mut roster, 0, now, WorkerMessage::Broken { generation, reason: "no route".to_owned() });
+        now += at(1);
+        ready(&mut roster, 0, now, generation, None);
+        if let Some(end) = roster.settle(now).unwrap() {
+            assert_eq!(generation, 4);
+            assert!(matches!(end, RunEnd::Failed(_)));
+            return;
+        }
+    }
+    panic!("the run goes on for ever");
+}
+
+#[test]
+fn a_failure_names_its_worker() {
+    let (mut roster, _inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    let class = FailureClass::Other;
+    say(&mut roster, 1, at(1), WorkerMessage::Failed { failure: failure("damaged"), class, generation: 1, step: 3, culprit: true });
+    let Some(RunEnd::Failed(failure)) = roster.settle(at(1)).unwrap() else { panic!("failed") };
+    assert_eq!(failure.place.as_deref(), Some("worker 1 (rank 1)"));
+}
+
+#[test]
+fn a_loss_that_is_not_finite_is_tried_again_once() {
+    let (mut roster, _inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    let nan = |generation, culprit| WorkerMessage::Failed {
+        failure: failure("the loss is not finite"),
+        class: FailureClass::NotFinite,
+        generation,
+        step: 17,
+        culprit,
+    };
+    for worker in [0, 1] {
+        say(&mut roster, worker, at(1), nan(1, worker == 1));
+        ready(&mut roster, worker, at(1), 1, Some(16));
+    }
+    let events = settle(&mut roster, at(1));
+    let Event::GenerationAborted { generation: 1, reason, .. } = &events[0] else { panic!("{events:?}") };
+    assert_eq!(reason, "worker 1 (rank 1): its loss is not finite; attempt 1 to do step 17 again");
+    assert!(matches!(events[1], Event::GenerationStarted { generation: 2, .. }), "{events:?}");
+    for worker in [0, 1] {
+        say(&mut roster, worker, at(2), nan(2, false));
+    }
+    let Some(RunEnd::Failed(failure)) = roster.settle(at(2)).unwrap() else { panic!("failed") };
+    assert!(failure.hint.unwrap().contains("tried again once"));
+}
+
+#[test]
+fn a_worker_without_memory_is_let_go_and_replaced() {
+    let (mut roster, mut inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    let class = FailureClass::OutOfMemory;
+    say(&mut roster, 1, at(1), WorkerMessage::Failed { failure: failure("out of memory"), class, generation: 1, step: 16, culprit: true });
+    let events = settle(&mut roster, at(1));
+    assert!(matches!(events[0], Event::WorkerLost { worker: 1, class: FailureClass::OutOfMemory, .. }), "{events:?}");
+    let Event::GenerationAborted { reason, .. } = &events[1] else { panic!("{events:?}") };
+    assert_eq!(reason, "worker 1 (rank 1): out of memory; attempt 1 to do step 16 again");
+    heard(&mut inboxes[1]);
+    assert!(matches!(inboxes[1].try_recv(), Err(mpsc::error::TryRecvError::Disconnected)), "its connection closes");
+    ready(&mut roster, 0, at(2), 1, Some(16));
+    let _replacement = join(&mut roster, 1, 1, at(3));
+    ready(&mut roster, 1, at(3), 0, None);
+    let events = settle(&mut roster, at(3));
+    assert!(matches!(events.last(), Some(Event::GenerationStarted { generation: 2, .. })), "{events:?}");
+}
+
+#[test]
+fn a_recovery_is_told_with_what_it_cost() {
+    let (mut roster, mut inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    let restored = |generation, step, source: &str| WorkerMessage::Restored {
+        generation,
+        step,
+        source: source.to_owned(),
+        skipped: Vec::new(),
+        seconds: 0.5,
+    };
+    say(&mut roster, 0, at(1), restored(1, 0, "scratch"));
+    heartbeat(&mut roster, 0, at(2), 20);
+    roster.closed(1, 1, "connection closed");
+    settle(&mut roster, at(4));
+    ready(&mut roster, 0, at(4), 1, Some(20));
+    let _replacement = join(&mut roster, 1, 1, at(5));
+    ready(&mut roster, 1, at(5), 0, None);
+    settle(&mut roster, at(5));
+    let source = heard(&mut inboxes[0]).into_iter().rev().find_map(|message| match message {
+        CoordinatorMessage::Start { generation: 2, source, .. } => Some(source),
+        _ => None,
+    });
+    assert_eq!(source, Some(StateSource::Peer { rank: 0, step: 20 }));
+    say(&mut roster, 0, at(6), restored(2, 18, "memory of worker 0"));
+    assert_eq!(roster.state.saved_step, 0, "memory is no checkpoint");
+    heartbeat(&mut roster, 0, at(6), 18);
+    assert!(!settle(&mut roster, at(6)).iter().any(|event| matches!(event, Event::Recovered { .. })), "no step yet");
+    heartbeat(&mut roster, 0, at(7), 19);
+    let wanted = Event::Recovered {
+        generation: 2,
+        failed_generation: 1,
+        class: FailureClass::ConnectionClosed,
+        seconds: 3.0,
+        steps_lost: 2,
+        source: "memory of worker 0".to_owned(),
+    };
+    assert_eq!(settle(&mut roster, at(7)), [wanted]);
+}
+
+#[test]
+fn a_run_shrinks_and_grows_again() {
+    let (mut roster, mut inboxes) = roster_of(2, elastic());
+    settle(&mut roster, at(0));
+    roster.closed(1, 1, "connection closed");
+    ready(&mut roster, 0, at(1), 1, Some(7));
+    assert!(!settle(&mut roster, at(1)).iter().any(|event| matches!(event, Event::GenerationStarted { .. })), "a replacement may come");
+    roster.control(Control::NoReplacement { worker: 1 });
+    let events = settle(&mut roster, at(2));
+    assert!(matches!(&events[0], Event::GenerationStarted { generation: 2, world_size: 1, workers, .. } if workers == &[0]), "{events:?}");
+
+    heartbeat(&mut roster, 0, at(3), 8);
+    heard(&mut inboxes[0]);
+    let _newcomer = join(&mut roster, 1, 1, at(3));
+    ready(&mut roster, 1, at(3), 0, None);
+    settle(&mut roster, at(3));
+    settle(&mut roster, at(4));
+    let told = heard(&mut inboxes[0]);
+    assert_eq!(told, [CoordinatorMessage::Regroup { generation: 2, reason: "worker 1 joined".to_owned() }], "once");
+    ready(&mut roster, 0, at(5), 2, Some(9));
+    let events = settle(&mut roster, at(5));
+    assert_eq!(events[0], Event::GenerationRegrouped { generation: 2, reason: "worker 1 joined".to_owned(), step: 9 });
+    assert!(matches!(&events[1], Event::GenerationStarted { generation: 3, workers, .. } if workers == &[0, 1]), "{events:?}");
+    assert!(!events.iter().any(|event| matches!(event, Event::GenerationAborted { .. })));
+}
+
+#[test]
+fn a_host_that_fails_too_often_is_used_no_more() {
+    let (mut roster, mut inboxes) = roster_of(3, Limits { exclude_host_after: 2, ..elastic() });
+    settle(&mut roster, at(0));
+    // Worker 2 moves to the host of worker 1.
+    let on_node_1 = |worker| JoinRequest { host: "node-1".to_owned(), ..request(worker) };
+    roster.closed(2, 2, "connection closed");
+    inboxes[2] = join_as(&mut roster, 2, on_node_1(2), at(1));
+    roster.closed(1, 1, "connection closed");
+    inboxes[1] = join_as(&mut roster, 1, on_node_1(1), at(1));
+    assert!(!roster.take_events().iter().any(|event| matches!(event, Event::HostExcluded { .. })));
+    roster.closed(1, 1, "connection closed");
+    let events = roster.take_events();
+    assert!(events.contains(&Event::HostExcluded { host: "node-1".to_owned(), failures: 2 }), "{events:?}");
+    assert!(matches!(events.last(), Some(Event::WorkerLost { worker: 2, class: FailureClass::Excluded, .. })), "{events:?}");
+    assert!(matches!(heard(&mut inboxes[2]).last(), Some(CoordinatorMessage::Refused { .. })));
+    let mut inbox = join_as(&mut roster, 8, on_node_1(1), at(2));
+    let told = heard(&mut inbox);
+    let [CoordinatorMessage::Refused { failure }] = &told[..] else { panic!("refused") };
+    assert_eq!((failure.kind, failure.found.as_deref()), (FailureKind::Environment, Some("2 failures of its workers")));
+    let mut inbox = join_as(&mut roster, 9, JoinRequest { host: "node-3".to_owned(), ..request(1) }, at(2));
+    assert_eq!(heard(&mut inbox), [CoordinatorMessage::Welcome { adopted: false }]);
+}
+
+#[test]
+fn a_lost_connection_alone_does_not_end_a_generation() {
+    let (mut roster, _inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    // The worker notices first, and is back before anything is decided.
+    let mut inbox = rejoin(&mut roster, 1, 1, at(1));
+    assert_eq!(heard(&mut inbox), [CoordinatorMessage::Welcome { adopted: true }]);
+    roster.closed(1, 1, "connection closed");
+    let mut inbox = rejoin(&mut roster, 1, 1, at(1));
+    assert_eq!(heard(&mut inbox), [CoordinatorMessage::Welcome { adopted: true }]);
+    assert!(!settle(&mut roster, at(1)).iter().any(|event| matches!(event, Event::GenerationAborted { .. })));
+    // Too late: the generation is over.
+    roster.closed(1, 1, "connection closed");
+    settle(&mut roster, at(2));
+    let mut inbox = rejoin(&mut roster, 1, 1, at(2));
+    assert_eq!(heard(&mut inbox), [CoordinatorMessage::Welcome { adopted: false }]);
+}
+
+#[test]
+fn shares_and_requests_reach_those_whom_they_concern() {
+    let (mut roster, mut inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    inboxes.iter_mut().for_each(|inbox| drop(heard(inbox)));
+    let files = vec![SavedFile { name: "a".to_owned(), size: 1, blake3: "00".to_owned() }];
+    say(&mut roster, 1, at(1), WorkerMessage::ShareSaved { generation: 1, step: 10, files: files.clone() });
+    say(&mut roster, 1, at(1), WorkerMessage::ShareSaved { generation: 0, step: 10, files: files.clone() });
+    say(&mut roster, 1, at(1), WorkerMessage::Ping { id: 7 });
+    roster.control(Control::Save { reason: "SIGUSR1".to_owned() });
+    roster.pulse();
+    let save = CoordinatorMessage::Save { reason: "SIGUSR1".to_owned() };
+    let share = CoordinatorMessage::ShareSaved { generation: 1, step: 10, rank: 1, files };
+    assert_eq!(heard(&mut inboxes[0]), [share, save.clone(), CoordinatorMessage::Pulse {}]);
+    assert_eq!(heard(&mut inboxes[1]), [CoordinatorMessage::Pong { id: 7 }, save, CoordinatorMessage::Pulse {}]);
+}
+
+#[test]
+fn heartbeats_alone_bring_no_decision_about() {
+    let (mut roster, _inboxes) = roster(1);
+    settle(&mut roster, at(0));
+    assert!(roster.take_change());
+    heartbeat(&mut roster, 0, at(1), 0);
+    say(&mut roster, 0, at(1), WorkerMessage::Ping { id: 1 });
+    assert!(!roster.take_change());
+    say(&mut roster, 0, at(1), WorkerMessage::Broken { generation: 1, reason: "cut".to_owned() });
+    assert!(roster.take_change());
+}
+
+#[test]
+fn a_successor_takes_over_what_the_journal_knows() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("journal.jsonl");
+    let mut first = Roster::new(2, limits(), Some(Journal::open(&path, false).unwrap())).unwrap();
+    let _inboxes: Vec<Inbox> = (0..2).map(|worker| join(&mut first, worker, u64::from(worker), at(0))).collect();
+    (0..2).for_each(|worker| ready(&mut first, worker, at(0), 0, None));
+    settle(&mut first, at(0));
+    heartbeat(&mut first, 0, at(3), 12);
+    first.note_progress(at(3)).unwrap();
+    drop(first);
+
+    let successor = || Roster::new(2, limits(), Some(Journal::open(&path, true).unwrap())).unwrap();
+    let mut second = successor();
+    assert_eq!(settle(&mut second, at(0)), Vec::new(), "it waits for the members");
+    let mut other = rejoin(&mut second, 1, 1, at(1));
+    say(&mut second, 1, at(1), WorkerMessage::ShareSaved { generation: 1, step: 10, files: Vec::new() });
+    let mut leader = rejoin(&mut second, 0, 1, at(1));
+    let share = CoordinatorMessage::ShareSaved { generation: 1, step: 10, rank: 1, files: Vec::new() };
+    assert_eq!(heard(&mut leader), [CoordinatorMessage::Welcome { adopted: true }, share]);
+    assert_eq!(heard(&mut other), [CoordinatorMessage::Welcome { adopted: true }]);
+    let events = settle(&mut second, at(1));
+    assert_eq!(events.last(), Some(&Event::CoordinatorRestarted { generation: 1, adopted: true }));
+    assert_eq!(second.step, 12);
+
+    // A member that listens elsewhere is another process, and the generation is over.
+    let mut third = successor();
+    let elsewhere = JoinRequest { collective_address: "127.0.0.1:9".to_owned(), held: Some(Held { generation: 1, step: 0 }), ..request(1) };
+    let mut inbox = join_as(&mut third, 1, elsewhere, at(1));
+    assert_eq!(heard(&mut inbox), [CoordinatorMessage::Welcome { adopted: false }]);
+    let events = settle(&mut third, at(1));
+    assert!(events.contains(&Event::CoordinatorRestarted { generation: 1, adopted: false }), "{events:?}");
+    drop(third);
+    let mut fourth = successor();
+    assert_eq!(fourth.take_events(), [Event::CoordinatorRestarted { generation: 1, adopted: false }], "it was ended already");
+    let _inboxes: Vec<Inbox> = (0..2).map(|worker| join(&mut fourth, worker, u64::from(worker), at(0))).collect();
+    (0..2).for_each(|worker| ready(&mut fourth, worker, at(0), 0, None));
+    let events = settle(&mut fourth, at(0));
+    assert!(matches!(events.last(), Some(Event::GenerationStarted { generation: 2, .. })), "numbers go on: {events:?}");
+}
+
+#[test]
+fn the_end_of_a_run_leaves_nothing_to_take_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("journal.jsonl");
+    let mut roster = Roster::new(1, limits(), Some(Journal::open(&path, false).unwrap())).unwrap();
+    let mut inbox = join(&mut roster, 0, 0, at(0));
+    ready(&mut roster, 0, at(0), 0, None);
+    settle(&mut roster, at(0));
+    roster.control(Control::GiveUp { failure: failure("enough") });
+    let end = roster.settle(at(1)).unwrap().unwrap();
+    roster.farewell(&end).unwrap();
+    let told = heard(&mut inbox);
+    assert!(matches!(
+        &told[told.len() - 3..],
+        [CoordinatorMessage::Abort { generation: 1, .. }, CoordinatorMessage::Stop { .. }, CoordinatorMessage::Released {}]
+    ));
+    assert_eq!(Journal::open(&path, true).unwrap().memory().running, None);
+}

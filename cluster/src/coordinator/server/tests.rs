@@ -1,0 +1,279 @@
+//! The coordinator on loopback, with real clients.
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+use tokio::io::AsyncReadExt as _;
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use super::*;
+use crate::client::{Client, JoinOptions};
+use crate::coordinator::connection::MAX_UNAUTHENTICATED_CONNECTIONS;
+use crate::protocol::{self, CoordinatorMessage, FailureClass, JoinRequest, PROTOCOL_VERSION, StepReport, WorkerMessage};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A coordinator on loopback, and the launcher's ends of its channels.
+struct Sandbox {
+    address: SocketAddr,
+    events: mpsc::Receiver<Event>,
+    control: mpsc::Sender<Control>,
+    run: JoinHandle<anyhow::Result<RunEnd>>,
+}
+
+impl Sandbox {
+    async fn start(workers: u32) -> Self {
+        let options = CoordinatorOptions {
+            bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            token: Secret::new("token"),
+            recipe_hash: "recipe".to_owned(),
+            build: "build".to_owned(),
+            workers,
+            heartbeat_timeout: Duration::from_secs(2),
+            join_timeout: Duration::from_secs(20),
+            min_workers: None,
+            replacement_wait: Duration::ZERO,
+            hang: HangLimits { init: PATIENCE, data: PATIENCE, step: PATIENCE, checkpoint: PATIENCE },
+            exclude_host_after: 0,
+            retries_per_step: 1,
+            state_is_replicated: true,
+            journal: None,
+            adopt: false,
+        };
+        let coordinator = Coordinator::bind(options).await.unwrap();
+        let address = coordinator.address();
+        let (sender, events) = mpsc::channel(1024);
+        let (control, orders) = mpsc::channel(16);
+        Self { address, events, control, run: tokio::spawn(coordinator.run(sender, orders)) }
+    }
+
+    fn options(&self, worker: u32) -> JoinOptions {
+        JoinOptions {
+            coordinator: self.address.to_string(),
+            token: Secret::new("token"),
+            recipe_hash: "recipe".to_owned(),
+            build: "build".to_owned(),
+            worker,
+            collective_address: format!("127.0.0.1:{}", 9000 + worker),
+            heartbeat_timeout: Duration::from_secs(2),
+            coordinator_grace: Duration::ZERO,
+        }
+    }
+
+    /// A worker that waits for its first generation.
+    async fn join(&self, worker: u32) -> Arc<Client> {
+        let client = Arc::new(try_join(self.options(worker)).await.unwrap());
+        client.ready(0, None).unwrap();
+        client
+    }
+
+    async fn end(self) -> (RunEnd, Vec<Event>) {
+        let end = timeout(PATIENCE, self.run).await.unwrap().unwrap().unwrap();
+        let mut events = self.events;
+        let mut seen = Vec::new();
+        while let Ok(event) = events.try_recv() {
+            seen.push(event);
+        }
+        (end, seen)
+    }
+}
+
+async fn try_join(options: JoinOptions) -> anyhow::Result<Client> {
+    spawn_blocking(move || Client::join(options)).await.unwrap()
+}
+
+/// Waits for the start of a generation; returns its number, rank, addresses and key.
+async fn started(client: &Arc<Client>) -> (u64, u32, Vec<String>, Secret) {
+    let client = Arc::clone(client);
+    let wait = move || loop {
+        match client.next(PATIENCE).unwrap() {
+            Some(CoordinatorMessage::Start { generation, rank, peers, collective_key, .. }) => {
+                return (generation, rank, peers, collective_key);
+            }
+            Some(_) => {}
+            None => panic!("no start within {PATIENCE:?}"),
+        }
+    };
+    spawn_blocking(wait).await.unwrap()
+}
+
+async fn finish(client: Arc<Client>, generation: u64, step: u64, stopped: bool) {
+    spawn_blocking(move || client.finish(generation, step, stopped)).await.unwrap().unwrap();
+}
+
+fn report(step: u64) -> StepReport {
+    StepReport {
+        step,
+        loss: 1.0,
+        learning_rate: 1e-3,
+        gradient_norm: 1.0,
+        examples: 1,
+        tokens: 1,
+        labels: 1,
+        seconds: 0.1,
+        examples_per_s: 10.0,
+        tokens_per_s: 10.0,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_workers_train_and_finish() {
+    let sandbox = Sandbox::start(2).await;
+    let (leader, other) = (sandbox.join(0).await, sandbox.join(1).await);
+    let (first, second) = (started(&leader).await, started(&other).await);
+    assert_eq!((first.0, first.1, second.0, second.1), (1, 0, 1, 1));
+    assert_eq!(first.2, ["127.0.0.1:9000", "127.0.0.1:9001"]);
+    assert_eq!((&first.2, &first.3), (&second.2, &second.3));
+    for client in [&leader, &other] {
+        // Every worker may report; only the leader's report counts.
+        client.send(&WorkerMessage::Step { generation: 1, report: report(1) }).unwrap();
+    }
+    tokio::join!(finish(leader, 1, 1, false), finish(other, 1, 1, false));
+    let (end, events) = sandbox.end().await;
+    assert_eq!(end, RunEnd::Finished { step: 1 });
+    assert_eq!(events.iter().filter(|event| matches!(event, Event::Step { .. })).count(), 1);
+    assert_eq!(events.iter().filter(|event| matches!(event, Event::WorkerFinished { .. })).count(), 2);
+    assert!(!events.iter().any(|event| matches!(event, Event::WorkerLost { .. })), "{events:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_are_refused() {
+    let sandbox = Sandbox::start(1).await;
+    let cases = [
+        (JoinOptions { token: Secret::new("guess"), ..sandbox.options(0) }, None, None),
+        (JoinOptions { recipe_hash: "other".to_owned(), ..sandbox.options(0) }, Some("recipe hash recipe"), Some("recipe hash other")),
+        (JoinOptions { build: "old".to_owned(), ..sandbox.options(0) }, Some("build build"), Some("build old")),
+        (JoinOptions { worker: 4, ..sandbox.options(0) }, Some("a slot below 1"), None),
+    ];
+    for (options, expected, found) in cases {
+        let failure = try_join(options).await.unwrap_err().downcast::<Failure>().unwrap();
+        assert_eq!((failure.expected.as_deref(), failure.found.as_deref()), (expected, found), "{failure}");
+    }
+    let _owner = sandbox.join(0).await;
+    let elsewhere = JoinOptions { collective_address: "127.0.0.1:1".to_owned(), ..sandbox.options(0) };
+    let failure = try_join(elsewhere).await.unwrap_err().downcast::<Failure>().unwrap();
+    assert_eq!(failure.what, "another process already holds this worker's slot");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_protocol_version_is_refused() {
+    let sandbox = Sandbox::start(1).await;
+    let mut socket = TcpStream::connect(sandbox.address).await.unwrap();
+    let request = JoinRequest {
+        protocol_version: PROTOCOL_VERSION + 1,
+        token: Secret::new("token"),
+        recipe_hash: "recipe".to_owned(),
+        build: "build".to_owned(),
+        worker: 0,
+        process_id: 1,
+        host: "h".to_owned(),
+        collective_address: String::new(),
+        held: None,
+    };
+    protocol::write_message(&mut socket, &WorkerMessage::Join(request)).await.unwrap();
+    let body = timeout(PATIENCE, protocol::read_frame(&mut socket)).await.unwrap().unwrap().unwrap();
+    let CoordinatorMessage::Refused { failure } = protocol::decode(&body).unwrap() else { panic!("refused") };
+    assert_eq!(failure.found, Some((PROTOCOL_VERSION + 1).to_string()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_worker_is_replaced() {
+    let mut sandbox = Sandbox::start(2).await;
+    let (survivor, victim) = (sandbox.join(0).await, sandbox.join(1).await);
+    let key = started(&survivor).await.3;
+    started(&victim).await;
+    let (aborted, abort) = std::sync::mpsc::channel();
+    survivor.on_abort(Box::new(move |generation, reason: &str| {
+        let _ = aborted.send((generation, reason.to_owned()));
+    }));
+
+    drop(victim);
+    let abort = spawn_blocking(move || abort.recv_timeout(PATIENCE)).await.unwrap().unwrap();
+    let host = crate::host::host_name();
+    // A closed connection is noticed as such, before a heartbeat is missed.
+    assert_eq!(abort, (1, format!("worker 1 (rank 1) on {host} lost: connection closed")));
+    survivor.ready(1, Some(8)).unwrap();
+
+    sandbox.control.send(Control::WorkerExited { worker: 1, status: "SIGKILL".to_owned() }).await.unwrap();
+    let replacement = sandbox.join(1).await;
+    let (first, second) = (started(&survivor).await, started(&replacement).await);
+    assert_eq!((first.0, second.0), (2, 2));
+    assert_ne!(first.3, key, "each generation has its own key");
+    tokio::join!(finish(survivor, 2, 9, false), finish(replacement, 2, 9, false));
+    let mut seen = Vec::new();
+    while let Ok(Some(event)) = timeout(PATIENCE, sandbox.events.recv()).await {
+        seen.push(event);
+    }
+    let (class, reason) = (FailureClass::ConnectionClosed, "connection closed".to_owned());
+    let lost = Event::WorkerLost { worker: 1, rank: Some(1), host, class, reason };
+    assert_eq!(seen.iter().filter(|event| matches!(event, Event::WorkerLost { .. })).collect::<Vec<_>>(), [&lost]);
+    assert_eq!(sandbox.end().await.0, RunEnd::Finished { step: 9 });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_lets_the_workers_leave() {
+    let sandbox = Sandbox::start(1).await;
+    let client = sandbox.join(0).await;
+    started(&client).await;
+    sandbox.control.send(Control::Stop { reason: "SIGTERM".to_owned() }).await.unwrap();
+    let waiting = Arc::clone(&client);
+    let told = spawn_blocking(move || waiting.next(PATIENCE)).await.unwrap().unwrap();
+    assert_eq!(told, Some(CoordinatorMessage::Stop { reason: "SIGTERM".to_owned() }));
+    assert_eq!(client.stop_requested().as_deref(), Some("SIGTERM"));
+    finish(client, 1, 17, true).await;
+    assert_eq!(sandbox.end().await.0, RunEnd::Stopped { step: 17 });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn giving_up_ends_the_run_and_the_workers() {
+    let sandbox = Sandbox::start(2).await;
+    let client = sandbox.join(0).await;
+    let failure = Failure::new(FailureKind::Run, "restart budget spent");
+    sandbox.control.send(Control::GiveUp { failure: failure.clone() }).await.unwrap();
+    assert_eq!(sandbox.end().await.0, RunEnd::Failed(failure));
+    let ended = spawn_blocking(move || while client.next(PATIENCE).is_ok_and(|message| message.is_some()) {});
+    timeout(PATIENCE, ended).await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_connections_are_bounded() {
+    let sandbox = Sandbox::start(1).await;
+    let mut silent = Vec::new();
+    for _ in 0..=MAX_UNAUTHENTICATED_CONNECTIONS {
+        silent.push(TcpStream::connect(sandbox.address).await.unwrap());
+    }
+    // Those at the door keep the others waiting until they are closed, and no longer.
+    sandbox.join(0).await;
+    let mut first = silent.swap_remove(0);
+    assert_eq!(timeout(PATIENCE, first.read(&mut [0; 1])).await.unwrap().unwrap(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_workers_join_at_once() {
+    let sandbox = Sandbox::start(64).await;
+    let mut joining = JoinSet::new();
+    for worker in 0..64 {
+        let options = sandbox.options(worker);
+        joining.spawn(async move {
+            let client = Arc::new(try_join(options).await.unwrap());
+            client.ready(0, None).unwrap();
+            let (generation, rank, peers, _) = started(&client).await;
+            assert_eq!((generation, rank, peers.len()), (1, worker, 64));
+            assert_eq!(peers[worker as usize], format!("127.0.0.1:{}", 9000 + worker));
+            client
+        });
+    }
+    let clients = timeout(PATIENCE, joining.join_all()).await.unwrap();
+    assert_eq!(clients.len(), 64);
+    sandbox.control.send(Control::GiveUp { failure: Failure::new(FailureKind::Run, "enough") }).await.unwrap();
+    assert!(matches!(sandbox.end().await.0, RunEnd::Failed(_)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_that_is_taken_is_a_failure() {
+    let taken = Sandbox::start(1).await;
+    let error = listen(taken.address).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
+}

@@ -1,0 +1,181 @@
+//! What an earlier controller left behind, and what a new one does about it.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use cloze_recipes::failure::{Failure, FailureKind};
+use rustix::process::Signal;
+use tokio::time::{Instant, sleep};
+
+use super::record::{ProcessRecord, living};
+use crate::run_folder::{ControlFile, RunPaths};
+
+/// Longest wait for killed processes to be gone.
+const KILL_TIMEOUT_S: u64 = 5;
+
+/// Interval at which they are looked for.
+const KILL_POLL_MS: u64 = 20;
+
+/// What a controller that was killed left.
+#[derive(Debug, Default)]
+pub(super) struct Legacy {
+    /// Where its workers look for it.
+    pub control: Option<ControlFile>,
+    /// Its workers on this host that still live.
+    pub living: Vec<ProcessRecord>,
+}
+
+/// What the new controller is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Wanted {
+    /// Slots of the run.
+    pub workers: u32,
+    /// Slots whose processes the controller starts itself.
+    pub local_workers: u32,
+    /// Where the coordinator is to listen, if that was said.
+    pub bind: Option<SocketAddr>,
+}
+
+/// What is done with what was left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Adoption {
+    /// Nothing is left; start anew.
+    Fresh,
+    /// Listen where the earlier controller did, and wait for its workers to come back.
+    TakeOver,
+    /// End the living workers and start anew.
+    Replace,
+}
+
+/// Why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AdoptionReason {
+    /// No worker of this run lives.
+    NobodyLeft,
+    /// Workers live, or may live on other hosts.
+    MayComeBack,
+    /// They belong to a run of another size.
+    OtherSize {
+        /// Its slots.
+        slots: u32,
+    },
+    /// Nothing says where they look for their controller.
+    NoControl,
+    /// The coordinator is to listen elsewhere.
+    OtherAddress,
+    /// The address is taken.
+    AddressTaken,
+}
+
+impl Legacy {
+    /// Looks for what an earlier controller left on this host. Processes of `cloze join` are not its own.
+    pub(super) fn find(paths: &RunPaths) -> anyhow::Result<Self> {
+        let mut living = living(paths)?;
+        living.retain(|record| !record.by_join);
+        Ok(Self { control: ControlFile::read(paths)?, living })
+    }
+
+    /// Kills the living workers and waits until they are gone.
+    pub(super) async fn end_living(&mut self) -> anyhow::Result<()> {
+        for record in &self.living {
+            record.signal(Signal::KILL).with_context(|| format!("kill worker process {}", record.process_id))?;
+        }
+        let deadline = Instant::now() + Duration::from_secs(KILL_TIMEOUT_S);
+        while let Some(record) = self.living.iter().find(|record| record.is_alive()) {
+            if Instant::now() >= deadline {
+                return Err(Failure::new(FailureKind::Environment, "a worker of the earlier controller does not end")
+                    .at(format!("process {}", record.process_id))
+                    .found(format!("alive {KILL_TIMEOUT_S} s after SIGKILL"))
+                    .hint("it hangs in the kernel, for instance on a network file system; look at its state in `ps`")
+                    .into());
+            }
+            sleep(Duration::from_millis(KILL_POLL_MS)).await;
+        }
+        self.living.clear();
+        Ok(())
+    }
+}
+
+/// Decides what becomes of what was left.
+pub(super) fn decide_adoption(legacy: &Legacy, wanted: &Wanted) -> (Adoption, AdoptionReason) {
+    let end_unless_nobody = |reason| {
+        if legacy.living.is_empty() { (Adoption::Fresh, AdoptionReason::NobodyLeft) } else { (Adoption::Replace, reason) }
+    };
+    let does_not_fit = |record: &&ProcessRecord| record.slots != wanted.workers || record.worker >= wanted.local_workers;
+    if let Some(record) = legacy.living.iter().find(does_not_fit) {
+        return (Adoption::Replace, AdoptionReason::OtherSize { slots: record.slots });
+    }
+    let Some(control) = &legacy.control else { return end_unless_nobody(AdoptionReason::NoControl) };
+    if wanted.bind.is_some_and(|bind| !allows(bind, control.address)) {
+        return end_unless_nobody(AdoptionReason::OtherAddress);
+    }
+    if legacy.living.is_empty() && wanted.local_workers == wanted.workers {
+        return (Adoption::Fresh, AdoptionReason::NobodyLeft);
+    }
+    (Adoption::TakeOver, AdoptionReason::MayComeBack)
+}
+
+/// Whether an address that was asked for leaves room for this one; port 0 is any port.
+fn allows(wanted: SocketAddr, address: SocketAddr) -> bool {
+    wanted == address || (wanted.port() == 0 && wanted.ip() == address.ip())
+}
+
+impl fmt::Display for AdoptionReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NobodyLeft => f.write_str("no worker of the earlier controller lives"),
+            Self::MayComeBack => f.write_str("workers of the earlier controller may come back"),
+            Self::OtherSize { slots } => {
+                write!(f, "they belong to a run of {slots} workers, or to slots that are not started here any more")
+            }
+            Self::NoControl => f.write_str("control.json is gone, so nobody knows where they look for their controller"),
+            Self::OtherAddress => f.write_str("they look for their controller at another address than `--listen` names"),
+            Self::AddressTaken => f.write_str("the address at which they look for their controller is taken"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cloze_cluster::Secret;
+
+    use super::*;
+
+    fn record(worker: u32, slots: u32) -> ProcessRecord {
+        ProcessRecord { worker, slots, process_id: 1, start_ticks: 1, host: "h".to_owned(), by_join: false, log_start: 0 }
+    }
+
+    fn control() -> Option<ControlFile> {
+        let address = SocketAddr::from(([127, 0, 0, 1], 4242));
+        Some(ControlFile { address, token: Secret::new("token"), dashboard: None, process_id: 7 })
+    }
+
+    #[test]
+    fn what_is_left_is_taken_over_where_it_fits() {
+        let wanted = Wanted { workers: 2, local_workers: 2, bind: None };
+        let elsewhere = Wanted { bind: Some(SocketAddr::from(([127, 0, 0, 1], 5000))), ..wanted };
+        let same = Wanted { bind: control().map(|control| control.address), ..wanted };
+        let any_port = Wanted { bind: Some(SocketAddr::from(([127, 0, 0, 1], 0))), ..wanted };
+        let partly = Wanted { local_workers: 1, ..wanted };
+        let both = || vec![record(0, 2), record(1, 2)];
+        let cases = [
+            ("nothing", None, vec![], wanted, Adoption::Fresh, AdoptionReason::NobodyLeft),
+            ("killed together with its workers", control(), vec![], wanted, Adoption::Fresh, AdoptionReason::NobodyLeft),
+            ("workers on other hosts", control(), vec![], partly, Adoption::TakeOver, AdoptionReason::MayComeBack),
+            ("all live", control(), both(), wanted, Adoption::TakeOver, AdoptionReason::MayComeBack),
+            ("one lives", control(), vec![record(1, 2)], wanted, Adoption::TakeOver, AdoptionReason::MayComeBack),
+            ("the same address", control(), both(), same, Adoption::TakeOver, AdoptionReason::MayComeBack),
+            ("any port of the same host", control(), both(), any_port, Adoption::TakeOver, AdoptionReason::MayComeBack),
+            ("another address", control(), both(), elsewhere, Adoption::Replace, AdoptionReason::OtherAddress),
+            ("another address, nobody left", control(), vec![], elsewhere, Adoption::Fresh, AdoptionReason::NobodyLeft),
+            ("no control file", None, both(), wanted, Adoption::Replace, AdoptionReason::NoControl),
+            ("another size", control(), vec![record(0, 3)], wanted, Adoption::Replace, AdoptionReason::OtherSize { slots: 3 }),
+            ("a slot of others now", control(), both(), partly, Adoption::Replace, AdoptionReason::OtherSize { slots: 2 }),
+        ];
+        for (name, control, living, wanted, adoption, reason) in cases {
+            assert_eq!(decide_adoption(&Legacy { control, living }, &wanted), (adoption, reason), "{name}");
+        }
+    }
+}

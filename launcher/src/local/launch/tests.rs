@@ -1,0 +1,186 @@
+//! Whole runs with workers that only fail.
+
+use std::path::Path;
+
+use cloze_cluster::Recorded;
+
+use super::*;
+use crate::local::record::{living, send, start_ticks};
+use crate::run_folder::NewRun;
+use crate::sample::{recipe, script};
+
+fn folder(root: &Path) -> RunFolder {
+    let recipe = recipe();
+    let new = NewRun {
+        name: "run",
+        recipe: &recipe,
+        data_fingerprint: String::new(),
+        command_line: Vec::new(),
+        worker_build: "build".to_owned(),
+    };
+    RunFolder::create(root, &new).unwrap()
+}
+
+fn plan(worker_binary: &Path) -> LaunchPlan {
+    LaunchPlan {
+        recipe: recipe(),
+        total_steps: 10,
+        workers: 1,
+        local_workers: 1,
+        worker_binary: worker_binary.to_owned(),
+        worker_build: "build".to_owned(),
+        bind: None,
+        join_timeout: Duration::from_secs(60),
+        resumed: false,
+        dashboard: None,
+        drills: Vec::new(),
+    }
+}
+
+fn run(run: RunFolder, plan: LaunchPlan) -> anyhow::Result<RunEnd> {
+    launch(LaunchOptions { run, plan, output: Box::new(std::io::sink()), style: TerminalStyle::default() })
+}
+
+fn events(root: &Path) -> Vec<Event> {
+    let text = std::fs::read_to_string(root.join("run").join("events.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str::<Recorded>(line).unwrap().event).collect()
+}
+
+fn failure(end: anyhow::Result<RunEnd>) -> Failure {
+    match end {
+        Ok(RunEnd::Failed(failure)) => failure,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_worker_that_always_fails_is_restarted_within_the_budget() {
+    let root = tempfile::tempdir().unwrap();
+    // A shell that is given a worker's arguments complains that there is no script `train`.
+    let failure = failure(run(folder(root.path()), plan(Path::new("/bin/sh"))));
+    assert_eq!(failure.kind, FailureKind::Run);
+    assert!(failure.what.starts_with("worker 0 ended with exit code "), "{failure}");
+    assert!(failure.what.ends_with("all 2 replacements of this run are used (`cluster.max_restarts`)"), "{failure}");
+    assert!(failure.cause.as_ref().unwrap().contains("train"), "its last words: {failure}");
+    let events = events(root.path());
+    let restarts: Vec<(u32, u32)> = events
+        .iter()
+        .filter_map(|event| match event {
+            Event::WorkerRestarted { attempt, budget_left, .. } => Some((*attempt, *budget_left)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(restarts, [(1, 1), (2, 0)]);
+    let exits = events.iter().filter(|event| matches!(event, Event::WorkerExited { worker: 0, tail, .. } if tail.contains("train")));
+    assert_eq!(exits.count(), 3);
+    assert_eq!(events.iter().filter(|event| matches!(event, Event::WorkerStarted { .. })).count(), 3);
+    assert_eq!(events.last(), Some(&Event::RunFailed { failure }));
+    let log = std::fs::read_to_string(root.path().join("run").join("logs").join("worker-0.log")).unwrap();
+    assert_eq!(log.lines().filter(|line| line.starts_with("== worker 0, process ")).count(), 3);
+    assert!(!root.path().join("run").join("control.json").exists());
+}
+
+#[test]
+fn a_missing_binary_is_the_machines_fault() {
+    let root = tempfile::tempdir().unwrap();
+    let error = run(folder(root.path()), plan(Path::new("/nowhere/cloze-worker"))).unwrap_err();
+    let failure = error.downcast::<Failure>().unwrap();
+    assert_eq!((failure.kind, failure.place.as_deref()), (FailureKind::Environment, Some("/nowhere/cloze-worker")));
+    assert_eq!(events(root.path()).last(), Some(&Event::RunFailed { failure }));
+    assert!(!root.path().join("run").join("control.json").exists());
+}
+
+#[test]
+fn impossible_plans_are_refused() {
+    let sh = Path::new("/bin/sh");
+    let mut elastic = plan(sh);
+    elastic.recipe.cluster.min_workers = Some(2);
+    let cases = [
+        (LaunchPlan { drills: vec!["kill:1@5".parse().unwrap()], ..plan(sh) }, "a worker below 1"),
+        (LaunchPlan { local_workers: 2, ..plan(sh) }, "at most 1, the number of all workers"),
+        (LaunchPlan { workers: 2000, local_workers: 1025, ..plan(sh) }, "at most 1024 on one machine (`--local`)"),
+        (
+            LaunchPlan { bind: Some(SocketAddr::from(([0, 0, 0, 0], 0))), ..plan(sh) },
+            "an address of this machine that its workers can reach",
+        ),
+        (elastic, "at least 2 workers (`cluster.min_workers`)"),
+    ];
+    for (plan, expected) in cases {
+        let root = tempfile::tempdir().unwrap();
+        let failure = run(folder(root.path()), plan).unwrap_err().downcast::<Failure>().unwrap();
+        assert_eq!((failure.kind, failure.expected.as_deref()), (FailureKind::Recipe, Some(expected)));
+    }
+}
+
+/// A run folder as a killed controller leaves it: one worker lives and looks for it at this address.
+fn left_behind(root: &Path, address: SocketAddr, slots: u32) -> (RunFolder, std::process::Child) {
+    let run = folder(root);
+    let binary = script(root, "kill -STOP $$");
+    let paths = run.paths();
+    let mut command = std::process::Command::new(binary);
+    command.args(["train", "--run"]).arg(paths.root()).args(["--worker", "0"]);
+    let child = command.spawn().unwrap();
+    let process_id = child.id();
+    let start_ticks = start_ticks(process_id).unwrap();
+    let host = cloze_cluster::host::host_name();
+    let record = ProcessRecord { worker: 0, slots, process_id, start_ticks, host, by_join: false, log_start: 0 };
+    record.write(paths).unwrap();
+    std::fs::write(paths.log(0), "").unwrap();
+    ControlFile { address, token: Secret::new("token"), dashboard: None, process_id: 1 }.write(paths).unwrap();
+    assert_eq!(living(paths).unwrap(), [record]);
+    (run, child)
+}
+
+#[test]
+fn a_living_worker_of_another_world_is_killed_first() {
+    let root = tempfile::tempdir().unwrap();
+    let (folder, mut child) = left_behind(root.path(), SocketAddr::from(([127, 0, 0, 1], 1)), 3);
+    let reaper = std::thread::spawn(move || child.wait().unwrap());
+    failure(run(folder, LaunchPlan { resumed: true, ..plan(Path::new("/bin/sh")) }));
+    assert!(!reaper.join().unwrap().success());
+    let warned = |event: &Event| matches!(event, Event::Warning { message } if message.contains("a run of 3 workers"));
+    assert!(events(root.path()).iter().any(warned));
+}
+
+#[test]
+fn a_taken_address_is_told_and_its_workers_are_killed() {
+    let root = tempfile::tempdir().unwrap();
+    let taken = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let (folder, mut child) = left_behind(root.path(), taken.local_addr().unwrap(), 1);
+    let reaper = std::thread::spawn(move || child.wait().unwrap());
+    failure(run(folder, LaunchPlan { resumed: true, ..plan(Path::new("/bin/sh")) }));
+    assert!(!reaper.join().unwrap().success());
+    let warnings: Vec<String> = events(root.path())
+        .into_iter()
+        .filter_map(|event| match event {
+            Event::Warning { message } => Some(message),
+            _ => None,
+        })
+        .collect();
+    assert!(warnings.iter().any(|message| message.starts_with("the coordinator listens at another address than before")), "{warnings:?}");
+    assert!(warnings.iter().any(|message| message.ends_with("is taken")), "{warnings:?}");
+}
+
+#[test]
+fn a_living_worker_is_waited_for_at_its_address() {
+    let root = tempfile::tempdir().unwrap();
+    // A free port; the listener is closed before the run binds it.
+    let address = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap();
+    let (folder, mut child) = left_behind(root.path(), address, 1);
+    let paths = folder.paths().clone();
+    let process_id = child.id();
+    // The worker never comes back: it is ended from here once the new controller listens at the old address.
+    let reaper = std::thread::spawn(move || {
+        while !ControlFile::read(&paths).unwrap().is_some_and(|file| file.process_id == std::process::id()) {
+            std::thread::yield_now();
+        }
+        assert_eq!(ControlFile::read(&paths).unwrap().map(|file| (file.address, file.token)), Some((address, Secret::new("token"))));
+        send(process_id, rustix::process::Signal::KILL).unwrap();
+        child.wait().unwrap()
+    });
+    let failure = failure(run(folder, LaunchPlan { resumed: true, ..plan(Path::new("/bin/sh")) }));
+    assert!(!reaper.join().unwrap().success());
+    assert!(failure.what.contains("all 2 replacements"), "{failure}");
+    let started = events(root.path()).iter().filter(|event| matches!(event, Event::WorkerStarted { .. })).count();
+    assert_eq!(started, 2, "the living worker was not started a second time, and its replacements were");
+}

@@ -1,0 +1,216 @@
+//! Which process fills a slot, written down so that a later controller finds it again.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use anyhow::Context as _;
+use cloze_cluster::host::host_name;
+use cloze_recipes::failure::{Failure, FailureKind};
+use rustix::process::{Pid, Signal, kill_process};
+use serde::{Deserialize, Serialize};
+
+use crate::run_folder::{READABLE, RunPaths, remove_if_there, storage, write_whole};
+
+/// Place of the start time in `/proc/PID/stat` behind the program's name: it is field 22, and the name is field 2.
+const START_TICKS_PLACE: usize = 19;
+
+/// One file of `processes/`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ProcessRecord {
+    /// The slot.
+    pub worker: u32,
+    /// Slots of the run when the process started.
+    pub slots: u32,
+    /// The process.
+    pub process_id: u32,
+    /// Its start, in clock ticks since the host's; with the process id it names one process, however often the id is used again.
+    pub start_ticks: u64,
+    /// Its host.
+    pub host: String,
+    /// Whether `cloze join` started it, and not the controller.
+    pub by_join: bool,
+    /// Where its part of the log begins, in bytes.
+    pub log_start: u64,
+}
+
+/// What `/proc` says about a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stat {
+    state: char,
+    start_ticks: u64,
+}
+
+impl ProcessRecord {
+    /// Writes the record whole.
+    pub(super) fn write(&self, paths: &RunPaths) -> anyhow::Result<()> {
+        let text = serde_json::to_vec(self).context("serialise a process record")?;
+        write_whole(&paths.process(self.worker), &text, READABLE)
+    }
+
+    /// Removes the record of a slot.
+    pub(super) fn remove(paths: &RunPaths, worker: u32) -> anyhow::Result<()> {
+        let path = paths.process(worker);
+        remove_if_there(&path).map_err(|error| storage("remove a process record", &path, &error).into())
+    }
+
+    /// Whether this very process still runs. One that has ended and that nobody has asked about does not run any more.
+    pub(super) fn is_alive(&self) -> bool {
+        stat(self.process_id).is_ok_and(|found| found.start_ticks == self.start_ticks && !matches!(found.state, 'Z' | 'X'))
+    }
+
+    /// Sends a signal to this very process; does nothing when it has ended.
+    pub(super) fn signal(&self, signal: Signal) -> io::Result<()> {
+        if self.is_alive() { send(self.process_id, signal) } else { Ok(()) }
+    }
+
+    /// Whether it is on this host, alive, and the worker that the record says, by its command line.
+    fn is_found_again(&self, run: &Path) -> bool {
+        self.host == host_name() && self.is_alive() && names_worker(self.process_id, run, self.worker)
+    }
+}
+
+/// Start time of a live process, in clock ticks since the host's start.
+pub(super) fn start_ticks(process_id: u32) -> io::Result<u64> {
+    stat(process_id).map(|stat| stat.start_ticks)
+}
+
+/// Sends a signal to a process.
+pub(super) fn send(process_id: u32, signal: Signal) -> io::Result<()> {
+    let pid = i32::try_from(process_id).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("{process_id} is no process id")))?;
+    Ok(kill_process(pid, signal)?)
+}
+
+/// The processes of a run that an earlier controller or `cloze join` started on this host and that still live.
+pub(super) fn living(paths: &RunPaths) -> anyhow::Result<Vec<ProcessRecord>> {
+    let folder = paths.processes();
+    let entries = match fs::read_dir(&folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(storage("list the process records", &folder, &error).into()),
+    };
+    let mut living = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|error| storage("list the process records", &folder, &error))?.path();
+        if path.extension().is_some_and(|extension| extension == "json") {
+            living.extend(read(&path)?.filter(|record| record.is_found_again(paths.root())));
+        }
+    }
+    living.sort_by_key(|record| record.worker);
+    Ok(living)
+}
+
+/// Reads a record; one that its owner has just removed is none.
+fn read(path: &Path) -> anyhow::Result<Option<ProcessRecord>> {
+    let text = match fs::read(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(storage("read a process record", path, &error).into()),
+    };
+    let record = serde_json::from_slice(&text).map_err(|error| {
+        Failure::new(FailureKind::Damaged, "a process record cannot be read")
+            .at(path.display())
+            .because(error)
+            .hint("end the worker processes of this run on this host, and remove the file")
+    })?;
+    Ok(Some(record))
+}
+
+fn stat(process_id: u32) -> io::Result<Stat> {
+    let text = fs::read_to_string(format!("/proc/{process_id}/stat"))?;
+    parse_stat(&text).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{process_id}/stat is not understood")))
+}
+
+/// Reads state and start time. The program's name stands in parentheses and may itself hold any character.
+fn parse_stat(text: &str) -> Option<Stat> {
+    let (_, fields) = text.rsplit_once(')')?;
+    let mut fields = fields.split_ascii_whitespace();
+    let state = fields.clone().next()?.chars().next()?;
+    let start_ticks = fields.nth(START_TICKS_PLACE)?.parse().ok()?;
+    Some(Stat { state, start_ticks })
+}
+
+/// Whether a process's command line is that of a worker of this run and slot.
+fn names_worker(process_id: u32, run: &Path, worker: u32) -> bool {
+    let Ok(line) = fs::read(format!("/proc/{process_id}/cmdline")) else { return false };
+    let arguments: Vec<&[u8]> = line.split(|&byte| byte == 0).collect();
+    let has = |flag: &str, value: &[u8]| arguments.windows(2).any(|pair| pair[0] == flag.as_bytes() && pair[1] == value);
+    has("--run", run.as_os_str().as_encoded_bytes()) && has("--worker", worker.to_string().as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn stats_are_read() {
+        let tail = "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 777 20 21";
+        let cases = [
+            (format!("12 (sleep) S {tail}"), Some(Stat { state: 'S', start_ticks: 777 })),
+            (format!("12 (a) b (c)) T {tail}"), Some(Stat { state: 'T', start_ticks: 777 })),
+            ("12 (sleep) S 1 2".to_owned(), None),
+            (String::new(), None),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(parse_stat(&text), expected, "{text}");
+        }
+    }
+
+    /// A process with the command line of worker 3 of a run, and its record.
+    fn process(paths: &RunPaths) -> (std::process::Child, ProcessRecord) {
+        let child = Command::new("/bin/sh")
+            .args(["-c", "read line", "worker", "train", "--run"])
+            .arg(paths.root())
+            .args(["--worker", "3"])
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let process_id = child.id();
+        let start_ticks = start_ticks(process_id).unwrap();
+        let host = host_name();
+        (child, ProcessRecord { worker: 3, slots: 4, process_id, start_ticks, host, by_join: false, log_start: 0 })
+    }
+
+    #[test]
+    fn a_live_process_is_found_again_until_it_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = RunPaths::new(folder.path().to_owned());
+        assert!(living(&paths).unwrap().is_empty());
+        fs::create_dir(paths.processes()).unwrap();
+        let (mut child, record) = process(&paths);
+        let others = [
+            ProcessRecord { host: "another".to_owned(), ..record.clone() },
+            ProcessRecord { start_ticks: record.start_ticks + 1, ..record.clone() },
+            ProcessRecord { worker: 2, ..record.clone() },
+        ];
+        for other in others {
+            other.write(&paths).unwrap();
+            assert!(living(&paths).unwrap().is_empty(), "{other:?}");
+            ProcessRecord::remove(&paths, other.worker).unwrap();
+        }
+        record.write(&paths).unwrap();
+        assert_eq!(living(&paths).unwrap(), [record.clone()]);
+        record.signal(Signal::KILL).unwrap();
+        // Until somebody asks for its status the process is a zombie, and counts as ended.
+        while record.is_alive() {
+            std::thread::yield_now();
+        }
+        assert!(living(&paths).unwrap().is_empty());
+        child.wait().unwrap();
+        record.signal(Signal::KILL).unwrap();
+    }
+
+    #[test]
+    fn a_damaged_record_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = RunPaths::new(folder.path().to_owned());
+        fs::create_dir(paths.processes()).unwrap();
+        fs::write(paths.process(0), "{").unwrap();
+        let failure = living(&paths).unwrap_err().downcast::<Failure>().unwrap();
+        assert_eq!(failure.kind, FailureKind::Damaged);
+    }
+}

@@ -1,0 +1,345 @@
+//! `cloze join`: the workers of some slots of a run whose controller is elsewhere, kept alive until the run ends.
+//!
+//! What the coordinator says of the workers is read from the run's event log, which all hosts see.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use cloze_cluster::{Event, Secret};
+use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::recipe::Recipe;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+
+use super::crew::{Crew, Replacement};
+use super::event_tail::EventTail;
+use super::process::{Exit, WorkerCommand};
+use super::record::living;
+use super::restart::{ExitDecision, RestartLimits};
+use super::signals::{Request, Signals};
+use super::supervisor::exit_failure;
+use crate::run_folder::{ControlFile, RunPaths, storage};
+
+/// Interval at which signals, events and due times are looked at.
+const TICK_MS: u64 = 250;
+
+/// Longest wait for one connection to the coordinator.
+const CONNECT_TIMEOUT_S: u64 = 2;
+
+/// Wait before the coordinator is looked for again.
+const RETRY_MS: u64 = 500;
+
+/// After the run has ended, longest time for the workers to leave before they are killed.
+const LEAVE_TIMEOUT_S: u64 = 10;
+
+/// Exit code of a worker that was asked to stop.
+const EXIT_CODE_STOPPED: i32 = 130;
+
+/// What `cloze join` needs.
+pub struct SlotsOptions {
+    /// The run's folder, on a disk that the controller shares.
+    pub paths: RunPaths,
+    /// The run's checked recipe.
+    pub recipe: Recipe,
+    /// The slots to fill.
+    pub slots: Vec<u32>,
+    /// `host:port` of the coordinator; `None` reads control.json.
+    pub coordinator: Option<String>,
+    /// The run's token; `None` reads control.json.
+    pub token: Option<Secret>,
+    /// Longest wait for the controller at the start.
+    pub join_timeout: Duration,
+    /// The worker binary.
+    pub worker_binary: PathBuf,
+    /// Where progress is shown.
+    pub output: Box<dyn Write + Send>,
+}
+
+/// Fills slots until the run ends: starts their workers, and replaces them within `cluster.max_restarts`. Blocks.
+///
+/// A first signal lets the workers leave when their controller says so, and replaces none; a second one, or
+/// `checkpoint.stop_timeout_s`, kills them. Fails with kind `Environment` when the coordinator cannot be reached, with the run's own
+/// failure when the run failed, and with kind `Run` when a worker ended that may not be replaced.
+pub fn serve_slots(options: SlotsOptions) -> anyhow::Result<()> {
+    let signals = Signals::listen().context("listen to signals")?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the launcher's runtime")?;
+    runtime.block_on(Box::pin(async {
+        let mut outpost = Outpost::open(options, &signals).await?;
+        let outcome = outpost.drive().await;
+        outpost.crew.end(Duration::ZERO).await;
+        outcome
+    }))
+}
+
+/// Where the coordinator is, as far as the command line said so.
+struct Named {
+    coordinator: Option<String>,
+    token: Option<Secret>,
+}
+
+/// The state of the loop.
+struct Outpost<'a> {
+    crew: Crew,
+    tail: EventTail,
+    named: Named,
+    recipe: Recipe,
+    limits: RestartLimits,
+    signals: &'a Signals,
+    output: Box<dyn Write + Send>,
+    /// Nothing is replaced any more.
+    leaving: bool,
+    /// When what lives then is killed.
+    leave_by: Option<Instant>,
+    /// Since when the coordinator cannot be reached.
+    away_since: Option<Instant>,
+    /// Why this ends with a failure.
+    failure: Option<Failure>,
+}
+
+impl<'a> Outpost<'a> {
+    /// Waits for the coordinator and starts the workers.
+    async fn open(options: SlotsOptions, signals: &'a Signals) -> anyhow::Result<Self> {
+        let SlotsOptions { paths, recipe, slots, coordinator, token, join_timeout, worker_binary, output } = options;
+        let named = Named { coordinator, token };
+        let (coordinator, token) = find_coordinator(&paths, &named, join_timeout, signals).await?;
+        let mut tail = EventTail::new(paths.events());
+        let workers = slots_of_run(&mut tail, &paths)?;
+        if let Some(slot) = slots.iter().find(|&&slot| slot >= workers) {
+            let expected = format!("slots below {workers}");
+            return Err(Failure::new(FailureKind::Recipe, "the run has no such slot").expected(expected).found(slot).into());
+        }
+        let local_workers = slots.len() as u32;
+        let binary = worker_binary;
+        let command = WorkerCommand { binary, paths, coordinator, token, slots: workers, local_workers, by_join: true };
+        let limits = RestartLimits { max_restarts: recipe.cluster.max_restarts, min_workers: recipe.cluster.min_workers };
+        let crew = Crew::new(command, slots.iter().copied());
+        let (leaving, leave_by, away_since, failure) = (false, None, None, None);
+        let mut outpost = Self { crew, tail, named, recipe, limits, signals, output, leaving, leave_by, away_since, failure };
+        outpost.fill(&slots)?;
+        Ok(outpost)
+    }
+
+    /// Takes over what an earlier `cloze join` left, and starts the rest.
+    fn fill(&mut self, slots: &[u32]) -> anyhow::Result<()> {
+        for record in living(&self.crew.command().paths)? {
+            if record.by_join && slots.contains(&record.worker) {
+                self.say(&format!("worker {} lives already, as process {}", record.worker, record.process_id))?;
+                self.crew.find(record, None);
+            }
+        }
+        for worker in self.crew.vacant() {
+            self.start(worker)?;
+        }
+        Ok(())
+    }
+
+    async fn drive(&mut self) -> anyhow::Result<()> {
+        let mut tick = interval(Duration::from_millis(TICK_MS));
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while !self.crew.is_done() {
+            tokio::select! {
+                biased;
+                _ = tick.tick() => self.look_around().await?,
+                Some(exit) = self.crew.next_exit() => self.take_exit(&exit?)?,
+            }
+        }
+        match self.failure.take() {
+            None => Ok(()),
+            Some(failure) => Err(failure.into()),
+        }
+    }
+
+    /// What the clock brings: signals, the controller's events, deadlines, replacements.
+    async fn look_around(&mut self) -> anyhow::Result<()> {
+        let now = Instant::now();
+        for request in [Request::EarlyStop, Request::Stop] {
+            if let Some(signal) = self.signals.take(request) {
+                self.take_signal(signal, now)?;
+            }
+        }
+        if let Some(signal) = self.signals.take(Request::Save) {
+            self.say(&format!("{signal}: the controller saves, not `cloze join`"))?;
+        }
+        self.hear_events(now)?;
+        if self.leave_by.is_some_and(|at| now >= at) {
+            self.leave_by = None;
+            self.say("the workers did not leave in time and are killed")?;
+            self.crew.kill_all();
+        }
+        for replacement in self.crew.due(now) {
+            self.replace(replacement, now).await?;
+        }
+        Ok(())
+    }
+
+    fn take_signal(&mut self, signal: &str, now: Instant) -> anyhow::Result<()> {
+        if self.leaving {
+            self.say(&format!("{signal} again: the workers are killed"))?;
+            self.crew.kill_all();
+        } else {
+            self.say(&format!("{signal}: the workers leave when their controller says so; a second signal ends them at once"))?;
+            self.leave(now, Duration::from_secs(self.recipe.checkpoint.stop_timeout_s));
+        }
+        Ok(())
+    }
+
+    fn hear_events(&mut self, now: Instant) -> anyhow::Result<()> {
+        let events = self.tail.read().map_err(|error| storage("read the event log", &self.crew.command().paths.events(), &error))?;
+        for event in events {
+            self.crew.hear(&event, now);
+            match event {
+                Event::RunFinished { .. } | Event::RunStopped { .. } => self.leave(now, Duration::from_secs(LEAVE_TIMEOUT_S)),
+                Event::RunFailed { failure } => {
+                    self.failure = Some(failure);
+                    self.leave(now, Duration::from_secs(LEAVE_TIMEOUT_S));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Replaces nobody any more, and kills after a while.
+    fn leave(&mut self, now: Instant, patience: Duration) {
+        self.crew.stop_replacing();
+        self.leaving = true;
+        self.leave_by = Some(now + patience);
+    }
+
+    /// Starts a replacement as soon as the coordinator can be reached. One that is away has as long to come back as the workers grant it.
+    async fn replace(&mut self, replacement: Replacement, now: Instant) -> anyhow::Result<()> {
+        let (worker, attempt, budget_left) = (replacement.worker, replacement.attempt, replacement.budget_left);
+        match reach(&self.crew.command().paths, &self.named).await {
+            Ok((coordinator, token)) => {
+                self.away_since = None;
+                self.crew.redirect(coordinator, token);
+                self.say(&format!("worker {worker} restarted (attempt {attempt}, {budget_left} left for these slots)"))?;
+                self.start(worker)
+            }
+            Err(error) => {
+                let since = *self.away_since.get_or_insert(now);
+                if now.duration_since(since) > Duration::from_secs(self.recipe.cluster.coordinator_grace_s) {
+                    return Err(error);
+                }
+                self.crew.postpone(replacement, now + Duration::from_millis(RETRY_MS));
+                Ok(())
+            }
+        }
+    }
+
+    fn take_exit(&mut self, exit: &Exit) -> anyhow::Result<()> {
+        let worker = exit.worker;
+        let is_done = self.leaving || matches!(exit.code, Some(0 | EXIT_CODE_STOPPED));
+        self.say(&format!("worker {worker} (process {}) ended with {}", exit.process_id, exit.status))?;
+        match &exit.dump {
+            None => {}
+            Some(Ok(path)) => self.say(&format!("stacks of worker {worker} written to {}", path.display()))?,
+            Some(Err(error)) => self.say(&format!("the stacks of worker {worker} could not be written: {error}"))?,
+        }
+        let verdict = self.crew.take_exit(exit, is_done, &self.limits);
+        let log_path = self.crew.command().paths.log(worker);
+        match verdict.decision {
+            ExitDecision::Expected | ExitDecision::Restart { .. } => Ok(()),
+            ExitDecision::LeaveEmpty => {
+                // The other slots go on; that this one did not is told at the end.
+                if self.failure.is_none() {
+                    self.failure = Some(exit_failure(FailureKind::Run, verdict.reason, exit, &log_path));
+                }
+                self.say(&format!("worker {worker} is not replaced: {}", verdict.reason))
+            }
+            ExitDecision::GiveUp { kind } => Err(exit_failure(kind, verdict.reason, exit, &log_path).into()),
+        }
+    }
+
+    fn start(&mut self, worker: u32) -> anyhow::Result<()> {
+        let process_id = self.crew.start(worker)?;
+        self.say(&format!("worker {worker} started as process {process_id}"))
+    }
+
+    fn say(&mut self, line: &str) -> anyhow::Result<()> {
+        match writeln!(self.output, "{line}").and_then(|()| self.output.flush()) {
+            // Somebody closed the other end; the workers matter more than their story.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            result => result.context("write progress to standard error"),
+        }
+    }
+}
+
+/// Waits until the coordinator can be reached.
+async fn find_coordinator(paths: &RunPaths, named: &Named, patience: Duration, signals: &Signals) -> anyhow::Result<(String, Secret)> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match reach(paths, named).await {
+            Ok(found) => return Ok(found),
+            Err(error) if Instant::now() >= deadline => return Err(error),
+            Err(error) => tracing::debug!(error = format!("{error:#}"), "the coordinator is not there yet"),
+        }
+        if let Some(signal) = signals.take(Request::Stop).or_else(|| signals.take(Request::EarlyStop)) {
+            return Err(Failure::new(FailureKind::Interrupted, "stopped while waiting for the coordinator").found(signal).into());
+        }
+        sleep(Duration::from_millis(RETRY_MS)).await;
+    }
+}
+
+/// Address and token of the coordinator, once it can be reached there.
+async fn reach(paths: &RunPaths, named: &Named) -> anyhow::Result<(String, Secret)> {
+    let (coordinator, token) = match (&named.coordinator, &named.token) {
+        (Some(coordinator), Some(token)) => (coordinator.clone(), token.clone()),
+        (coordinator, token) => {
+            let file = ControlFile::read(paths)?.ok_or_else(|| {
+                Failure::new(FailureKind::Environment, "this run has no controller")
+                    .at(paths.control().display())
+                    .hint("start `cloze train` or `cloze resume` first, and join while it lives; both need to see the same run folder")
+            })?;
+            (coordinator.clone().unwrap_or_else(|| file.address.to_string()), token.clone().unwrap_or(file.token))
+        }
+    };
+    let connected = match timeout(Duration::from_secs(CONNECT_TIMEOUT_S), TcpStream::connect(&coordinator)).await {
+        Ok(connected) => connected.map(drop).map_err(|error| error.to_string()),
+        Err(_) => Err(format!("no answer within {CONNECT_TIMEOUT_S} s")),
+    };
+    match connected {
+        Ok(()) => Ok((coordinator, token)),
+        Err(error) => Err(Failure::new(FailureKind::Environment, "the coordinator cannot be reached")
+            .at(coordinator)
+            .because(error)
+            .hint("the controller must listen on an address of its host: `cloze train --listen ADDRESS`, or name it with --coordinator")
+            .into()),
+    }
+}
+
+/// Number of slots of a run, as its newest start says; `None` before the first one.
+pub fn last_workers(paths: &RunPaths) -> anyhow::Result<Option<u32>> {
+    newest_start(&mut EventTail::new(paths.events()), paths)
+}
+
+/// Number of slots of a run. Goes to the end of the event log.
+fn slots_of_run(tail: &mut EventTail, paths: &RunPaths) -> anyhow::Result<u32> {
+    newest_start(tail, paths)?.ok_or_else(|| {
+        Failure::new(FailureKind::Input, "the event log names no start of the run")
+            .at(paths.events().display())
+            .hint("the run folder must be on a disk that this host shares with the controller")
+            .into()
+    })
+}
+
+fn newest_start(tail: &mut EventTail, paths: &RunPaths) -> anyhow::Result<Option<u32>> {
+    let mut workers = None;
+    loop {
+        let events = tail.read().map_err(|error| storage("read the event log", &paths.events(), &error))?;
+        if events.is_empty() {
+            break;
+        }
+        for event in events {
+            if let Event::RunStarted { workers: started, .. } = event {
+                workers = Some(started);
+            }
+        }
+    }
+    Ok(workers)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,334 @@
+//! The failures of a run, each with its cause, what was done about it and what it cost; one line each in `failures.jsonl`.
+//!
+//! What is known of a failure arrives in several events: the loss, the end of the process, its stack dump, the replacement, the
+//! next generation, the first step of that one. A record is complete when training goes on and nothing more is expected.
+
+use std::collections::BTreeMap;
+
+use cloze_cluster::{Event, FailureClass, Recorded};
+use cloze_recipes::failure::Failure;
+use serde::{Deserialize, Serialize};
+
+/// Most records that wait for their end. A fault that takes hundreds of workers at once opens one for each of them; beyond
+/// this bound the oldest is given out as it is.
+const MAX_OPEN: usize = 4_096;
+
+/// What was done about a failure, the weaker deed first: of two that apply the later one in this list is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Decision {
+    /// Nobody had to be replaced; the workers tried again.
+    #[serde(rename = "retried the step")]
+    RetriedTheStep,
+    /// The worker's process came back by itself.
+    #[serde(rename = "joined again")]
+    JoinedAgain,
+    /// Another process took its place.
+    #[serde(rename = "replaced")]
+    Replaced,
+    /// The next generation is smaller.
+    #[serde(rename = "went on with fewer")]
+    WentOnWithFewer,
+    /// Its host is not used any more.
+    #[serde(rename = "host excluded")]
+    HostExcluded,
+    /// The run ended.
+    #[serde(rename = "stopped")]
+    Stopped,
+}
+
+impl Decision {
+    /// The decision in words, as in JSON.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::RetriedTheStep => "retried the step",
+            Self::JoinedAgain => "joined again",
+            Self::Replaced => "replaced",
+            Self::WentOnWithFewer => "went on with fewer",
+            Self::HostExcluded => "host excluded",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// One failure. What is not known, or not yet, is `None`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FailureRecord {
+    /// Unix time at which it was noticed, in seconds.
+    pub time: f64,
+    /// What kind of failure it was.
+    pub class: FailureClass,
+    /// Slot of the worker that failed; `None` where all of them did, or nobody knows.
+    pub worker: Option<u32>,
+    /// Its rank in the generation.
+    pub rank: Option<u32>,
+    /// Its host.
+    pub host: Option<String>,
+    /// How it was noticed.
+    pub reason: String,
+    /// How its process ended.
+    pub exit: Option<String>,
+    /// File with the stacks of its threads.
+    pub dump: Option<String>,
+    /// Generation that failed; 0 before the first.
+    pub generation: u64,
+    /// Last step that was known then.
+    pub step: u64,
+    /// What was done about it.
+    pub decision: Option<Decision>,
+    /// Seconds from the abort to the first step that was done again.
+    pub recovered_s: Option<f64>,
+    /// Steps that had to be done again.
+    pub steps_lost: Option<u64>,
+    /// Where the state came from.
+    pub source: Option<String>,
+}
+
+/// Puts records together from events.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Ledger {
+    generation: u64,
+    step: u64,
+    /// The newest process of each slot that the controller started.
+    processes: BTreeMap<u32, Process>,
+    open: Vec<Open>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Process {
+    id: u32,
+    exit: Option<String>,
+}
+
+/// A record that more can be said about.
+#[derive(Clone, Debug, PartialEq)]
+struct Open {
+    record: FailureRecord,
+    /// The process whose end is not known yet.
+    process_id: Option<u32>,
+    waits_for: Expected,
+    /// The class is a guess until the recovery tells it.
+    class_is_guessed: bool,
+}
+
+/// What shows that training goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Expected {
+    /// Any new generation: the worker was lost while none ran.
+    Generation,
+    /// The first step of a later generation.
+    Recovery,
+    /// It goes on.
+    Nothing,
+}
+
+impl Ledger {
+    /// An empty ledger.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes in an event; returns the records that are complete now, oldest first.
+    pub fn apply(&mut self, recorded: &Recorded) -> Vec<FailureRecord> {
+        match &recorded.event {
+            // The end of a process that an earlier controller watched is not told any more.
+            Event::RunStarted { .. } => self.open.iter_mut().for_each(|open| open.process_id = None),
+            Event::Step { report, .. } => self.step = report.step,
+            Event::Restored { step, .. } => self.step = *step,
+            Event::WorkerStarted { worker, process_id } => {
+                self.processes.insert(*worker, Process { id: *process_id, exit: None });
+            }
+            Event::WorkerLost { worker, rank, host, class, reason } => {
+                let record = FailureRecord { rank: *rank, host: Some(host.clone()), ..self.record(recorded.time, *class, reason) };
+                self.lost(FailureRecord { worker: Some(*worker), ..record });
+            }
+            Event::GenerationAborted { generation, reason, step } => self.aborted(recorded.time, *generation, reason, *step),
+            Event::WorkerExited { worker, process_id, status, .. } => self.exited(*worker, *process_id, status),
+            Event::StackDumped { worker, path } => {
+                if let Some(open) = self.newest_of(*worker) {
+                    open.record.dump = Some(path.clone());
+                }
+            }
+            Event::WorkerRestarted { worker, .. } => self.decide(Decision::Replaced, |record| record.worker == Some(*worker)),
+            Event::WorkerJoined { worker, .. } => self.decide(Decision::JoinedAgain, |record| record.worker == Some(*worker)),
+            Event::HostExcluded { host, .. } => self.decide(Decision::HostExcluded, |record| record.host.as_ref() == Some(host)),
+            Event::GenerationStarted { generation, workers, .. } => self.generation_started(*generation, workers),
+            Event::Recovered { generation, class, seconds, steps_lost, source, .. } => {
+                let cost = Cost { recovered_s: *seconds, steps_lost: *steps_lost, source };
+                self.recovered(*generation, *class, &cost);
+            }
+            Event::RunFailed { failure } => self.run_failed(recorded.time, failure),
+            Event::RunStopped { .. } | Event::RunFinished { .. } => self.close_all(),
+            _ => {}
+        }
+        self.take_complete()
+    }
+
+    /// Gives out what is still open when no more events come.
+    pub fn finish(&mut self) -> Vec<FailureRecord> {
+        self.open.drain(..).map(|open| open.record).collect()
+    }
+
+    /// The records that wait for their end, oldest first.
+    pub fn open_records(&self) -> impl Iterator<Item = &FailureRecord> {
+        self.open.iter().map(|open| &open.record)
+    }
+
+    fn record(&self, time: f64, class: FailureClass, reason: &str) -> FailureRecord {
+        FailureRecord {
+            time,
+            class,
+            worker: None,
+            rank: None,
+            host: None,
+            reason: reason.to_owned(),
+            exit: None,
+            dump: None,
+            generation: self.generation,
+            step: self.step,
+            decision: None,
+            recovered_s: None,
+            steps_lost: None,
+            source: None,
+        }
+    }
+
+    fn lost(&mut self, record: FailureRecord) {
+        let Some(worker) = record.worker else { return };
+        let process = self.processes.get(&worker);
+        let (exit, process_id) = match process {
+            Some(Process { exit: None, id }) => (None, Some(*id)),
+            Some(Process { exit, .. }) => (exit.clone(), None),
+            None => (None, None),
+        };
+        // A worker that reports its own failure ends the generation first and its connection afterwards: that is one failure.
+        let explained = self.open.iter_mut().find(|open| open.record.worker.is_none() && names(&open.record.reason, worker));
+        if let Some(open) = explained {
+            let known = &mut open.record;
+            (known.worker, known.rank, known.host, known.exit) = (record.worker, record.rank, record.host, exit);
+            open.process_id = process_id;
+            known.decision = None;
+            return;
+        }
+        let waits_for = if record.rank.is_some() { Expected::Recovery } else { Expected::Generation };
+        self.open.push(Open { record: FailureRecord { exit, ..record }, process_id, waits_for, class_is_guessed: false });
+    }
+
+    fn aborted(&mut self, time: f64, generation: u64, reason: &str, step: u64) {
+        let mut is_explained = false;
+        for open in &mut self.open {
+            if open.waits_for == Expected::Recovery && open.record.generation == generation {
+                open.record.step = step;
+                is_explained = true;
+            }
+        }
+        if is_explained {
+            return;
+        }
+        let record = FailureRecord {
+            generation,
+            step,
+            decision: Some(Decision::RetriedTheStep),
+            ..self.record(time, FailureClass::Collective, reason)
+        };
+        self.open.push(Open { record, process_id: None, waits_for: Expected::Recovery, class_is_guessed: true });
+    }
+
+    fn exited(&mut self, worker: u32, process_id: u32, status: &str) {
+        if let Some(process) = self.processes.get_mut(&worker).filter(|process| process.id == process_id) {
+            process.exit = Some(status.to_owned());
+        }
+        for open in self.open.iter_mut().filter(|open| open.record.worker == Some(worker) && open.process_id == Some(process_id)) {
+            open.record.exit = Some(status.to_owned());
+            open.process_id = None;
+        }
+    }
+
+    fn generation_started(&mut self, generation: u64, workers: &[u32]) {
+        self.generation = generation;
+        self.decide(Decision::WentOnWithFewer, |record| record.worker.is_some_and(|worker| !workers.contains(&worker)));
+        for open in self.open.iter_mut().filter(|open| open.waits_for == Expected::Generation) {
+            open.waits_for = Expected::Nothing;
+        }
+    }
+
+    fn recovered(&mut self, generation: u64, class: FailureClass, cost: &Cost<'_>) {
+        let is_over = |open: &&mut Open| open.waits_for == Expected::Recovery && open.record.generation < generation;
+        for open in self.open.iter_mut().filter(is_over) {
+            open.record.recovered_s = Some(cost.recovered_s);
+            open.record.steps_lost = Some(cost.steps_lost);
+            open.record.source = Some(cost.source.to_owned());
+            if open.class_is_guessed {
+                open.record.class = class;
+            }
+            open.waits_for = Expected::Nothing;
+        }
+    }
+
+    fn run_failed(&mut self, time: f64, failure: &Failure) {
+        if self.open.is_empty() {
+            let reason = match &failure.place {
+                Some(place) => format!("{} ({place})", failure.what),
+                None => failure.what.clone(),
+            };
+            let record = self.record(time, FailureClass::Other, &reason);
+            self.open.push(Open { record, process_id: None, waits_for: Expected::Nothing, class_is_guessed: false });
+        }
+        self.decide(Decision::Stopped, |_| true);
+        self.close_all();
+    }
+
+    fn close_all(&mut self) {
+        for open in &mut self.open {
+            (open.waits_for, open.process_id) = (Expected::Nothing, None);
+        }
+    }
+
+    /// Notes a deed on the open records that it is about, unless a weightier one is known.
+    fn decide(&mut self, decision: Decision, is_about: impl Fn(&FailureRecord) -> bool) {
+        for open in self.open.iter_mut().filter(|open| is_about(&open.record)) {
+            open.record.decision = open.record.decision.max(Some(decision));
+        }
+    }
+
+    fn newest_of(&mut self, worker: u32) -> Option<&mut Open> {
+        self.open.iter_mut().rev().find(|open| open.record.worker == Some(worker))
+    }
+
+    fn take_complete(&mut self) -> Vec<FailureRecord> {
+        let surplus = self.open.len().saturating_sub(MAX_OPEN);
+        let mut given: Vec<FailureRecord> = self.open.drain(..surplus).map(|open| open.record).collect();
+        let is_complete = |open: &mut Open| open.waits_for == Expected::Nothing && open.process_id.is_none();
+        given.extend(self.open.extract_if(.., is_complete).map(|open| open.record));
+        given
+    }
+}
+
+/// What a recovery cost.
+struct Cost<'a> {
+    recovered_s: f64,
+    steps_lost: u64,
+    source: &'a str,
+}
+
+/// The class as JSON and metrics name it.
+pub fn class_name(class: FailureClass) -> &'static str {
+    match class {
+        FailureClass::ConnectionClosed => "connection_closed",
+        FailureClass::MissedHeartbeat => "missed_heartbeat",
+        FailureClass::Hung => "hung",
+        FailureClass::NotFinite => "not_finite",
+        FailureClass::OutOfMemory => "out_of_memory",
+        FailureClass::Collective => "collective",
+        FailureClass::Excluded => "excluded",
+        FailureClass::Other => "other",
+    }
+}
+
+/// Whether a reason begins with this worker, as the coordinator's reasons do.
+fn names(reason: &str, worker: u32) -> bool {
+    let rest = reason.strip_prefix("worker ").and_then(|rest| rest.strip_prefix(&worker.to_string()));
+    rest.is_some_and(|rest| !rest.starts_with(|character: char| character.is_ascii_digit()))
+}
+
+#[cfg(test)]
+mod tests;

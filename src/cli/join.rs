@@ -1,0 +1,89 @@
+//! `cloze join`: workers of this host for a run whose controller is elsewhere.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::path::absolute;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use cloze_cluster::Secret;
+use cloze_launcher::run_folder::{read_info, read_recipe};
+use cloze_launcher::{RunPaths, SlotsOptions, serve_slots};
+use cloze_recipes::failure::{Failure, FailureKind};
+
+use super::arguments::JoinArguments;
+use super::worker_process::worker_binary;
+
+/// Environment variable with the run's token, for a run folder whose control.json this user may not read.
+const TOKEN_VARIABLE: &str = "CLOZE_TOKEN";
+
+/// Most slots that one host fills; each is a process.
+const MAX_SLOTS: usize = 1024;
+
+/// Fills slots until the run ends.
+pub fn join(arguments: &JoinArguments) -> Result<ExitCode> {
+    let slots = parse_slots(&arguments.slots)?;
+    let paths = RunPaths::new(absolute(&arguments.run).context("find the run folder's absolute path")?);
+    let info = read_info(&paths)?;
+    let recipe = read_recipe(&paths, &info)?;
+    let shown = paths.root().display().to_string();
+    serve_slots(SlotsOptions {
+        paths,
+        recipe,
+        slots,
+        coordinator: arguments.coordinator.clone(),
+        token: std::env::var(TOKEN_VARIABLE).ok().map(Secret::new),
+        join_timeout: Duration::from_secs(arguments.join_timeout),
+        worker_binary: worker_binary()?,
+        output: Box::new(std::io::stderr()),
+    })?;
+    writeln!(std::io::stderr(), "the workers of this host are done; run folder: {shown}").context("report the end")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Reads slots and ranges of slots, such as `2-3,7`, in their order.
+fn parse_slots(text: &str) -> Result<Vec<u32>, Failure> {
+    let wrong = || {
+        Failure::new(FailureKind::Recipe, "`--slots` names no slots")
+            .expected(format!("slots and ranges from 0, such as 2-3 or 2,5, at most {MAX_SLOTS}"))
+            .found(text)
+    };
+    let mut slots = BTreeSet::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (u32, u32) = match (first.trim().parse(), last.trim().parse()) {
+            (Ok(first), Ok(last)) if first <= last && ((last - first) as usize) < MAX_SLOTS => (first, last),
+            _ => return Err(wrong()),
+        };
+        slots.extend(first..=last);
+    }
+    if slots.len() > MAX_SLOTS { Err(wrong()) } else { Ok(slots.into_iter().collect()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_read() {
+        let cases: [(&str, Option<&[u32]>); 12] = [
+            ("2", Some(&[2])),
+            ("2-3", Some(&[2, 3])),
+            ("7, 2-4,3", Some(&[2, 3, 4, 7])),
+            ("0-0", Some(&[0])),
+            ("", None),
+            ("3-2", None),
+            ("-1", None),
+            ("2-", None),
+            ("a", None),
+            ("1,,2", None),
+            ("0-1024", None),
+            ("0-1023,2000", None),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(parse_slots(text).ok().as_deref(), expected, "{text}");
+        }
+        assert_eq!(parse_slots("0-1023").unwrap().len(), MAX_SLOTS);
+    }
+}

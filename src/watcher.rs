@@ -1,0 +1,181 @@
+//! What the training loop asks of the world and tells it: stops, reports, checkpoints.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use bytes::Bytes;
+use cloze_cluster::protocol::{Phase, StepReport, WorkerMessage};
+
+use crate::audit::Audit;
+use crate::batch_feed::StepBatch;
+use crate::checkpoint::CheckpointState;
+use crate::checkpointer::{Checkpointer, SaveOrder};
+use crate::collective::is_leader;
+use crate::model::folder;
+use crate::step::{Asks, Trainer};
+use crate::train::{SavePoint, Watcher};
+use crate::worker::Worker;
+
+/// What a generation's end is decided by.
+pub struct GenerationFacts {
+    /// Its number.
+    pub generation: u64,
+    /// Steps of the whole run.
+    pub total_steps: u64,
+    /// Set when it is over.
+    pub interrupt: Arc<AtomicBool>,
+}
+
+/// The generation has ended while no collective operation could notice.
+#[derive(Debug, thiserror::Error)]
+#[error("the generation is over")]
+pub struct GenerationOver;
+
+/// Answers the loop's questions from the coordinator's messages and the recipe; every worker saves its share, only the leader reports.
+pub struct RunWatcher<'a> {
+    worker: &'a Worker,
+    facts: GenerationFacts,
+    checkpointer: &'a mut Checkpointer,
+    is_leader: bool,
+    companions: Vec<(String, Bytes)>,
+    audit: Option<Audit>,
+    last_save: Instant,
+    save_asked: bool,
+}
+
+impl<'a> RunWatcher<'a> {
+    /// The watcher of one generation.
+    pub fn new(worker: &'a Worker, trainer: &Trainer, facts: GenerationFacts, checkpointer: &'a mut Checkpointer) -> Result<Self> {
+        let is_leader = is_leader(trainer.collective.as_ref());
+        let companions = if is_leader { folder::companion_files(trainer.model.config(), &worker.tokenizer)? } else { Vec::new() };
+        let audit = if worker.recipe.train.audit_samples { Some(Audit::open(&audit_path(worker), facts.generation)?) } else { None };
+        Ok(Self { worker, facts, checkpointer, is_leader, companions, audit, last_save: Instant::now(), save_asked: false })
+    }
+
+    /// Waits for the checkpoint in progress, which may not fail.
+    pub fn finish(&mut self) -> Result<()> {
+        self.checkpointer.finish(true)
+    }
+
+    /// Whether the time for a checkpoint between the regular points has come; the leader's clock decides for all.
+    fn is_save_time(&self) -> bool {
+        let every = self.worker.recipe.checkpoint.every_seconds.map(Duration::from_secs);
+        self.is_leader && every.is_some_and(|every| self.last_save.elapsed() >= every)
+    }
+
+    /// Agrees with the other workers whether all of them can save now.
+    fn can_all_save(&mut self, trainer: &mut Trainer, point: SavePoint) -> Result<bool> {
+        if point.is_last {
+            self.checkpointer.settle()?;
+        }
+        let is_busy = self.checkpointer.is_writing()?;
+        let is_there = self.is_leader && self.checkpointer.is_saved(point.steps_done, &self.worker.recipe.hash())?;
+        let mut reasons = [f32::from(u8::from(is_busy)), f32::from(u8::from(is_there))];
+        trainer.collective.all_reduce_sum(&mut reasons)?;
+        if reasons[0] > 0.0 && self.is_leader {
+            // Waiting here would hold up all workers; the state is saved at the next point instead.
+            tracing::warn!(step = point.steps_done, "checkpoint skipped: the one before is still being written");
+        }
+        Ok(reasons == [0.0, 0.0])
+    }
+
+    fn order(&self, trainer: &Trainer, point: SavePoint) -> Result<SaveOrder> {
+        Ok(SaveOrder {
+            state: CheckpointState {
+                loss: point.loss.is_finite().then_some(point.loss),
+                temporary: point.is_temporary,
+                ..state_of(self.worker, trainer, point.steps_done)
+            },
+            generation: self.facts.generation,
+            rank: trainer.collective.rank() as u32,
+            parts: trainer.share()?,
+            companions: self.companions.clone(),
+        })
+    }
+}
+
+impl Watcher for RunWatcher<'_> {
+    fn batch_awaited(&mut self, steps_done: u64) -> Result<()> {
+        // In a world of one no collective ends with the generation; without this, such a worker would go on.
+        if self.facts.interrupt.load(Ordering::SeqCst) {
+            return Err(GenerationOver.into());
+        }
+        self.worker.client.progress(self.facts.generation, steps_done, Phase::Waiting);
+        Ok(())
+    }
+
+    fn asks(&mut self) -> Asks {
+        let client = &self.worker.client;
+        self.save_asked |= client.take_save_request().is_some() || self.is_save_time();
+        Asks {
+            stop: client.stop_requested().is_some(),
+            regroup: client.regroup_requested(self.facts.generation).is_some(),
+            save: self.save_asked,
+        }
+    }
+
+    fn before_update(&mut self) -> Result<()> {
+        self.checkpointer.wait_for_copy();
+        Ok(())
+    }
+
+    fn step_done(&mut self, batch: &StepBatch, report: &StepReport) -> Result<()> {
+        if let Some(audit) = &mut self.audit {
+            audit.write(batch)?;
+        }
+        self.worker.client.progress(self.facts.generation, report.step, Phase::Training);
+        // Takes the result of a checkpoint that is complete.
+        self.checkpointer.is_writing()?;
+        let is_logged = report.step.is_multiple_of(self.worker.recipe.train.log_every_steps) || report.step == self.facts.total_steps;
+        if self.is_leader && is_logged {
+            self.worker.client.send(&WorkerMessage::Step { generation: self.facts.generation, report: report.clone() })?;
+        }
+        Ok(())
+    }
+
+    fn save_due(&self, steps_done: u64) -> bool {
+        steps_done.is_multiple_of(self.worker.recipe.checkpoint.every_steps)
+    }
+
+    fn save(&mut self, trainer: &mut Trainer, point: SavePoint) -> Result<()> {
+        self.worker.client.progress(self.facts.generation, point.steps_done, Phase::Saving);
+        if self.can_all_save(trainer, point)? {
+            self.checkpointer.start(self.order(trainer, point)?)?;
+            self.last_save = Instant::now();
+        }
+        self.save_asked = false;
+        Ok(())
+    }
+}
+
+/// What a checkpoint says of the run at a step.
+pub fn state_of(worker: &Worker, trainer: &Trainer, step: u64) -> CheckpointState {
+    CheckpointState {
+        step,
+        recipe_hash: worker.recipe.hash(),
+        data_fingerprint: worker.dataset.manifest().fingerprint(),
+        world_size: trainer.collective.world_size() as u32,
+        adam_step: step,
+        loss: None,
+        temporary: false,
+        shard: shard_name(worker),
+    }
+}
+
+fn shard_name(worker: &Worker) -> String {
+    use cloze_recipes::recipe::Shard;
+    match worker.recipe.train.shard {
+        Shard::None => "none",
+        Shard::Optimizer => "optimizer",
+        Shard::Gradients => "gradients",
+        Shard::Parameters => "parameters",
+    }
+    .to_owned()
+}
+
+fn audit_path(worker: &Worker) -> PathBuf {
+    worker.run.join("audit").join(format!("worker-{}.jsonl", worker.slot))
+}

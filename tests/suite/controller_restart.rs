@@ -1,0 +1,63 @@
+//! Workers train on without their controller, and a new one takes them over.
+
+use std::time::Duration;
+
+use crate::sandbox::{World, wait_until};
+
+/// About four seconds, of which a new controller needs a fraction of one.
+const STEPS: u64 = 600;
+/// Reports that the killed controller had taken and not written: those of one pass of its loop.
+const MOST_UNWRITTEN: usize = 20;
+
+#[test]
+fn a_new_controller_takes_over_the_running_generation() {
+    let world = World::prepared();
+    let steps = format!("train.steps={STEPS}");
+    let arguments = ["--workers", "2", "--quiet", "--set", &steps, "--set", "checkpoint.every_steps=100"];
+    let whole = world.train("whole", &arguments);
+    let process = world.start_training("run", &arguments);
+    let run = world.run("run");
+    wait_until("the run trains", Duration::from_secs(90), || run.last_step() >= 50);
+    let workers = run.worker_processes();
+    assert_eq!(workers.len(), 2);
+    process.kill();
+    assert_eq!(run.worker_processes(), workers, "the workers do not go with their controller");
+    assert!(run.last_step() < STEPS, "the kill came too late");
+
+    world.done(&["resume", "run", "--workers", "2", "--quiet"]);
+    let restarted = run.events_named("coordinator_restarted");
+    assert_eq!(restarted.len(), 1, "{restarted:?}");
+    assert_eq!(restarted[0]["adopted"], true, "{restarted:?}");
+    for (event, expected) in [("generation_started", 1), ("worker_started", 2), ("restored", 1), ("generation_aborted", 0)] {
+        assert_eq!(run.events_named(event).len(), expected, "{event}");
+    }
+    run.expect_undisturbed(&whole, MOST_UNWRITTEN);
+    assert!(run.checkpoint_tensors(STEPS) == whole.checkpoint_tensors(STEPS), "the state at the end differs");
+    assert_eq!(run.live_workers(), 0);
+    assert!(run.control().is_none(), "control.json is still there");
+}
+
+#[test]
+fn workers_whose_controller_stays_away_save_and_leave() {
+    let world = World::prepared();
+    let steps = format!("train.steps={STEPS}");
+    // No checkpoint is due before the end, so the one that is found is the one with which the workers left.
+    let arguments = ["--workers", "2", "--quiet", "--set", &steps, "--set", "checkpoint.every_steps=100000"];
+    let whole = world.train("whole", &arguments);
+    let impatient = [arguments.as_slice(), ["--set", "cluster.coordinator_grace_s=0"].as_slice()].concat();
+    let process = world.start_training("run", &impatient);
+    let run = world.run("run");
+    wait_until("the run trains", Duration::from_secs(90), || run.last_step() >= 20);
+    process.kill();
+    let last_reported = run.last_step();
+    wait_until("the workers leave by themselves", Duration::from_secs(30), || run.live_workers() == 0);
+
+    world.done(&["resume", "run", "--workers", "2", "--quiet"]);
+    let restored = run.events_named("restored");
+    assert_eq!(restored.len(), 2, "{restored:?}");
+    assert!(restored[1]["step"].as_u64() >= Some(last_reported), "{restored:?}");
+    assert!(restored[1]["source"].as_str().is_some_and(|source| source.contains("/checkpoints/step-")), "{restored:?}");
+    // The steps between the controller's end and the workers' were reported to nobody.
+    run.expect_undisturbed(&whole, STEPS as usize);
+    assert!(run.checkpoint_tensors(STEPS) == whole.checkpoint_tensors(STEPS), "the state at the end differs");
+}
