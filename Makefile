@@ -2,13 +2,16 @@
 CARGO ?= cargo
 BINARY := target/release/cloze
 
-.PHONY: demo test setup build lint clean-demo
+.PHONY: demo test chaos setup build lint clean-demo
 
 demo: build            ## generate data, train with a worker killed on the way, evaluate, export
 	@bash scripts/demo.sh
 
 test: setup            ## format, lints, all tests, docs
 	@bash scripts/test.sh
+
+chaos: setup           ## 200 faults of every kind against one run
+	@bash scripts/chaos.sh
 
 setup:                 ## fetch libtorch once per machine and point this checkout at it
 	@bash scripts/libtorch.sh

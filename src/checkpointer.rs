@@ -16,11 +16,18 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use tch::Device;
 
 use crate::checkpoint::{CheckpointState, CheckpointStore, Loaded, Piece, Share};
+use crate::collective::{Collective, leader_work};
 use crate::step::{Group, SharePart};
 use crate::torch::memory;
 
 /// Checkpoints in a row that may fail before the run ends: an outage may pass, a place that takes nothing will not.
 const FAILED_SAVES_MAX: u32 = 3;
+
+/// How often workers that wait for each other's writers look at them.
+const WRITER_POLL: Duration = Duration::from_millis(5);
+
+/// Longest list of one worker's files, in bytes; each file takes about 150.
+const LIST_BYTES_MAX: u64 = 1 << 20;
 
 /// What is written, and on whose behalf.
 pub struct SaveOrder {
@@ -34,6 +41,16 @@ pub struct SaveOrder {
     pub parts: Vec<SharePart>,
     /// The files that make a checkpoint a complete model folder; the leader's part.
     pub companions: Vec<(String, Bytes)>,
+    /// The workers leave after it: they complete it together, with [`Checkpointer::finish_together`].
+    pub is_last: bool,
+}
+
+/// A share of a last checkpoint that is stored and not yet part of a manifest.
+struct LastShare {
+    state: CheckpointState,
+    generation: u64,
+    files: Vec<SavedFile>,
+    started: Instant,
 }
 
 /// Writes one checkpoint at a time; outlives generations, so that a slow store holds up no recovery.
@@ -55,7 +72,7 @@ struct Writing {
     /// Tells the writer how long the loop stood still.
     blocked: Option<Sender<f64>>,
     blocked_s: f64,
-    thread: JoinHandle<Result<()>>,
+    thread: JoinHandle<Result<Option<LastShare>>>,
 }
 
 impl Checkpointer {
@@ -70,7 +87,7 @@ impl Checkpointer {
     /// The failure of a write, when there were too many in a row.
     pub fn is_writing(&mut self) -> Result<bool> {
         if self.writing.as_ref().is_some_and(|writing| writing.thread.is_finished()) {
-            self.take_result(false)?;
+            self.take_result()?;
         }
         Ok(self.writing.is_some())
     }
@@ -124,20 +141,53 @@ impl Checkpointer {
         }
     }
 
-    /// Waits for the write in progress, if there is one. The last checkpoint of a run may not fail.
-    pub fn finish(&mut self, is_last: bool) -> Result<()> {
-        self.wait_for_copy();
-        if self.writing.is_some() { self.take_result(is_last) } else { Ok(()) }
-    }
-
-    /// Waits for the write in progress, whose failure no longer matters: another one follows at once.
-    pub fn settle(&mut self) -> Result<()> {
+    /// Waits until no worker writes any more. A failure of such a write does not matter: another one follows at once.
+    pub fn settle_together(&mut self, collective: &mut dyn Collective) -> Result<()> {
         self.wait_for_copy();
         self.failed_in_a_row = 0;
-        self.finish(false)
+        self.wait_together(collective)?;
+        self.take_result()
     }
 
-    fn take_result(&mut self, is_last: bool) -> Result<()> {
+    /// Completes the last checkpoint, if one was started: waits for all shares, brings their lists to the leader, and lets it commit. It may
+    /// not fail. The coordinator is not needed for it, so that workers that have lost it can save and leave.
+    pub fn finish_together(&mut self, collective: &mut dyn Collective, interval: Duration) -> Result<()> {
+        self.wait_for_copy();
+        self.wait_together(collective)?;
+        let share = match self.writing.take() {
+            Some(Writing { thread, .. }) => thread.join().map_err(|_| anyhow!("the checkpoint writer panicked"))?,
+            None => Ok(None),
+        };
+        let mut failed = [f32::from(u8::from(share.is_err()))];
+        collective.all_reduce_sum(&mut failed)?;
+        let share = share.context("save the last checkpoint")?;
+        if failed[0] > 0.0 {
+            // The worker that failed says why and leaves; this operation ends when it does.
+            collective.barrier()?;
+        }
+        let Some(LastShare { state, generation, files, started }) = share else { return Ok(()) };
+        let files = gather_lists(collective, files)?;
+        let saved = leader_work(collective, interval, || self.store.commit(&state, files))?;
+        let Some(saved) = saved else { return Ok(()) };
+        let (step, seconds) = (state.step, started.elapsed().as_secs_f64());
+        let message = WorkerMessage::CheckpointSaved { generation, step, url: saved.url, bytes: saved.bytes, seconds, blocked_s: seconds };
+        self.client.send(&message)
+    }
+
+    /// Returns when the writers of all workers have ended. The operations in between show every worker that the others live.
+    fn wait_together(&self, collective: &mut dyn Collective) -> Result<()> {
+        loop {
+            let is_writing = self.writing.as_ref().is_some_and(|writing| !writing.thread.is_finished());
+            let mut num_writing = [f32::from(u8::from(is_writing))];
+            collective.all_reduce_sum(&mut num_writing)?;
+            if num_writing[0] == 0.0 {
+                return Ok(());
+            }
+            std::thread::sleep(WRITER_POLL);
+        }
+    }
+
+    fn take_result(&mut self) -> Result<()> {
         let Some(writing) = self.writing.take() else { return Ok(()) };
         let Writing { step, generation, thread, .. } = writing;
         let result = thread.join().map_err(|_| anyhow!("the checkpoint writer panicked"))?;
@@ -148,7 +198,7 @@ impl Checkpointer {
         // A generation that ends in the middle of a save says nothing about the store.
         self.failed_in_a_row += u32::from(!error.is::<SharesMissing>());
         tracing::warn!(step, error = format!("{error:#}"), "checkpoint given up");
-        if is_last || self.failed_in_a_row >= FAILED_SAVES_MAX || is_conflict(&error) {
+        if self.failed_in_a_row >= FAILED_SAVES_MAX || is_conflict(&error) {
             return Err(error.context(format!("save the checkpoint of step {step}")));
         }
         let reason =
@@ -159,7 +209,8 @@ impl Checkpointer {
 
 impl Drop for Checkpointer {
     fn drop(&mut self) {
-        if let Err(error) = self.finish(false) {
+        self.wait_for_copy();
+        if let Err(error) = self.take_result() {
             tracing::warn!(error = format!("{error:#}"), "the last checkpoint of a worker could not be saved");
         }
     }
@@ -185,15 +236,19 @@ struct Writer {
 }
 
 impl Writer {
-    fn write(self, order: SaveOrder, copy_done: Sender<()>) -> Result<()> {
-        let SaveOrder { state, generation, rank, parts, companions } = order;
+    fn write(self, order: SaveOrder, copy_done: Sender<()>) -> Result<Option<LastShare>> {
+        let SaveOrder { state, generation, rank, parts, companions, is_last } = order;
         let share = copy(parts, rank, state.world_size, companions)?;
         drop(copy_done);
         let step = state.step;
         let mut files = self.store.save_share(step, &share)?;
         drop(share);
+        if is_last {
+            return Ok(Some(LastShare { state, generation, files, started: self.started }));
+        }
         if rank > 0 {
-            return self.client.send(&WorkerMessage::ShareSaved { generation, step, files });
+            self.client.send(&WorkerMessage::ShareSaved { generation, step, files })?;
+            return Ok(None);
         }
         files.extend(self.other_files(generation, &state)?);
         let saved = self.store.commit(&state, files)?;
@@ -205,7 +260,8 @@ impl Writer {
             seconds: self.started.elapsed().as_secs_f64(),
             blocked_s: self.blocked.recv().unwrap_or_default(),
         };
-        self.client.send(&message)
+        self.client.send(&message)?;
+        Ok(None)
     }
 
     fn other_files(&self, generation: u64, state: &CheckpointState) -> Result<Vec<SavedFile>> {
@@ -214,6 +270,24 @@ impl Writer {
         }
         self.client.wait_shares(generation, state.step, state.world_size, self.deadline).map_err(|error| SharesMissing(error).into())
     }
+}
+
+/// Brings the lists of all ranks to all of them.
+fn gather_lists(collective: &mut dyn Collective, own: Vec<SavedFile>) -> Result<Vec<SavedFile>> {
+    let mut all = Vec::new();
+    for rank in 0..collective.world_size() {
+        let is_own = rank == collective.rank();
+        let mut bytes = if is_own { serde_json::to_vec(&own).context("serialise the list of a share")? } else { Vec::new() };
+        let mut length = (bytes.len() as u64).to_le_bytes();
+        collective.broadcast(&mut length, rank)?;
+        let length = u64::from_le_bytes(length);
+        ensure!(length <= LIST_BYTES_MAX, "rank {rank} announces a list of {length} bytes, more than {LIST_BYTES_MAX}");
+        bytes.resize(length as usize, 0);
+        collective.broadcast(&mut bytes, rank)?;
+        let files: Vec<SavedFile> = serde_json::from_slice(&bytes).with_context(|| format!("read the list of rank {rank}"))?;
+        all.extend(files);
+    }
+    Ok(all)
 }
 
 /// Copies the share out of the live tensors.

@@ -16,7 +16,7 @@ use crate::batch_feed::{BatchFeed, FeedPlan};
 use crate::checkpointer::Checkpointer;
 use crate::collective::local::{Ring, RingOptions};
 use crate::collective::nccl::{Nccl, NcclOptions};
-use crate::collective::{Collective, is_leader, leader_work};
+use crate::collective::{Collective, is_leader};
 use crate::drill::Drills;
 use crate::optim::schedule::Schedule;
 use crate::restore::{Held, Restored, restore};
@@ -113,17 +113,14 @@ fn restore_and_train(
     let result = train(trainer, &mut feed, &mut watcher, drills, &mut steps_done);
     *origin.steps_done = if loses_state(result.as_ref()) { None } else { Some(steps_done) };
     let end = result?;
-    if end.reason == EndReason::Regrouped {
-        trainer.collective.barrier()?;
-        return Ok(end);
-    }
     // Nobody reports the run as finished before everybody is past the last collective and the last checkpoint is written.
-    if !is_leader(trainer.collective.as_ref()) {
-        watcher.finish()?;
+    if end.reason != EndReason::Regrouped || worker.recipe.train.shard != Shard::None {
+        watcher.finish(trainer.collective.as_mut())?;
     }
-    leader_work(trainer.collective.as_mut(), keep_alive_interval(worker), || watcher.finish())?;
     trainer.collective.barrier()?;
-    worker.client.progress(generation, end.steps_done, Phase::Leaving);
+    if end.reason != EndReason::Regrouped {
+        worker.client.progress(generation, end.steps_done, Phase::Leaving);
+    }
     Ok(end)
 }
 

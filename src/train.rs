@@ -20,12 +20,14 @@ use crate::torch::memory::Readback;
 pub trait Watcher {
     /// The next batch is waited for; fails when the generation is over.
     fn batch_awaited(&mut self, steps_done: u64) -> Result<()>;
-    /// What this worker wants at the end of the step that begins.
-    fn asks(&mut self) -> Asks;
+    /// The batch is there and a step begins: what this worker wants at its end.
+    fn asks(&mut self, steps_done: u64) -> Asks;
     /// Parameters and moments are about to change; returns when nobody reads them any more.
     fn before_update(&mut self) -> Result<()>;
     /// A step's numbers have arrived, and they are finite: the batch counts.
     fn step_done(&mut self, batch: &StepBatch, report: &StepReport) -> Result<()>;
+    /// Whether a new generation can only go on from a checkpoint, because no worker holds the whole state.
+    fn must_save_to_regroup(&self) -> bool;
     /// Whether a checkpoint is due after `steps_done` steps; the same on all workers.
     fn save_due(&self, steps_done: u64) -> bool;
     /// Starts to save the state, whose loss is known to be finite. Called by all workers at the same step.
@@ -100,9 +102,10 @@ pub fn train(
     loop {
         watcher.batch_awaited(*steps_done)?;
         let Some(mut batch) = feed.next_batch()? else { break };
+        let asks = watcher.asks(*steps_done);
         drills.perform(&mut batch)?;
         trainer.collective.set_step(batch.step + 1);
-        let outcome = train_step(trainer, &batch, watcher.asks(), &mut || watcher.before_update())?;
+        let outcome = train_step(trainer, &batch, asks, &mut || watcher.before_update())?;
         *steps_done = batch.step + 1;
         let StepOutcome { numbers, agreed, local_loss } = outcome;
         // On a GPU the numbers of a step are read when the next one is queued, so that the device never waits for the host.
@@ -110,7 +113,7 @@ pub fn train(
         let partial = partial_report(trainer, &batch, std::mem::replace(&mut clock, Instant::now()).elapsed().as_secs_f64());
         pending = Some(PendingReport { numbers, local_loss, partial, batch });
         let is_last = *steps_done == feed.total_steps();
-        let is_left = is_last || agreed.stop;
+        let is_left = is_last || agreed.stop || (agreed.regroup && watcher.must_save_to_regroup());
         let save_due = watcher.save_due(*steps_done);
         if trainer.model.device() == Device::Cpu || save_due || is_left || agreed.save || agreed.regroup {
             let loss = report(pending.take(), watcher, steps_done)?;

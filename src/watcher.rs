@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use bytes::Bytes;
 use cloze_cluster::protocol::{Phase, StepReport, WorkerMessage};
+use cloze_recipes::recipe::Shard;
 
 use crate::audit::Audit;
 use crate::batch_feed::StepBatch;
 use crate::checkpoint::CheckpointState;
 use crate::checkpointer::{Checkpointer, SaveOrder};
-use crate::collective::is_leader;
+use crate::collective::{Collective, is_leader};
+use crate::generation::keep_alive_interval;
 use crate::model::folder;
 use crate::step::{Asks, Trainer};
 use crate::train::{SavePoint, Watcher};
@@ -55,9 +57,9 @@ impl<'a> RunWatcher<'a> {
         Ok(Self { worker, facts, checkpointer, is_leader, companions, audit, last_save: Instant::now(), save_asked: false })
     }
 
-    /// Waits for the checkpoint in progress, which may not fail.
-    pub fn finish(&mut self) -> Result<()> {
-        self.checkpointer.finish(true)
+    /// Completes the last checkpoint together with the other workers.
+    pub fn finish(&mut self, collective: &mut dyn Collective) -> Result<()> {
+        self.checkpointer.finish_together(collective, keep_alive_interval(self.worker))
     }
 
     /// Whether the time for a checkpoint between the regular points has come; the leader's clock decides for all.
@@ -69,7 +71,7 @@ impl<'a> RunWatcher<'a> {
     /// Agrees with the other workers whether all of them can save now.
     fn can_all_save(&mut self, trainer: &mut Trainer, point: SavePoint) -> Result<bool> {
         if point.is_last {
-            self.checkpointer.settle()?;
+            self.checkpointer.settle_together(trainer.collective.as_mut())?;
         }
         let is_busy = self.checkpointer.is_writing()?;
         let is_there = self.is_leader && self.checkpointer.is_saved(point.steps_done, &self.worker.recipe.hash())?;
@@ -93,6 +95,7 @@ impl<'a> RunWatcher<'a> {
             rank: trainer.collective.rank() as u32,
             parts: trainer.share()?,
             companions: self.companions.clone(),
+            is_last: point.is_last,
         })
     }
 }
@@ -107,8 +110,9 @@ impl Watcher for RunWatcher<'_> {
         Ok(())
     }
 
-    fn asks(&mut self) -> Asks {
+    fn asks(&mut self, steps_done: u64) -> Asks {
         let client = &self.worker.client;
+        client.progress(self.facts.generation, steps_done, Phase::Training);
         self.save_asked |= client.take_save_request().is_some() || self.is_save_time();
         Asks {
             stop: client.stop_requested().is_some(),
@@ -134,6 +138,10 @@ impl Watcher for RunWatcher<'_> {
             self.worker.client.send(&WorkerMessage::Step { generation: self.facts.generation, report: report.clone() })?;
         }
         Ok(())
+    }
+
+    fn must_save_to_regroup(&self) -> bool {
+        self.worker.recipe.train.shard != Shard::None
     }
 
     fn save_due(&self, steps_done: u64) -> bool {
@@ -166,7 +174,6 @@ pub fn state_of(worker: &Worker, trainer: &Trainer, step: u64) -> CheckpointStat
 }
 
 fn shard_name(worker: &Worker) -> String {
-    use cloze_recipes::recipe::Shard;
     match worker.recipe.train.shard {
         Shard::None => "none",
         Shard::Optimizer => "optimizer",

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use arrow_array::{Int32Array, RecordBatch, StringArray};
 use arrow_schema::{DataType, Field, Schema};
 use cloze_recipes::recipe::{
-    Auxiliary, CheckpointRecipe, ClusterRecipe, DataRecipe, DataSource, Device, LossNorm, Masking, ModelRecipe, ObjectiveRecipe, Precision,
-    Recipe, ScheduleKind, ScheduleRecipe, TrainRecipe, Truncation,
+    Auxiliary, CheckpointRecipe, ClusterRecipe, DataRecipe, DataSource, Device, HangRecipe, LossNorm, Masking, ModelRecipe,
+    ObjectiveRecipe, Precision, Recipe, ScheduleKind, ScheduleRecipe, Shard, TrainRecipe, Truncation,
 };
 use parquet::arrow::ArrowWriter;
 use serde_json::json;
@@ -153,8 +153,29 @@ pub(crate) fn recipe(tokenizer: &Path, output: &Path, sources: &[&Path]) -> Reci
             loss_norm: LossNorm::TokenMean,
         },
         train: train(),
-        checkpoint: CheckpointRecipe { url: None, options: BTreeMap::new(), every_steps: 10, keep_last: 2 },
-        cluster: ClusterRecipe { max_restarts: 1, heartbeat_timeout_ms: 2_000, collective_timeout_ms: 10_000 },
+        checkpoint: CheckpointRecipe {
+            url: None,
+            options: BTreeMap::new(),
+            every_steps: 10,
+            every_seconds: None,
+            keep_last: 2,
+            keep_best: 0,
+            keep_every_steps: None,
+            cache: None,
+            upload_timeout_s: 600,
+            stop_timeout_s: 120,
+        },
+        cluster: ClusterRecipe {
+            max_restarts: 1,
+            heartbeat_timeout_ms: 2_000,
+            collective_timeout_ms: 10_000,
+            min_workers: None,
+            replacement_wait_s: 30,
+            coordinator_grace_s: 60,
+            hang: HangRecipe { init_s: 600, data_s: 300, step_s: 300, checkpoint_s: 600 },
+            exclude_host_after: 0,
+            retries_per_step: 1,
+        },
         evaluation: Vec::new(),
     }
 }
@@ -182,6 +203,8 @@ fn train() -> TrainRecipe {
         precision: Precision::Float32,
         threads: 1,
         log_every_steps: 1,
+        shard: Shard::None,
+        audit_samples: false,
     }
 }
 

@@ -180,7 +180,7 @@ async function tellsALostConnection(context) {
 async function stopsWithTheToken(page) {
   const stop = page.getByRole("button", { name: "Stop the run" });
   const save = page.getByRole("button", { name: "Save a checkpoint" });
-  const field = page.getByLabel("Token");
+  const field = page.getByRole("textbox", { name: "Token" });
   assert.ok(await stop.isDisabled() && await save.isDisabled(), "orders need a token");
   await field.fill("wrong");
   await save.click();

@@ -157,7 +157,9 @@ impl Stage {
             self.events.push(event);
         }
         let control = self.run.control();
-        self.addresses.extend(control.and_then(|control| control["address"].as_str().and_then(|address| address.parse().ok())));
+        self.addresses.extend(
+            control.and_then(|control| control["address"].as_str().and_then(|address| address.parse::<std::net::SocketAddr>().ok())),
+        );
         self.events.len()
     }
 

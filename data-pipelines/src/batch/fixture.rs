@@ -3,7 +3,9 @@
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
-use cloze_recipes::recipe::{Auxiliary, Device, LossNorm, Masking, ObjectiveRecipe, Precision, ScheduleKind, ScheduleRecipe, TrainRecipe};
+use cloze_recipes::recipe::{
+    Auxiliary, Device, LossNorm, Masking, ObjectiveRecipe, Precision, ScheduleKind, ScheduleRecipe, Shard, TrainRecipe,
+};
 
 use super::plan::{BatchPlan, BatchSpec};
 use super::source::SampleSource;
@@ -98,5 +100,7 @@ pub(crate) fn train_recipe() -> TrainRecipe {
         precision: Precision::Float32,
         threads: 0,
         log_every_steps: 1,
+        shard: Shard::None,
+        audit_samples: false,
     }
 }

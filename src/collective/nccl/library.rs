@@ -3,7 +3,6 @@
 
 use std::borrow::Cow;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::fmt;
 use std::ops::Range;
 use std::ptr;
 use std::sync::OnceLock;
@@ -214,12 +213,12 @@ pub fn libraries() -> Result<&'static Libraries, CollectiveCause> {
 }
 
 /// The first library that opens; the error is that of the first name, which is the usual one.
-fn opened<L, E: fmt::Display>(names: &[&str], open: impl Fn(&str) -> Result<L, E>) -> Result<L, String> {
+fn opened<L, E: Into<anyhow::Error>>(names: &[&str], open: impl Fn(&str) -> Result<L, E>) -> Result<L, String> {
     let mut text = String::new();
     for name in names {
         match open(name) {
             Ok(library) => return Ok(library),
-            Err(error) if text.is_empty() => text = format!("{name} cannot be used: {error}"),
+            Err(error) if text.is_empty() => text = format!("{name} cannot be used: {:#}", error.into()),
             Err(_) => {}
         }
     }
@@ -246,9 +245,9 @@ mod tests {
 
     #[test]
     fn the_first_library_that_opens_is_taken() {
-        let missing = opened(&["first.so", "second.so"], |name| Err::<(), _>(format!("no {name}")));
+        let missing = opened(&["first.so", "second.so"], |name| Err::<(), _>(anyhow::anyhow!("no {name}")));
         assert_eq!(missing, Err("first.so cannot be used: no first.so".to_owned()));
-        let second = opened(&["first.so", "second.so"], |name| if name == "second.so" { Ok(2) } else { Err("not there") });
+        let second = opened(&["first.so", "second.so"], |name| if name == "second.so" { Ok(2) } else { Err(anyhow::anyhow!("not there")) });
         assert_eq!(second, Ok(2));
         // A library that is there and is not NCCL says which function it lacks.
         let other = opened(&["libc.so.6"], NcclFunctions::open).err();

@@ -121,7 +121,7 @@ fn ends_alone(mut group: Nccl, ending: &str) {
     let (sender, news) = channel();
     let sender = Mutex::new(sender);
     // Only the first news is waited for.
-    group.set_wait_observer(Arc::new(move |is_waiting| drop(sender.lock().unwrap().send(is_waiting))));
+    group.set_wait_observer(Arc::new(move |is_waiting| sender.lock().unwrap().send(is_waiting).unwrap_or_default()));
     let handle = group.abort_handle();
     group.set_step(7);
     group.all_reduce_sum_on_device(values.place).unwrap();
@@ -178,7 +178,7 @@ fn address_of(rank: &mut Child) -> String {
 /// Values in device memory.
 struct DeviceValues {
     place: DeviceFloats,
-    cuda: &'static cudarc::driver::sys::Lib,
+    cuda: &'static super::functions::DriverFunctions,
 }
 
 impl DeviceValues {
