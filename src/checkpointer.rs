@@ -166,7 +166,7 @@ impl Checkpointer {
             collective.barrier()?;
         }
         let Some(LastShare { state, generation, files, started }) = share else { return Ok(()) };
-        let files = gather_lists(collective, files)?;
+        let files = gather_lists(collective, &files)?;
         let saved = leader_work(collective, interval, || self.store.commit(&state, files))?;
         let Some(saved) = saved else { return Ok(()) };
         let (step, seconds) = (state.step, started.elapsed().as_secs_f64());
@@ -273,11 +273,11 @@ impl Writer {
 }
 
 /// Brings the lists of all ranks to all of them.
-fn gather_lists(collective: &mut dyn Collective, own: Vec<SavedFile>) -> Result<Vec<SavedFile>> {
+fn gather_lists(collective: &mut dyn Collective, own: &[SavedFile]) -> Result<Vec<SavedFile>> {
     let mut all = Vec::new();
     for rank in 0..collective.world_size() {
         let is_own = rank == collective.rank();
-        let mut bytes = if is_own { serde_json::to_vec(&own).context("serialise the list of a share")? } else { Vec::new() };
+        let mut bytes = if is_own { serde_json::to_vec(own).context("serialise the list of a share")? } else { Vec::new() };
         let mut length = (bytes.len() as u64).to_le_bytes();
         collective.broadcast(&mut length, rank)?;
         let length = u64::from_le_bytes(length);

@@ -252,7 +252,7 @@ impl Place {
             (target.to_owned(), BTreeMap::new(), StorePolicy::default())
         };
         options.extend(given);
-        Ok(Self { store: CheckpointStore::open(&url, &options, policy_of(policy, wanted))?, step })
+        Ok(Self { store: CheckpointStore::open(&url, &options, policy_of(&policy, wanted))?, step })
     }
 
     /// The checkpoint that was named, or the newest good one.
@@ -275,8 +275,8 @@ impl Place {
 }
 
 /// What is kept: the flags go before the recipe. Nothing is cached for a look at checkpoints.
-fn policy_of(recipe: StorePolicy, wanted: Option<&PruneArguments>) -> StorePolicy {
-    let recipe = StorePolicy { cache: None, ..recipe };
+fn policy_of(recipe: &StorePolicy, wanted: Option<&PruneArguments>) -> StorePolicy {
+    let recipe = StorePolicy { cache: None, ..recipe.clone() };
     let Some(wanted) = wanted else { return recipe };
     StorePolicy {
         keep_last: wanted.keep_last.unwrap_or(recipe.keep_last),

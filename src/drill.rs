@@ -9,7 +9,7 @@ use tch::{Device, Tensor};
 use crate::batch_feed::StepBatch;
 
 /// How long a drill that hangs sleeps between two looks at nothing; the process is ended from outside.
-const HANG_NAP: Duration = Duration::from_secs(60);
+const HANG_NAP: Duration = Duration::from_mins(1);
 
 /// Floats that no machine has room for: 2^52 of them are 16 PiB.
 const TOO_MANY_FLOATS: i64 = 1 << 52;

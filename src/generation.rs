@@ -72,7 +72,7 @@ pub fn run(worker: &Worker, assignment: Assignment, belongings: &mut Belongings)
     let (state, mut steps_done) = belongings.held.take(worker, collective.as_ref())?;
     let schedule = Schedule::new(&worker.recipe.train.schedule, worker.recipe.train.learning_rate, facts.total_steps);
     let mut trainer = Trainer::new(&worker.recipe, state, schedule, collective)?;
-    let result = restore_and_train(worker, &mut trainer, facts, belongings, Origin { source, members, steps_done: &mut steps_done });
+    let result = restore_and_train(worker, &mut trainer, facts, belongings, &mut Origin { source, members, steps_done: &mut steps_done });
     let is_kept = worker.recipe.train.shard == Shard::None && trainer.state_is_whole();
     match steps_done {
         Some(steps_done) if is_kept => belongings.held.put(trainer.into_state(), steps_done),
@@ -94,7 +94,7 @@ fn restore_and_train(
     trainer: &mut Trainer,
     facts: GenerationFacts,
     belongings: &mut Belongings,
-    origin: Origin,
+    origin: &mut Origin,
 ) -> Result<TrainEnd> {
     let (generation, total_steps) = (facts.generation, facts.total_steps);
     let started = Instant::now();

@@ -110,7 +110,7 @@ fn from_checkpoint(worker: &Worker, trainer: &mut Trainer) -> Result<Restored> {
             (source, skipped) = (found.url.clone(), found.skipped.clone());
             loaded = Some(found);
         } else {
-            source = "scratch".to_owned();
+            "scratch".clone_into(&mut source);
         }
         header[8..].copy_from_slice(&newest_known_step.to_le_bytes());
     }

@@ -21,11 +21,11 @@ pub struct Facts {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Newest good checkpoints; at least two are kept in any case.
-    pub keep_last: usize,
+    pub last: usize,
     /// Good checkpoints with the lowest losses.
-    pub keep_best: usize,
+    pub best: usize,
     /// Good checkpoints of steps that are a multiple of this.
-    pub keep_every_steps: Option<u64>,
+    pub every_steps: Option<u64>,
 }
 
 /// What becomes of a step, and why.
@@ -69,10 +69,10 @@ impl fmt::Display for Verdict {
 pub fn decide(steps: &BTreeMap<u64, Facts>, limits: &Limits) -> BTreeMap<u64, Verdict> {
     let good: Vec<u64> = steps.iter().filter(|(_, facts)| facts.is_good).map(|(step, _)| *step).collect();
     let Some(newest_good) = good.last() else { return steps.keys().map(|step| (*step, Verdict::KeepPending)).collect() };
-    let newest: BTreeSet<u64> = good.iter().rev().take(limits.keep_last.max(MIN_KEPT_GOOD)).copied().collect();
-    let best = best(steps, limits.keep_best);
+    let newest: BTreeSet<u64> = good.iter().rev().take(limits.last.max(MIN_KEPT_GOOD)).copied().collect();
+    let best = best(steps, limits.best);
     let verdict = |step: u64, facts: &Facts| {
-        let is_for_good = !facts.is_temporary && limits.keep_every_steps.is_some_and(|every| every > 0 && step.is_multiple_of(every));
+        let is_for_good = !facts.is_temporary && limits.every_steps.is_some_and(|every| every > 0 && step.is_multiple_of(every));
         if !facts.is_good {
             return if step < *newest_good { Verdict::DeleteIncomplete } else { Verdict::KeepPending };
         }
@@ -130,7 +130,7 @@ mod tests {
             (&[(1, BAD), (2, GOOD), (3, BAD), (4, BAD), (5, GOOD)], 2, &[1, 3, 4]),
         ];
         for (steps, keep_last, expected) in cases {
-            let limits = Limits { keep_last, keep_best: 0, keep_every_steps: None };
+            let limits = Limits { last: keep_last, best: 0, every_steps: None };
             assert_eq!(deleted(steps, limits), expected, "{steps:?} {keep_last}");
         }
     }
@@ -139,7 +139,7 @@ mod tests {
     fn the_best_and_the_round_steps_stay_too() {
         let facts = [loss(0.5), loss(0.1), loss(f64::NAN), loss(0.1), TEMPORARY, GOOD, BAD, GOOD, GOOD];
         let steps: Vec<(u64, Facts)> = (1..).zip(facts).collect();
-        let limits = |keep_best, keep_every_steps| Limits { keep_last: 2, keep_best, keep_every_steps };
+        let limits = |keep_best, keep_every_steps| Limits { last: 2, best: keep_best, every_steps: keep_every_steps };
         assert_eq!(deleted(&steps, limits(0, None)), [1, 2, 3, 4, 5, 6, 7]);
         assert_eq!(deleted(&steps, limits(1, None)), [1, 2, 3, 5, 6, 7], "of equal losses the newer one stays");
         assert_eq!(deleted(&steps, limits(9, None)), [3, 5, 6, 7], "what has no loss is never the best");
@@ -165,7 +165,7 @@ mod tests {
             keep_best in 0usize..4,
             every in proptest::option::of(1u64..9),
         ) {
-            let limits = Limits { keep_last, keep_best, keep_every_steps: every };
+            let limits = Limits { last: keep_last, best: keep_best, every_steps: every };
             let verdicts = decide(&steps, &limits);
             prop_assert_eq!(verdicts.keys().collect::<Vec<_>>(), steps.keys().collect::<Vec<_>>());
             let good: Vec<u64> = steps.iter().filter(|(_, facts)| facts.is_good).map(|(step, _)| *step).collect();

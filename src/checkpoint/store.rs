@@ -46,7 +46,7 @@ impl Default for StorePolicy {
 impl StorePolicy {
     /// What pruning goes by.
     pub(super) fn limits(&self) -> Limits {
-        Limits { keep_last: self.keep_last as usize, keep_best: self.keep_best as usize, keep_every_steps: self.keep_every_steps }
+        Limits { last: self.keep_last as usize, best: self.keep_best as usize, every_steps: self.keep_every_steps }
     }
 }
 

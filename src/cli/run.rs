@@ -66,6 +66,7 @@ pub fn resume(arguments: &ResumeArguments) -> Result<ExitCode> {
 }
 
 /// How many workers there are to be.
+#[derive(Clone, Copy)]
 struct Slots {
     workers: u32,
     local_workers: u32,

@@ -33,7 +33,7 @@ pub struct Segment {
 #[derive(Debug)]
 pub struct Buckets {
     segments: Vec<Segment>,
-    buckets: Vec<Bucket>,
+    cuts: Vec<Bucket>,
     bucket_of: HashMap<usize, usize>,
 }
 
@@ -47,12 +47,12 @@ impl Buckets {
     /// Cuts a buffer of `total` floats. `matrices` lie in it in the order of the forward pass, the shared embedding first; everything else
     /// is behind them. A bucket is closed when it holds `floats_min`.
     pub fn new(matrices: &[Place], total: usize, floats_min: usize) -> Self {
-        let mut cut = Self { segments: Vec::new(), buckets: Vec::new(), bucket_of: HashMap::new() };
+        let mut cut = Self { segments: Vec::new(), cuts: Vec::new(), bucket_of: HashMap::new() };
         let mut open: Option<(Range<usize>, usize)> = None;
         for place in matrices.iter().skip(1).rev() {
             let end = place.offset + place.length;
             let (range, num_parameters) = open.take().unwrap_or((end..end, 0));
-            cut.bucket_of.insert(place.offset, cut.buckets.len());
+            cut.bucket_of.insert(place.offset, cut.cuts.len());
             let (range, num_parameters) = (place.offset..range.end, num_parameters + 1);
             if range.len() >= floats_min {
                 cut.close(vec![Segment { range, is_decayed: true }], num_parameters);
@@ -74,7 +74,7 @@ impl Buckets {
     fn close(&mut self, segments: Vec<Segment>, num_parameters: usize) {
         let start = self.segments.len();
         self.segments.extend(segments);
-        self.buckets.push(Bucket { segments: start..self.segments.len(), num_parameters });
+        self.cuts.push(Bucket { segments: start..self.segments.len(), num_parameters });
     }
 
     /// All segments, bucket by bucket.
@@ -84,22 +84,22 @@ impl Buckets {
 
     /// Number of buckets, at least 1.
     pub fn num_buckets(&self) -> usize {
-        self.buckets.len()
+        self.cuts.len()
     }
 
     /// The last bucket, which is complete when the pass has ended.
     pub fn last(&self) -> usize {
-        self.buckets.len() - 1
+        self.cuts.len() - 1
     }
 
     /// The segments of a bucket, as indices.
     pub fn segments_of(&self, bucket: usize) -> Range<usize> {
-        self.buckets[bucket].segments.clone()
+        self.cuts[bucket].segments.clone()
     }
 
     /// The bucket of a segment.
     pub fn bucket_of_segment(&self, segment: usize) -> usize {
-        self.buckets.partition_point(|bucket| bucket.segments.end <= segment)
+        self.cuts.partition_point(|bucket| bucket.segments.end <= segment)
     }
 
     /// The bucket that waits for a parameter, by its offset; `None` for those of the last.
@@ -109,7 +109,7 @@ impl Buckets {
 
     /// Parameters that a bucket waits for.
     pub fn num_parameters(&self, bucket: usize) -> usize {
-        self.buckets[bucket].num_parameters
+        self.cuts[bucket].num_parameters
     }
 }
 

@@ -62,7 +62,7 @@ pub(super) fn rings(world_size: usize) -> Vec<Box<dyn Collective>> {
             peers: peers.clone(),
             key: "key".to_owned(),
             generation: 1,
-            timeout: Duration::from_secs(60),
+            timeout: Duration::from_mins(1),
             interrupt: Arc::new(AtomicBool::new(false)),
         };
         thread::spawn(move || Ring::connect(options).unwrap())

@@ -16,7 +16,7 @@ const STEPS_BETWEEN: usize = 2;
 /// A drill whose worker was replaced for another reason never comes; this many steps later it is given up.
 const STEPS_PAST_DRILL: u64 = 5;
 /// Longest wait until the store's client has run into a fault; the run saves a checkpoint every few steps.
-const STORE_TIMEOUT: Duration = Duration::from_secs(60);
+const STORE_TIMEOUT: Duration = Duration::from_mins(1);
 /// Bytes that are written at a time to fill a disk.
 const FILLER_PIECE: usize = 8 << 10;
 

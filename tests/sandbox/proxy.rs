@@ -15,7 +15,7 @@ const MAX_HEAD_BYTES: usize = 64 << 10;
 /// Longest body of a request, in bytes; a test's checkpoints are far smaller.
 const MAX_BODY_BYTES: usize = 64 << 20;
 /// Longest wait for more of a request or an answer.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
+const READ_TIMEOUT: Duration = Duration::from_mins(1);
 /// Longest time that a request is left without an answer; clients give up earlier.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(45);
 /// Interval at which a silent connection looks whether it is still wanted.

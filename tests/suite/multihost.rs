@@ -9,7 +9,7 @@ const NUM_HOSTS: usize = 4;
 const CUT_HOST: usize = 2;
 const SLOW_HOST: usize = 3;
 /// Longest wait for something that takes seconds on a free machine.
-const TIMEOUT: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_mins(2);
 /// Steps that are compared with those of a run on one host.
 const STEPS_COMPARED: u64 = 30;
 

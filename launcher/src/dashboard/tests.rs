@@ -15,7 +15,7 @@ use crate::view::fixtures::{recorded, start, step};
 use crate::view::{RunState, RunView};
 
 /// Longest wait for anything here; generous, because many tests share the machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 const TOKEN: &str = "correct horse";
 
 async fn dashboard() -> (Dashboard, mpsc::Receiver<DashboardOrder>) {

@@ -147,32 +147,32 @@ mod tests {
         ProcessRecord { worker, slots, process_id: 1, start_ticks: 1, host: "h".to_owned(), by_join: false, log_start: 0 }
     }
 
-    fn control() -> Option<ControlFile> {
+    fn control() -> ControlFile {
         let address = SocketAddr::from(([127, 0, 0, 1], 4242));
-        Some(ControlFile { address, token: Secret::new("token"), dashboard: None, process_id: 7 })
+        ControlFile { address, token: Secret::new("token"), dashboard: None, process_id: 7 }
     }
 
     #[test]
     fn what_is_left_is_taken_over_where_it_fits() {
         let wanted = Wanted { workers: 2, local_workers: 2, bind: None };
         let elsewhere = Wanted { bind: Some(SocketAddr::from(([127, 0, 0, 1], 5000))), ..wanted };
-        let same = Wanted { bind: control().map(|control| control.address), ..wanted };
+        let same = Wanted { bind: Some(control().address), ..wanted };
         let any_port = Wanted { bind: Some(SocketAddr::from(([127, 0, 0, 1], 0))), ..wanted };
         let partly = Wanted { local_workers: 1, ..wanted };
         let both = || vec![record(0, 2), record(1, 2)];
         let cases = [
             ("nothing", None, vec![], wanted, Adoption::Fresh, AdoptionReason::NobodyLeft),
-            ("killed together with its workers", control(), vec![], wanted, Adoption::Fresh, AdoptionReason::NobodyLeft),
-            ("workers on other hosts", control(), vec![], partly, Adoption::TakeOver, AdoptionReason::MayComeBack),
-            ("all live", control(), both(), wanted, Adoption::TakeOver, AdoptionReason::MayComeBack),
-            ("one lives", control(), vec![record(1, 2)], wanted, Adoption::TakeOver, AdoptionReason::MayComeBack),
-            ("the same address", control(), both(), same, Adoption::TakeOver, AdoptionReason::MayComeBack),
-            ("any port of the same host", control(), both(), any_port, Adoption::TakeOver, AdoptionReason::MayComeBack),
-            ("another address", control(), both(), elsewhere, Adoption::Replace, AdoptionReason::OtherAddress),
-            ("another address, nobody left", control(), vec![], elsewhere, Adoption::Fresh, AdoptionReason::NobodyLeft),
+            ("killed together with its workers", Some(control()), vec![], wanted, Adoption::Fresh, AdoptionReason::NobodyLeft),
+            ("workers on other hosts", Some(control()), vec![], partly, Adoption::TakeOver, AdoptionReason::MayComeBack),
+            ("all live", Some(control()), both(), wanted, Adoption::TakeOver, AdoptionReason::MayComeBack),
+            ("one lives", Some(control()), vec![record(1, 2)], wanted, Adoption::TakeOver, AdoptionReason::MayComeBack),
+            ("the same address", Some(control()), both(), same, Adoption::TakeOver, AdoptionReason::MayComeBack),
+            ("any port of the same host", Some(control()), both(), any_port, Adoption::TakeOver, AdoptionReason::MayComeBack),
+            ("another address", Some(control()), both(), elsewhere, Adoption::Replace, AdoptionReason::OtherAddress),
+            ("another address, nobody left", Some(control()), vec![], elsewhere, Adoption::Fresh, AdoptionReason::NobodyLeft),
             ("no control file", None, both(), wanted, Adoption::Replace, AdoptionReason::NoControl),
-            ("another size", control(), vec![record(0, 3)], wanted, Adoption::Replace, AdoptionReason::OtherSize { slots: 3 }),
-            ("a slot of others now", control(), both(), partly, Adoption::Replace, AdoptionReason::OtherSize { slots: 2 }),
+            ("another size", Some(control()), vec![record(0, 3)], wanted, Adoption::Replace, AdoptionReason::OtherSize { slots: 3 }),
+            ("a slot of others now", Some(control()), both(), partly, Adoption::Replace, AdoptionReason::OtherSize { slots: 2 }),
         ];
         for (name, control, living, wanted, adoption, reason) in cases {
             assert_eq!(decide_adoption(&Legacy { control, living }, &wanted), (adoption, reason), "{name}");

@@ -297,7 +297,7 @@ mod tests {
     use crate::run_folder::RunPaths;
     use crate::sample::script;
 
-    const PATIENCE: Duration = Duration::from_secs(60);
+    const PATIENCE: Duration = Duration::from_mins(1);
 
     fn crew(folder: &Path, commands: &str) -> Crew {
         let paths = RunPaths::new(folder.to_owned());

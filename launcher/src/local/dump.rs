@@ -32,7 +32,10 @@ pub(super) async fn write_dump(process_id: u32, path: &Path) -> io::Result<()> {
         Ok(Err(error)) => format!("the kernel's view could not be taken: {error}\n"),
         Err(_) => format!("the kernel's view was not there within {KERNEL_TIMEOUT_MS} ms\n"),
     };
-    text.push_str(&debugger_text(process_id).await);
+    // A stopped process has nothing to show that would be worth the seconds for which the run waits.
+    let is_stopped = text.lines().any(|line| line.starts_with("State:\tT"));
+    let stacks = if is_stopped { "\nstopped by a signal, so no stacks were taken\n".to_owned() } else { debugger_text(process_id).await };
+    text.push_str(&stacks);
     fs::write(path, text)
 }
 
@@ -119,6 +122,10 @@ mod tests {
         {
             assert!(text.contains(&part), "{part:?} in {text}");
         }
+        assert!(text.ends_with("no stacks were taken\n"), "{text}");
+        send(process_id, Signal::CONT).unwrap();
+        write_dump(process_id, &path).await.unwrap();
+        let text = fs::read_to_string(&path).unwrap();
         assert!(["eu-stack", "gdb"].iter().any(|name| text.contains(name)), "a debugger, or that there is none: {text}");
         child.kill().await.unwrap();
     }

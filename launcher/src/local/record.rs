@@ -193,7 +193,7 @@ mod tests {
             ProcessRecord::remove(&paths, other.worker).unwrap();
         }
         record.write(&paths).unwrap();
-        assert_eq!(living(&paths).unwrap(), [record.clone()]);
+        assert_eq!(living(&paths).unwrap(), std::slice::from_ref(&record));
         record.signal(Signal::KILL).unwrap();
         // Until somebody asks for its status the process is a zombie, and counts as ended.
         while record.is_alive() {

@@ -78,9 +78,7 @@ impl Progress {
 
     /// The state of another step is in memory now: after a loss of steps, or after a resume.
     pub fn restored(&mut self, step: u64) {
-        if self.step > 0 {
-            self.examples = self.examples / self.step * step;
-        }
+        self.examples = self.examples.checked_div(self.step).unwrap_or(0) * step;
         self.step = step;
         self.pause();
     }
