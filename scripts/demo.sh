@@ -20,7 +20,7 @@ $cloze data inspect $recipe -n 2
 say '3. The untuned model on held-out templates (chance, about)'
 $cloze eval $recipe --output demo/untuned
 
-say '4. Train with 2 workers; worker 1 is killed after step 120, and the run goes on from its last checkpoint'
+say '4. Train with 2 workers; worker 1 is killed after step 120; its replacement gets the state from the other'
 $cloze train $recipe --workers 2 --kill-worker 1@120
 
 say '5. The tuned model on the same held-out templates'

@@ -1,7 +1,7 @@
 //! Which samples this worker trained on in which step, for those who want to check it.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -31,8 +31,8 @@ impl Audit {
     /// Opens the file for appending; its folder is made where it is missing.
     pub fn open(path: &Path, generation: u64) -> Result<Self> {
         let folder = path.parent().unwrap_or(Path::new("."));
-        let opened = fs::create_dir_all(folder).and_then(|()| OpenOptions::new().create(true).append(true).open(path));
-        let file = opened.map_err(|error| storage(path, &error))?;
+        let opened = fs::create_dir_all(folder).and_then(|()| OpenOptions::new().create(true).read(true).append(true).open(path));
+        let file = opened.and_then(end_last_line).map_err(|error| storage(path, &error))?;
         Ok(Self { path: path.to_owned(), file, generation })
     }
 
@@ -44,6 +44,19 @@ impl Audit {
         text.push(b'\n');
         self.file.write_all(&text).map_err(|error| storage(&self.path, &error).into())
     }
+}
+
+/// A process that was killed may have left half a line; the next one begins on its own.
+fn end_last_line(mut file: File) -> io::Result<File> {
+    let mut last = [b'\n'];
+    if file.metadata()?.len() > 0 {
+        file.seek(SeekFrom::End(-1))?;
+        file.read_exact(&mut last)?;
+    }
+    if last != [b'\n'] {
+        file.write_all(b"\n")?;
+    }
+    Ok(file)
 }
 
 fn storage(path: &Path, error: &std::io::Error) -> Failure {

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
-use cloze_cluster::client::Client;
-use cloze_cluster::protocol::{SavedFile, WorkerMessage};
+use cloze_cluster::client::{Client, SharesError};
+use cloze_cluster::protocol::{Phase, SavedFile, WorkerMessage};
 use cloze_recipes::failure::{Failure, FailureKind};
 use tch::Device;
 
@@ -81,15 +81,17 @@ impl Checkpointer {
         Self { store, client, upload_timeout, writing: None, failed_in_a_row: 0, newest_known_step: 0 }
     }
 
-    /// Whether a write is in progress. Takes the result of one that is over.
+    /// Whether a write is in progress, or its result not yet taken.
+    pub fn is_writing(&self) -> bool {
+        self.writing.is_some()
+    }
+
+    /// Takes the result of a write that is over.
     ///
     /// # Errors
     /// The failure of a write, when there were too many in a row.
-    pub fn is_writing(&mut self) -> Result<bool> {
-        if self.writing.as_ref().is_some_and(|writing| writing.thread.is_finished()) {
-            self.take_result()?;
-        }
-        Ok(self.writing.is_some())
+    pub fn take_finished(&mut self) -> Result<()> {
+        if self.writing.as_ref().is_some_and(|writing| writing.thread.is_finished()) { self.take_result() } else { Ok(()) }
     }
 
     /// The store may hold checkpoints up to this step, from before this process.
@@ -97,9 +99,9 @@ impl Checkpointer {
         self.newest_known_step = self.newest_known_step.max(step);
     }
 
-    /// Whether the store already holds this checkpoint, because the step was done before. Asks the store only where that is possible.
-    pub fn is_saved(&self, step: u64, recipe_hash: &str) -> Result<bool> {
-        if step > self.newest_known_step { Ok(false) } else { self.store.is_saved(step, recipe_hash) }
+    /// Whether the store may already hold this checkpoint, because the step was done before.
+    pub fn may_be_saved(&self, step: u64) -> bool {
+        step <= self.newest_known_step
     }
 
     /// Starts a save; the one before must be over.
@@ -167,9 +169,10 @@ impl Checkpointer {
         }
         let Some(LastShare { state, generation, files, started }) = share else { return Ok(()) };
         let files = gather_lists(collective, &files)?;
-        let saved = leader_work(collective, interval, || self.store.commit(&state, files))?;
+        let (step, store) = (state.step, Arc::clone(&self.store));
+        let saved = leader_work(collective, interval, move || store.commit(&state, files))?;
         let Some(saved) = saved else { return Ok(()) };
-        let (step, seconds) = (state.step, started.elapsed().as_secs_f64());
+        let seconds = started.elapsed().as_secs_f64();
         let message = WorkerMessage::CheckpointSaved { generation, step, url: saved.url, bytes: saved.bytes, seconds, blocked_s: seconds };
         self.client.send(&message)
     }
@@ -178,6 +181,9 @@ impl Checkpointer {
     fn wait_together(&self, collective: &mut dyn Collective) -> Result<()> {
         loop {
             let is_writing = self.writing.as_ref().is_some_and(|writing| !writing.thread.is_finished());
+            if let Some(Writing { generation, step, .. }) = &self.writing {
+                self.client.progress(*generation, *step, Phase::Saving);
+            }
             let mut num_writing = [f32::from(u8::from(is_writing))];
             collective.all_reduce_sum(&mut num_writing)?;
             if num_writing[0] == 0.0 {
@@ -196,7 +202,8 @@ impl Checkpointer {
             return Ok(());
         };
         // A generation that ends in the middle of a save says nothing about the store.
-        self.failed_in_a_row += u32::from(!error.is::<SharesMissing>());
+        let is_over = matches!(error.downcast_ref::<SharesError>(), Some(SharesError::Over(_)));
+        self.failed_in_a_row += u32::from(!is_over);
         tracing::warn!(step, error = format!("{error:#}"), "checkpoint given up");
         if self.failed_in_a_row >= FAILED_SAVES_MAX || is_conflict(&error) {
             return Err(error.context(format!("save the checkpoint of step {step}")));
@@ -216,11 +223,6 @@ impl Drop for Checkpointer {
     }
 }
 
-/// The other workers' shares did not arrive.
-#[derive(Debug, thiserror::Error)]
-#[error("the other workers' shares did not arrive: {0:#}")]
-struct SharesMissing(anyhow::Error);
-
 /// Another run writes to the same place: that does not pass.
 fn is_conflict(error: &anyhow::Error) -> bool {
     error.downcast_ref::<Failure>().is_some_and(|failure| failure.kind == FailureKind::Mismatch)
@@ -238,11 +240,19 @@ struct Writer {
 impl Writer {
     fn write(self, order: SaveOrder, copy_done: Sender<()>) -> Result<Option<LastShare>> {
         let SaveOrder { state, generation, rank, parts, companions, is_last } = order;
-        let share = copy(parts, rank, state.world_size, companions)?;
-        drop(copy_done);
         let step = state.step;
-        let mut files = self.store.save_share(step, &share)?;
-        drop(share);
+        let share = copy(parts, rank, state.world_size, companions);
+        drop(copy_done);
+        let mut files = match share.and_then(|share| self.store.save_share(step, &share)) {
+            Ok(files) => files,
+            Err(error) => {
+                // An empty list tells the leader that there is nothing to wait for.
+                if rank > 0 && !is_last {
+                    self.client.send(&WorkerMessage::ShareSaved { generation, step, files: Vec::new() })?;
+                }
+                return Err(error);
+            }
+        };
         if is_last {
             return Ok(Some(LastShare { state, generation, files, started: self.started }));
         }
@@ -268,7 +278,7 @@ impl Writer {
         if state.world_size == 1 {
             return Ok(Vec::new());
         }
-        self.client.wait_shares(generation, state.step, state.world_size, self.deadline).map_err(|error| SharesMissing(error).into())
+        Ok(self.client.wait_shares(generation, state.step, state.world_size, self.deadline)?)
     }
 }
 

@@ -57,7 +57,7 @@ pub struct Belongings {
 }
 
 /// Builds, restores and trains; ends with the run or with the generation. Whatever happens, a state that is whole is kept.
-pub fn run(worker: &Worker, assignment: Assignment, belongings: &mut Belongings) -> Result<TrainEnd> {
+pub fn run(worker: &Arc<Worker>, assignment: Assignment, belongings: &mut Belongings) -> Result<TrainEnd> {
     let facts = GenerationFacts {
         generation: assignment.generation,
         total_steps: total_steps(&worker.recipe.train, worker.dataset.num_samples()),
@@ -73,6 +73,8 @@ pub fn run(worker: &Worker, assignment: Assignment, belongings: &mut Belongings)
     let schedule = Schedule::new(&worker.recipe.train.schedule, worker.recipe.train.learning_rate, facts.total_steps);
     let mut trainer = Trainer::new(&worker.recipe, state, schedule, collective)?;
     let result = restore_and_train(worker, &mut trainer, facts, belongings, &mut Origin { source, members, steps_done: &mut steps_done });
+    // The step that the copy waits for does not come any more.
+    belongings.checkpointer.wait_for_copy();
     let is_kept = worker.recipe.train.shard == Shard::None && trainer.state_is_whole();
     match steps_done {
         Some(steps_done) if is_kept => belongings.held.put(trainer.into_state(), steps_done),
@@ -90,7 +92,7 @@ struct Origin<'a> {
 }
 
 fn restore_and_train(
-    worker: &Worker,
+    worker: &Arc<Worker>,
     trainer: &mut Trainer,
     facts: GenerationFacts,
     belongings: &mut Belongings,
@@ -143,7 +145,9 @@ fn connect(worker: &Worker, assignment: Assignment) -> Result<Box<dyn Collective
     let (timeout, interrupt) = (options.timeout, Arc::clone(&options.interrupt));
     let ring = Ring::connect(options)?;
     let mut collective: Box<dyn Collective> = match worker.device {
-        Device::Cuda(device) => Box::new(Nccl::connect(NcclOptions { ring, device, compute_stream: DEFAULT_STREAM, timeout, interrupt })?),
+        Device::Cuda(device) if ring.world_size() > 1 => {
+            Box::new(Nccl::connect(NcclOptions { ring, device, compute_stream: DEFAULT_STREAM, timeout, interrupt })?)
+        }
         _ => Box::new(ring),
     };
     let client = Arc::clone(&worker.client);

@@ -1,15 +1,19 @@
 //! How the workers of a new generation come to one state: from the memory of those who have it, from a checkpoint, or from scratch.
 
+use std::sync::Arc;
+
 use anyhow::{Result, bail};
 use cloze_cluster::protocol::StateSource;
 use cloze_recipes::recipe::Precision;
+use tch::Device;
 
-use crate::checkpoint::Loaded;
+use crate::checkpoint::{CheckpointState, Loaded, NamedTensorOwned};
 use crate::checkpointer::check_belongs;
-use crate::collective::{Collective, is_leader, leader_work};
+use crate::collective::{Collective, leader_work};
 use crate::generation::keep_alive_interval;
+use crate::model::config::Config;
 use crate::model::folder;
-use crate::model::modernbert::Placement;
+use crate::model::modernbert::{ModernBert, Placement};
 use crate::step::{State, Trainer};
 use crate::watcher::state_of;
 use crate::worker::Worker;
@@ -65,7 +69,7 @@ impl Restored {
 }
 
 /// Brings all workers to one state. `held` is the steps of the state in this worker's memory; it is `None` while that is not whole.
-pub fn restore(worker: &Worker, trainer: &mut Trainer, source: &StateSource, held: &mut Option<u64>) -> Result<Restored> {
+pub fn restore(worker: &Arc<Worker>, trainer: &mut Trainer, source: &StateSource, held: &mut Option<u64>) -> Result<Restored> {
     let restored = match source {
         StateSource::Peer { rank, step } => from_memory(trainer, *rank as usize, *step, held)?,
         StateSource::Checkpoint => {
@@ -98,56 +102,58 @@ fn from_memory(trainer: &mut Trainer, rank: usize, step: u64, held: &mut Option<
 }
 
 /// The leader reads the newest good checkpoint, or makes first values, and sends them to the others.
-fn from_checkpoint(worker: &Worker, trainer: &mut Trainer) -> Result<Restored> {
+fn from_checkpoint(worker: &Arc<Worker>, trainer: &mut Trainer) -> Result<Restored> {
     let interval = keep_alive_interval(worker);
-    let found = leader_work(trainer.collective.as_mut(), interval, || read_checkpoint(worker))?;
+    let (reader, expected) = (Arc::clone(worker), state_of(worker, trainer, 0));
+    let config = trainer.model.config().clone();
+    let read = move || read_state(&reader, expected, config);
+    let found = leader_work(trainer.collective.as_mut(), interval, read)?;
     let mut header = [0_u8; 16];
-    let (mut source, mut skipped, mut loaded) = (String::new(), Vec::new(), None);
-    if let Some((newest_known_step, found)) = found {
-        if let Some(found) = found {
-            check_belongs(&found, &state_of(worker, trainer, found.state.step))?;
-            header[..8].copy_from_slice(&found.state.step.to_le_bytes());
-            (source, skipped) = (found.url.clone(), found.skipped.clone());
-            loaded = Some(found);
-        } else {
-            "scratch".clone_into(&mut source);
-        }
+    let mut restored = Restored { steps_done: 0, source: String::new(), skipped: Vec::new(), newest_known_step: 0, peer: None };
+    if let Some((newest_known_step, loaded)) = &found {
+        header[..8].copy_from_slice(&loaded.state.step.to_le_bytes());
         header[8..].copy_from_slice(&newest_known_step.to_le_bytes());
+        restored.source.clone_from(&loaded.url);
+        restored.skipped.clone_from(&loaded.skipped);
     }
     trainer.collective.broadcast(&mut header, 0)?;
     let number = |start: usize| header[start..start + 8].iter().rev().fold(0_u64, |value, byte| (value << 8) | u64::from(*byte));
-    let (steps_done, newest_known_step) = (number(0), number(8));
-    if steps_done == 0 && loaded.is_none() && is_leader(trainer.collective.as_ref()) {
-        loaded = Some(first_state(worker, trainer)?);
-    }
-    trainer.distribute(loaded.as_ref(), 0)?;
-    trainer.optimizer.set_steps_done(steps_done);
-    Ok(Restored { steps_done, source, skipped, newest_known_step, peer: None })
+    (restored.steps_done, restored.newest_known_step) = (number(0), number(8));
+    trainer.distribute(found.as_ref().map(|(_, loaded)| loaded), 0)?;
+    trainer.optimizer.set_steps_done(restored.steps_done);
+    Ok(restored)
 }
 
-/// The newest step that the store knows of, and the newest good checkpoint.
-fn read_checkpoint(worker: &Worker) -> Result<(u64, Option<Loaded>)> {
+/// The newest step that the store knows of, and the state to begin with.
+fn read_state(worker: &Worker, expected: CheckpointState, config: Config) -> Result<(u64, Loaded)> {
     if let Some(warning) = worker.store.probe()? {
         tracing::warn!(warning, "the store's conditional writes cannot be relied on");
     }
     let found = worker.store.latest_good()?;
     let newest = worker.store.list()?.last().map_or(0, |listed| listed.step);
-    Ok((newest, found))
+    let loaded = match found {
+        Some(loaded) => {
+            check_belongs(&loaded, &expected)?;
+            loaded
+        }
+        None => first_state(worker, expected, config)?,
+    };
+    Ok((newest, loaded))
 }
 
 /// The state before the first step, in the form of a checkpoint: first values, and moments of zero.
-fn first_state(worker: &Worker, trainer: &Trainer) -> Result<Loaded> {
-    let placement = Placement { device: tch::Device::Cpu, trainable: false, bfloat16: false };
-    let mut model = crate::model::modernbert::ModernBert::new(trainer.model.config().clone(), placement)?;
+fn first_state(worker: &Worker, state: CheckpointState, config: Config) -> Result<Loaded> {
+    let placement = Placement { device: Device::Cpu, trainable: false, bfloat16: false };
+    let mut model = ModernBert::new(config, placement)?;
     folder::first_values(&mut model, &worker.recipe.model, worker.recipe.seed)?;
     let parameters = model.parameters();
     let values = parameters.named(parameters.values())?;
-    let optimizer = ["exp_avg.", "exp_avg_sq."].iter().flat_map(|prefix| values.iter().map(move |value| (*prefix, value)));
-    let optimizer = optimizer.map(|(prefix, value)| crate::checkpoint::NamedTensorOwned {
+    let moments = ["exp_avg.", "exp_avg_sq."].iter().flat_map(|prefix| values.iter().map(move |value| (*prefix, value)));
+    let optimizer = moments.map(|(prefix, value)| NamedTensorOwned {
         name: format!("{prefix}{}", value.name),
         shape: value.shape.clone(),
         data: vec![0; value.data.len()].into(),
     });
     let optimizer = optimizer.collect();
-    Ok(Loaded { state: state_of(worker, trainer, 0), model: values, optimizer, url: "scratch".to_owned(), skipped: Vec::new() })
+    Ok(Loaded { state, model: values, optimizer, url: "scratch".to_owned(), skipped: Vec::new() })
 }

@@ -89,6 +89,14 @@ struct PendingReport {
     batch: StepBatch,
 }
 
+/// How far the loop is.
+struct Position<'a> {
+    /// Steps done of the state in memory.
+    steps_done: &'a mut u64,
+    /// The last of them, while its numbers are on their way.
+    pending: Option<PendingReport>,
+}
+
 /// Trains to the end of the feed, or until the workers agree to stop or to regroup. `steps_done` follows the state.
 pub fn train(
     trainer: &mut Trainer,
@@ -97,40 +105,59 @@ pub fn train(
     drills: &mut Drills,
     steps_done: &mut u64,
 ) -> Result<TrainEnd> {
-    let mut pending = None;
+    let from_step = *steps_done;
+    let mut position = Position { steps_done, pending: None };
+    let result = take_steps(trainer, feed, watcher, drills, &mut position);
+    // Whether the last step counts does not depend on what became of the one after it.
+    if trainer.state_is_whole() && result.as_ref().err().is_none_or(|error| !error.is::<NotFinite>()) {
+        report(&mut position, watcher)?;
+    }
+    let end = result?;
+    if end.steps_done == from_step && end.steps_done == feed.total_steps() {
+        // The generation before this one did the last step and may not have lived to save it.
+        watcher.save(trainer, SavePoint { steps_done: from_step, is_last: true, is_temporary: false, loss: f64::NAN })?;
+    }
+    Ok(end)
+}
+
+fn take_steps(
+    trainer: &mut Trainer,
+    feed: &mut BatchFeed,
+    watcher: &mut dyn Watcher,
+    drills: &mut Drills,
+    position: &mut Position,
+) -> Result<TrainEnd> {
     let mut clock = Instant::now();
     loop {
-        watcher.batch_awaited(*steps_done)?;
+        watcher.batch_awaited(*position.steps_done)?;
         let Some(mut batch) = feed.next_batch()? else { break };
-        let asks = watcher.asks(*steps_done);
+        let asks = watcher.asks(*position.steps_done);
         drills.perform(&mut batch)?;
         trainer.collective.set_step(batch.step + 1);
-        let outcome = train_step(trainer, &batch, asks, &mut || watcher.before_update())?;
-        *steps_done = batch.step + 1;
-        let StepOutcome { numbers, agreed, local_loss } = outcome;
+        let StepOutcome { numbers, agreed, local_loss } = train_step(trainer, &batch, asks, &mut || watcher.before_update())?;
         // On a GPU the numbers of a step are read when the next one is queued, so that the device never waits for the host.
-        report(pending.take(), watcher, steps_done)?;
+        *position.steps_done = batch.step + 1;
+        report(position, watcher)?;
         let partial = partial_report(trainer, &batch, std::mem::replace(&mut clock, Instant::now()).elapsed().as_secs_f64());
-        pending = Some(PendingReport { numbers, local_loss, partial, batch });
-        let is_last = *steps_done == feed.total_steps();
+        position.pending = Some(PendingReport { numbers, local_loss, partial, batch });
+        let steps_done = *position.steps_done;
+        let is_last = steps_done == feed.total_steps();
         let is_left = is_last || agreed.stop || (agreed.regroup && watcher.must_save_to_regroup());
-        let save_due = watcher.save_due(*steps_done);
+        let save_due = watcher.save_due(steps_done);
         if trainer.model.device() == Device::Cpu || save_due || is_left || agreed.save || agreed.regroup {
-            let loss = report(pending.take(), watcher, steps_done)?;
+            let loss = report(position, watcher)?;
             if save_due || is_left || agreed.save {
-                let point = SavePoint { steps_done: *steps_done, is_last: is_left, is_temporary: !save_due && !is_left, loss };
-                watcher.save(trainer, point)?;
+                watcher.save(trainer, SavePoint { steps_done, is_last: is_left, is_temporary: !save_due && !is_left, loss })?;
             }
         }
         if agreed.stop && !is_last {
-            return Ok(TrainEnd { steps_done: *steps_done, reason: EndReason::Stopped });
+            return Ok(TrainEnd { steps_done, reason: EndReason::Stopped });
         }
         if agreed.regroup && !is_last {
-            return Ok(TrainEnd { steps_done: *steps_done, reason: EndReason::Regrouped });
+            return Ok(TrainEnd { steps_done, reason: EndReason::Regrouped });
         }
     }
-    report(pending, watcher, steps_done)?;
-    Ok(TrainEnd { steps_done: *steps_done, reason: EndReason::Complete })
+    Ok(TrainEnd { steps_done: *position.steps_done, reason: EndReason::Complete })
 }
 
 /// What is known of a step before its numbers arrive. `seconds` is the time since the step before, everything included.
@@ -149,20 +176,20 @@ fn partial_report(trainer: &Trainer, batch: &StepBatch, seconds: f64) -> StepRep
     }
 }
 
-/// Waits for a step's numbers, hands the report on and returns the loss; NaN where nothing was pending.
+/// Waits for the numbers of the last step, hands the report on and returns the loss; NaN where nothing was pending.
 ///
 /// # Errors
 /// [`NotFinite`] when the loss or its gradient is not finite; `steps_done` is set back to the step before.
-fn report(pending: Option<PendingReport>, watcher: &mut dyn Watcher, steps_done: &mut u64) -> Result<f64> {
-    let Some(PendingReport { numbers, local_loss, mut partial, batch }) = pending else { return Ok(f64::NAN) };
+fn report(position: &mut Position, watcher: &mut dyn Watcher) -> Result<f64> {
+    let Some(PendingReport { numbers, local_loss, mut partial, batch }) = position.pending.take() else { return Ok(f64::NAN) };
     let numbers: Vec<f64> = numbers.finish()?.into_iter().map(f64::from).collect();
     let [loss_sum, denominator, labels, norm] = numbers[..] else { unreachable!("four numbers were sent") };
     partial.loss = loss_sum / denominator;
     partial.labels = labels as u64;
     partial.gradient_norm = norm;
     if !partial.loss.is_finite() || !norm.is_finite() {
-        let state_is_whole = *steps_done == partial.step;
-        *steps_done = partial.step - 1;
+        let state_is_whole = *position.steps_done == partial.step;
+        *position.steps_done = partial.step - 1;
         return Err(NotFinite {
             failure: not_finite_failure(&partial),
             step: partial.step,

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use bytes::Bytes;
 use cloze_cluster::protocol::{Phase, StepReport, WorkerMessage};
+use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Shard;
 
 use crate::audit::Audit;
 use crate::batch_feed::StepBatch;
 use crate::checkpoint::CheckpointState;
 use crate::checkpointer::{Checkpointer, SaveOrder};
-use crate::collective::{Collective, is_leader};
+use crate::collective::{Collective, is_leader, leader_work};
 use crate::generation::keep_alive_interval;
 use crate::model::folder;
 use crate::step::{Asks, Trainer};
@@ -73,15 +74,36 @@ impl<'a> RunWatcher<'a> {
         if point.is_last {
             self.checkpointer.settle_together(trainer.collective.as_mut())?;
         }
-        let is_busy = self.checkpointer.is_writing()?;
-        let is_there = self.is_leader && self.checkpointer.is_saved(point.steps_done, &self.worker.recipe.hash())?;
-        let mut reasons = [f32::from(u8::from(is_busy)), f32::from(u8::from(is_there))];
+        self.checkpointer.take_finished()?;
+        let is_in_doubt = self.is_leader && self.checkpointer.may_be_saved(point.steps_done);
+        let mut reasons = [f32::from(u8::from(self.checkpointer.is_writing())), f32::from(u8::from(is_in_doubt))];
         trainer.collective.all_reduce_sum(&mut reasons)?;
-        if reasons[0] > 0.0 && self.is_leader {
+        if reasons[0] > 0.0 {
             // Waiting here would hold up all workers; the state is saved at the next point instead.
-            tracing::warn!(step = point.steps_done, "checkpoint skipped: the one before is still being written");
+            if self.is_leader {
+                tracing::warn!(step = point.steps_done, "checkpoint skipped: the one before is still being written");
+            }
+            return Ok(false);
         }
-        Ok(reasons == [0.0, 0.0])
+        if reasons[1] > 0.0 { self.is_missing(trainer, point) } else { Ok(true) }
+    }
+
+    /// Whether the store lacks the checkpoint of a step that may have been saved before; the leader asks it, and tells the others.
+    fn is_missing(&mut self, trainer: &mut Trainer, point: SavePoint) -> Result<bool> {
+        let (store, recipe_hash) = (Arc::clone(&self.worker.store), self.worker.recipe.hash());
+        let ask = move || match store.is_saved(point.steps_done, &recipe_hash) {
+            Ok(is_saved) => Ok(!is_saved),
+            Err(error) if error.downcast_ref::<Failure>().is_some_and(|failure| failure.kind == FailureKind::Mismatch) => Err(error),
+            Err(error) => {
+                // A save would meet the same outage, which only the last one may not.
+                tracing::warn!(step = point.steps_done, error = format!("{error:#}"), "checkpoint skipped: the store does not answer");
+                if point.is_last { Err(error) } else { Ok(false) }
+            }
+        };
+        let is_missing = leader_work(trainer.collective.as_mut(), keep_alive_interval(self.worker), ask)?;
+        let mut told = [f32::from(u8::from(is_missing == Some(true)))];
+        trainer.collective.all_reduce_sum(&mut told)?;
+        Ok(told[0] > 0.0)
     }
 
     fn order(&self, trainer: &Trainer, point: SavePoint) -> Result<SaveOrder> {
@@ -113,11 +135,13 @@ impl Watcher for RunWatcher<'_> {
     fn asks(&mut self, steps_done: u64) -> Asks {
         let client = &self.worker.client;
         client.progress(self.facts.generation, steps_done, Phase::Training);
-        self.save_asked |= client.take_save_request().is_some() || self.is_save_time();
+        // One worker's wish is enough, and the leader hears of every order.
+        let is_ordered = client.take_save_request().is_some();
+        self.save_asked |= self.is_leader && (is_ordered || self.is_save_time());
         Asks {
             stop: client.stop_requested().is_some(),
             regroup: client.regroup_requested(self.facts.generation).is_some(),
-            save: self.save_asked,
+            save: self.save_asked && !self.checkpointer.is_writing(),
         }
     }
 
@@ -131,8 +155,7 @@ impl Watcher for RunWatcher<'_> {
             audit.write(batch)?;
         }
         self.worker.client.progress(self.facts.generation, report.step, Phase::Training);
-        // Takes the result of a checkpoint that is complete.
-        self.checkpointer.is_writing()?;
+        self.checkpointer.take_finished()?;
         let is_logged = report.step.is_multiple_of(self.worker.recipe.train.log_every_steps) || report.step == self.facts.total_steps;
         if self.is_leader && is_logged {
             self.worker.client.send(&WorkerMessage::Step { generation: self.facts.generation, report: report.clone() })?;
@@ -153,8 +176,8 @@ impl Watcher for RunWatcher<'_> {
         if self.can_all_save(trainer, point)? {
             self.checkpointer.start(self.order(trainer, point)?)?;
             self.last_save = Instant::now();
+            self.save_asked = false;
         }
-        self.save_asked = false;
         Ok(())
     }
 }

@@ -21,6 +21,7 @@ use tch::Device;
 use crate::checkpoint::{CheckpointStore, StorePolicy};
 use crate::checkpointer::Checkpointer;
 use crate::collective::CollectiveError;
+use crate::collective::api::{CollectiveCause, Operation};
 use crate::drill::{Drill, Drills};
 use crate::generation::{self, Assignment, Belongings};
 use crate::restore::Held;
@@ -80,7 +81,13 @@ pub fn run(options: WorkerOptions) -> Result<()> {
     let recipe = cloze_recipes::load(&options.run.join("recipe.yaml"), &[])?;
     let listener = TcpListener::bind((own_address(&options.coordinator)?, 0)).context("listen for peers")?;
     let client = Arc::new(join(&options, &recipe, &listener)?);
-    let work = || prepare(options, recipe, listener, Arc::clone(&client)).and_then(|(worker, drills)| serve(&worker, drills));
+    // They outlive the work, so that a failure is told before a checkpoint in progress is waited for.
+    let mut belongings = None;
+    let work = || {
+        let (worker, drills) = prepare(options, recipe, listener, Arc::clone(&client))?;
+        let belongings = belongings.insert(belongings_of(&worker, drills));
+        serve(&Arc::new(worker), belongings)
+    };
     // tch panics where libtorch fails, for instance for want of memory: that too is a failure with a reason, not a worker that vanished.
     let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(panicked(panic.as_ref())));
     if let Err(error) = &result
@@ -143,17 +150,12 @@ pub fn store_policy(recipe: &Recipe) -> StorePolicy {
     }
 }
 
-/// The build that coordinator and workers must share.
-pub fn build_name() -> String {
-    format!("cloze {} (protocol {})", env!("CARGO_PKG_VERSION"), cloze_cluster::protocol::PROTOCOL_VERSION)
-}
-
 fn join(options: &WorkerOptions, recipe: &Recipe, listener: &TcpListener) -> Result<Client> {
     Client::join(JoinOptions {
         coordinator: options.coordinator.clone(),
         token: Secret::new(options.token.clone()),
         recipe_hash: recipe.hash(),
-        build: build_name(),
+        build: cloze_cluster::protocol::build_name(),
         worker: options.worker,
         collective_address: listener.local_addr().context("read the listening address")?.to_string(),
         heartbeat_timeout: Duration::from_millis(recipe.cluster.heartbeat_timeout_ms),
@@ -163,7 +165,9 @@ fn join(options: &WorkerOptions, recipe: &Recipe, listener: &TcpListener) -> Res
 
 fn prepare(options: WorkerOptions, recipe: Recipe, listener: TcpListener, client: Arc<Client>) -> Result<(Worker, Drills)> {
     let WorkerOptions { run, worker: slot, local_workers, torch_folder, drills, .. } = options;
-    let device = crate::device::open(recipe.train.device, slot as usize, torch_folder.as_deref())?;
+    // The slots of one host follow each other, so that their remainders differ.
+    let device_index = (slot % local_workers.max(1)) as usize;
+    let device = crate::device::open(recipe.train.device, device_index, torch_folder.as_deref())?;
     crate::device::set_threads(recipe.train.threads, local_workers);
     let dataset = Arc::new(Dataset::open(&recipe.data.output)?);
     let (tokenizer, anchor_id) = Tokenizer::load_with_anchor(&recipe.model.tokenizer, &recipe.model.anchor_token)?;
@@ -174,11 +178,14 @@ fn prepare(options: WorkerOptions, recipe: Recipe, listener: TcpListener, client
     Ok((worker, Drills::new(drills)))
 }
 
-/// Takes part in generations until the run is over.
-fn serve(worker: &Worker, drills: Drills) -> Result<()> {
+fn belongings_of(worker: &Worker, drills: Drills) -> Belongings {
     let upload_timeout = Duration::from_secs(worker.recipe.checkpoint.upload_timeout_s);
     let checkpointer = Checkpointer::new(Arc::clone(&worker.store), Arc::clone(&worker.client), upload_timeout);
-    let mut belongings = Belongings { held: Held::default(), checkpointer, drills };
+    Belongings { held: Held::default(), checkpointer, drills }
+}
+
+/// Takes part in generations until the run is over.
+fn serve(worker: &Arc<Worker>, belongings: &mut Belongings) -> Result<()> {
     worker.client.ready(0, None)?;
     loop {
         match worker.client.next(IDLE_WAIT)? {
@@ -192,7 +199,7 @@ fn serve(worker: &Worker, drills: Drills) -> Result<()> {
                         interrupt.store(true, Ordering::SeqCst);
                     }
                 }));
-                match generation::run(worker, assignment, &mut belongings) {
+                match generation::run(worker, assignment, belongings) {
                     Ok(end) if end.reason == EndReason::Regrouped => {}
                     Ok(end) => return worker.client.finish(generation, end.steps_done, end.reason == EndReason::Stopped),
                     Err(error) => survive(worker, generation, error)?,
@@ -209,6 +216,13 @@ fn serve(worker: &Worker, drills: Drills) -> Result<()> {
 /// A broken collective and a loss that is not finite are told and survived; anything else ends the worker.
 fn survive(worker: &Worker, generation: u64, error: anyhow::Error) -> Result<()> {
     if let Some(broken) = error.downcast_ref::<CollectiveError>() {
+        if let (Operation::Connect, CollectiveCause::Device(cause)) = (broken.operation, &broken.cause) {
+            // No other generation would find what this machine lacks.
+            return Err(Failure::new(FailureKind::Environment, "the GPUs of the workers cannot be connected")
+                .because(cause)
+                .hint("NCCL comes with PyTorch's CUDA wheels; name their environment in CLOZE_TORCH, or set `train.device: cpu`")
+                .into());
+        }
         tracing::info!(generation, reason = %broken, "generation broken");
         return worker.client.send(&WorkerMessage::Broken { generation, reason: broken.to_string() });
     }

@@ -3,6 +3,7 @@
 mod audit;
 mod batch_feed;
 mod bench;
+mod bench_checkpoint;
 mod bench_collective;
 mod checkpoint;
 mod checkpointer;
@@ -37,6 +38,7 @@ use cloze_recipes::recipe::ModelShape;
 use tch::Device;
 
 use bench::BenchOptions;
+use bench_checkpoint::CheckpointBenchOptions;
 use bench_collective::CollectiveBenchOptions;
 use drill::Drill;
 use evaluate::EvaluateOptions;
@@ -66,6 +68,12 @@ enum Command {
     Forward(ForwardArguments),
     /// Time training steps on a workload file.
     Bench(BenchArguments),
+    /// Time the storing and loading of a state of a given size.
+    BenchCheckpoint {
+        place: String,
+        #[arg(long, default_value_t = 100_000_000)]
+        params: usize,
+    },
     /// Look at, verify, compare, prune and export checkpoints.
     Checkpoints {
         #[command(subcommand)]
@@ -221,6 +229,9 @@ fn run(command: Command) -> Result<()> {
             let files = ForwardFiles { model: &a.model, input: &a.input, output: &a.output };
             let extras = ForwardExtras { gradients: a.gradients, steps: a.steps, learning_rate: a.learning_rate };
             forward::forward(files, placement(&a.placement, torch_folder.as_deref(), false)?, extras)
+        }
+        Command::BenchCheckpoint { place, params } => {
+            bench_checkpoint::run(&CheckpointBenchOptions { place, num_parameters: params }, &mut stdout)
         }
         Command::Checkpoints { command } => checkpoints_command::run(command),
         Command::BenchCollective(BenchCollectiveArguments { ranks, mib, repeat, rank }) => {

@@ -26,14 +26,18 @@ use self::aborts::Aborts;
 use self::connection::{Answer, Sockets};
 use self::line::{LastWords, Line};
 use self::shares::Shares;
+pub use self::shares::SharesError;
 use crate::protocol::{CoordinatorMessage, FailureClass, Phase, SavedFile, WorkerMessage};
 use crate::secret::Secret;
 
 /// Generation number that an abort callback gets when the coordinator has let this worker go: every generation is over.
 pub const EVERY_GENERATION: u64 = u64::MAX;
 
-/// Longest wait for the coordinator to close the connection after the last message.
+/// Wait for the coordinator to close the connection after the last message, where a longer heartbeat timeout does not ask for more.
 const LEAVE_TIMEOUT_S: u64 = 5;
+
+/// Time for the link thread to take note of a coordinator that has been silent for too long.
+const LEAVE_MARGIN_S: u64 = 1;
 
 /// Messages that wait for [`Client::next`]. The coordinator says a handful per generation.
 const INBOX_MESSAGES: usize = 256;
@@ -76,8 +80,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects and joins. Fails with kind `Environment` when the coordinator cannot be reached, and with the coordinator's
-    /// own [`Failure`] when it refuses.
+    /// Connects and joins. Fails with kind `Run` when the coordinator cannot be reached, and with the coordinator's own [`Failure`]
+    /// when it refuses.
     pub fn join(options: JoinOptions) -> anyhow::Result<Self> {
         let heartbeat_interval = options.heartbeat_timeout / HEARTBEATS_PER_TIMEOUT;
         let mut socket = connection::connect(&options.coordinator, connection::CONNECT_TIMEOUT)?;
@@ -173,7 +177,7 @@ impl Client {
     }
 
     /// Waits, as the leader, for the files of ranks `1..ranks`. Fails at the deadline, and when the generation is over before.
-    pub fn wait_shares(&self, generation: u64, step: u64, ranks: u32, deadline: Instant) -> anyhow::Result<Vec<SavedFile>> {
+    pub fn wait_shares(&self, generation: u64, step: u64, ranks: u32, deadline: Instant) -> Result<Vec<SavedFile>, SharesError> {
         self.shared.shares.wait((generation, step), ranks, deadline)
     }
 
@@ -196,15 +200,16 @@ impl Client {
             line.standing.last_words = Some(LastWords { message, needs_release, was_written: false });
             self.shared.say_last_words(&mut line)?;
         }
+        let wait = leave_timeout(self.shared.options.heartbeat_timeout);
         let inbox = lock(&self.inbox);
         loop {
-            match inbox.recv_timeout(Duration::from_secs(LEAVE_TIMEOUT_S)) {
+            match inbox.recv_timeout(wait) {
                 // A farewell to everybody may come before the end of the connection.
                 Ok(_) => {}
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
                 // While the coordinator is away the grace bounds the wait.
                 Err(RecvTimeoutError::Timeout) if lock(&self.shared.line).is_away() => {}
-                Err(RecvTimeoutError::Timeout) => anyhow::bail!("the coordinator did not answer within {LEAVE_TIMEOUT_S} s"),
+                Err(RecvTimeoutError::Timeout) => anyhow::bail!("the coordinator did not answer within {:.1} s", wait.as_secs_f64()),
             }
         }
     }
@@ -309,6 +314,12 @@ impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Shared").field("options", &self.options).field("stop", &self.stop).field("lost", &self.lost).finish_non_exhaustive()
     }
+}
+
+/// Wait after the last words. A coordinator that has vanished without closing the connection is noticed by its silence, for two
+/// heartbeat timeouts; from then on the grace bounds the wait.
+fn leave_timeout(heartbeat_timeout: Duration) -> Duration {
+    Duration::from_secs(LEAVE_TIMEOUT_S).max(2 * heartbeat_timeout + Duration::from_secs(LEAVE_MARGIN_S))
 }
 
 fn lost(reason: &str) -> Failure {

@@ -233,6 +233,8 @@ async fn drive_async(target: &Target, options: &LoadOptions) -> anyhow::Result<L
     let measured_s = measuring.elapsed().as_secs_f64();
     let processor_s = process::processor_seconds(target.process_id)? - processor_start_s;
     let resident_after_bytes = process::resident_bytes(target.process_id)?;
+    // Those who see others leave before they are told themselves have failed, which nobody needs to hear any more.
+    drop(heard);
     stage.send_replace(Stage::Over);
     let left = async { while tasks.join_next().await.is_some() {} };
     timeout(Duration::from_secs(LEAVE_TIMEOUT_S), left).await.context("wait for the workers to leave")?;

@@ -73,12 +73,14 @@ pub fn decide(now: Duration, state: &State, limits: &Limits) -> (Decision, Reaso
     }
 }
 
-/// Whether a host is to be used no more, now that its workers have failed this often. A run that knows no other host keeps it.
+/// Whether a host is to be used no more, now that its workers have failed this often. A run that could not go on without it keeps it:
+/// as many workers as it needs, and at least one, must be connected from other hosts.
 pub fn is_host_to_be_excluded(state: &State, host: &str, limits: &Limits) -> bool {
     let Some(record) = state.hosts.get(host) else { return false };
     let is_bound_reached = limits.exclude_host_after > 0 && record.failures >= limits.exclude_host_after;
-    let has_another = state.hosts.iter().any(|(name, other)| name != host && !other.excluded);
-    is_bound_reached && !record.excluded && has_another
+    let num_elsewhere = state.workers.iter().filter(|worker| matches!(worker, Worker::Present(presence) if presence.host != host)).count();
+    let num_needed = limits.min_workers.unwrap_or(1).max(1) as usize;
+    is_bound_reached && !record.excluded && num_elsewhere >= num_needed
 }
 
 #[cfg(test)]

@@ -19,6 +19,11 @@ use crate::secret::Secret;
 /// Version of the messages; both sides must speak the same one.
 pub const PROTOCOL_VERSION: u32 = 2;
 
+/// The build that the coordinator and its workers must share; all crates of the workspace have one version.
+pub fn build_name() -> String {
+    format!("cloze {} (protocol {PROTOCOL_VERSION})", env!("CARGO_PKG_VERSION"))
+}
+
 /// What a worker says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "message", rename_all = "snake_case")]

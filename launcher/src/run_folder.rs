@@ -21,9 +21,9 @@ mod control;
 mod files;
 mod paths;
 
-use std::ffi::OsStr;
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{Read, Seek as _, Write as _};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, DirEntry, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek as _, Write as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
@@ -38,6 +38,7 @@ use serde::{Deserialize, Serialize};
 pub use control::ControlFile;
 pub(crate) use files::{READABLE, remove_if_there, storage, write_whole};
 pub use paths::RunPaths;
+use paths::no_run;
 
 /// Name of the lock file; a folder that holds nothing else counts as empty.
 const LOCK_FILE: &str = "lock";
@@ -108,20 +109,21 @@ pub struct RunFolder {
 }
 
 impl RunFolder {
-    /// Makes `root/name`. Fails with kind `Recipe` when the folder holds a run or anything else, with kind `Run` when another
-    /// live process controls it, and with kind `Storage` when it cannot be written.
+    /// Makes `root/name`; a folder in which an earlier start was cut off serves as well. Fails with kind `Recipe` when the folder holds
+    /// a run or anything else, with kind `Run` when another live process controls it, and with kind `Storage` when it cannot be written.
     pub fn create(root: &Path, new: &NewRun<'_>) -> anyhow::Result<Self> {
-        let path = std::path::absolute(root.join(new.name)).context("find the run folder's absolute path")?;
+        let path = root.join(new.name);
         fs::create_dir_all(&path).map_err(|error| storage("create the run folder", &path, &error))?;
+        let paths = RunPaths::find(&path)?;
+        let path = paths.root();
         // A folder that never held a run gets no lock file from us.
-        if let Some(entry) = first_entry(&path)?.filter(|_| !path.join(LOCK_FILE).exists()) {
-            return Err(taken(&path, &entry).into());
+        if let Some(entry) = first_entry(path, |_| Ok(false))?.filter(|_| !path.join(LOCK_FILE).exists()) {
+            return Err(taken(path, &entry).into());
         }
-        let lock = acquire_lock(&path)?;
-        if let Some(entry) = first_entry(&path)? {
-            return Err(taken(&path, &entry).into());
+        let lock = acquire_lock(path)?;
+        if let Some(entry) = first_entry(path, |entry| is_of_a_start(&paths, entry))? {
+            return Err(taken(path, &entry).into());
         }
-        let paths = RunPaths::new(path);
         for folder in paths.folders().iter().chain([&paths.checkpoints()]) {
             fs::create_dir_all(folder).map_err(|error| storage("create a folder", folder, &error))?;
         }
@@ -146,7 +148,7 @@ impl RunFolder {
     /// Opens an existing run to resume it. Fails with kind `Input` when there is none, with kind `Mismatch` when its recipe was
     /// changed, and with kind `Run` when another live process controls it.
     pub fn open(dir: &Path) -> anyhow::Result<(Self, Recipe)> {
-        let paths = RunPaths::new(std::path::absolute(dir).context("find the run folder's absolute path")?);
+        let paths = RunPaths::find(dir)?;
         let info = read_info(&paths)?;
         let lock = acquire_lock(paths.root())?;
         let recipe = read_recipe(&paths, &info)?;
@@ -175,12 +177,7 @@ impl RunFolder {
 /// Reads what a run was started with. Fails with kind `Input` when there is no run, and with kind `Damaged` when its file is not whole.
 pub fn read_info(paths: &RunPaths) -> Result<RunInfo, Failure> {
     let path = paths.info();
-    let text = fs::read(&path).map_err(|error| {
-        Failure::new(FailureKind::Input, "this folder holds no run")
-            .at(path.display())
-            .because(error)
-            .hint("`cloze train RECIPE` starts a run and names its folder")
-    })?;
+    let text = fs::read(&path).map_err(|error| no_run(&path, &error))?;
     serde_json::from_slice(&text)
         .map_err(|error| Failure::new(FailureKind::Damaged, "run.json cannot be read").at(path.display()).because(error))
 }
@@ -245,16 +242,27 @@ fn held(folder: &Path, file: &mut File) -> Failure {
         .hint("wait for it, or stop it with Ctrl-C in its terminal; `cloze resume` then goes on")
 }
 
-/// Some entry of the folder other than the lock.
-fn first_entry(path: &Path) -> anyhow::Result<Option<std::ffi::OsString>> {
-    let entries = fs::read_dir(path).map_err(|error| storage("list the run folder", path, &error))?;
-    for entry in entries {
-        let name = entry.map_err(|error| storage("list the run folder", path, &error))?.file_name();
-        if name != LOCK_FILE {
-            return Ok(Some(name));
+/// Some entry of the folder that is not ours.
+fn first_entry(path: &Path, is_ours: impl Fn(&DirEntry) -> io::Result<bool>) -> anyhow::Result<Option<OsString>> {
+    let failed = |error: io::Error| storage("list the run folder", path, &error);
+    for entry in fs::read_dir(path).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if !is_ours(&entry).map_err(failed)? {
+            return Ok(Some(entry.file_name()));
         }
     }
     Ok(None)
+}
+
+/// Whether a start leaves this behind that is cut off before it has written run.json. All of it is written anew.
+fn is_of_a_start(paths: &RunPaths, entry: &DirEntry) -> io::Result<bool> {
+    let (path, kind) = (entry.path(), entry.file_type()?);
+    if kind.is_dir() {
+        let is_known = path == paths.checkpoints() || paths.folders().contains(&path);
+        return Ok(is_known && fs::read_dir(&path)?.next().is_none());
+    }
+    let is_partial = path.extension().is_some_and(|extension| extension == "partial");
+    Ok(kind.is_file() && (is_partial || path == paths.recipe() || entry.file_name() == LOCK_FILE))
 }
 
 /// The revision of the repository around the current folder, if git and a repository are there.
@@ -335,6 +343,35 @@ mod tests {
         let failure = failure(RunFolder::create(root.path(), &new_run(&recipe())));
         assert_eq!((failure.what.as_str(), failure.found.as_deref()), ("the run folder is not empty", Some("thesis.tex")));
         assert_eq!(fs::read_dir(root.path().join("first")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_start_that_was_cut_off_is_done_again() {
+        let root = tempfile::tempdir().unwrap();
+        let recipe = recipe();
+        let path = root.path().join("first");
+        let cut_off = || {
+            drop(RunFolder::create(root.path(), &new_run(&recipe)).unwrap());
+            fs::remove_file(path.join("run.json")).unwrap();
+            fs::write(path.join("run.partial"), "{").unwrap();
+        };
+        cut_off();
+        // Another recipe may be given the second time.
+        fs::write(path.join("recipe.yaml"), "old").unwrap();
+        cut_off();
+        assert_eq!(cloze_recipes::load(&path.join("recipe.yaml"), &[]).unwrap(), recipe);
+
+        fs::write(path.join("logs").join("worker-0.log"), "x").unwrap();
+        let in_use = failure(RunFolder::create(root.path(), &new_run(&recipe)));
+        assert_eq!((in_use.what.as_str(), in_use.found.as_deref()), ("the run folder is not empty", Some("logs")));
+
+        // Without our lock the recipe is the user's own.
+        let own = tempfile::tempdir().unwrap();
+        fs::create_dir(own.path().join("first")).unwrap();
+        fs::write(own.path().join("first").join("recipe.yaml"), "mine").unwrap();
+        let foreign = failure(RunFolder::create(own.path(), &new_run(&recipe)));
+        assert_eq!(foreign.found.as_deref(), Some("recipe.yaml"));
+        assert_eq!(fs::read_to_string(own.path().join("first").join("recipe.yaml")).unwrap(), "mine");
     }
 
     #[test]

@@ -1,18 +1,17 @@
 //! `cloze join`: workers of this host for a run whose controller is elsewhere.
 
 use std::collections::BTreeSet;
-use std::io::Write;
-use std::path::absolute;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cloze_cluster::Secret;
 use cloze_launcher::run_folder::{read_info, read_recipe};
 use cloze_launcher::{RunPaths, SlotsOptions, serve_slots};
 use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::arguments::JoinArguments;
+use super::run::write_last_line;
 use super::worker_process::worker_binary;
 
 /// Environment variable with the run's token, for a run folder whose control.json this user may not read.
@@ -24,7 +23,7 @@ const MAX_SLOTS: usize = 1024;
 /// Fills slots until the run ends.
 pub fn join(arguments: &JoinArguments) -> Result<ExitCode> {
     let slots = parse_slots(&arguments.slots)?;
-    let paths = RunPaths::new(absolute(&arguments.run).context("find the run folder's absolute path")?);
+    let paths = RunPaths::find(&arguments.run)?;
     let info = read_info(&paths)?;
     let recipe = read_recipe(&paths, &info)?;
     let shown = paths.root().display().to_string();
@@ -38,7 +37,7 @@ pub fn join(arguments: &JoinArguments) -> Result<ExitCode> {
         worker_binary: worker_binary()?,
         output: Box::new(std::io::stderr()),
     })?;
-    writeln!(std::io::stderr(), "the workers of this host are done; run folder: {shown}").context("report the end")?;
+    write_last_line(&mut std::io::stderr(), &format!("the workers of this host are done; run folder: {shown}"))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,12 +1,13 @@
 //! `cloze train` and `cloze resume`: a run folder, a coordinator and workers on this machine.
 
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use cloze_cluster::protocol::build_name;
 use cloze_data::batch::total_steps;
 use cloze_data::dataset::Dataset;
 use cloze_data::prepare::check_prepared;
@@ -122,7 +123,7 @@ fn go(run: RunFolder, plan: LaunchPlan, quiet: bool) -> Result<ExitCode> {
             let next = format!(
                 "run folder: {shown}\nnext: cloze eval {shown}, cloze export {shown} --output DIR, tensorboard --logdir {shown}/tensorboard"
             );
-            writeln!(std::io::stderr(), "{next}").context("report the end")?;
+            write_last_line(&mut std::io::stderr(), &next)?;
             Ok(ExitCode::SUCCESS)
         }
         RunEnd::Stopped { step } => {
@@ -145,9 +146,12 @@ fn terminal_style(quiet: bool) -> TerminalStyle {
     TerminalStyle { interactive, color: interactive && !no_color, quiet }
 }
 
-/// The build that this program expects of its workers; both are built together.
-fn build_name() -> String {
-    format!("cloze {} (protocol {})", env!("CARGO_PKG_VERSION"), cloze_cluster::protocol::PROTOCOL_VERSION)
+/// Tells what a command has done. Where somebody has closed the other end, as `| head` does, the work is done all the same.
+pub(super) fn write_last_line(output: &mut impl Write, line: &str) -> Result<()> {
+    match writeln!(output, "{line}") {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("report the end"),
+    }
 }
 
 fn check_has_samples(dataset: &Dataset, recipe: &Recipe) -> Result<(), Failure> {
@@ -182,4 +186,33 @@ fn split(folder: &Path) -> Result<(PathBuf, String)> {
     let name = folder.file_name().and_then(|name| name.to_str()).map(str::to_owned);
     let name = name.ok_or_else(|| Failure::new(FailureKind::Recipe, "the run folder has no name").at(folder.display()))?;
     Ok((folder.parent().map_or_else(PathBuf::new, Path::to_owned), name))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    /// An output that fails in one way.
+    struct Broken(ErrorKind);
+
+    impl Write for Broken {
+        fn write(&mut self, _bytes: &[u8]) -> io::Result<usize> {
+            Err(self.0.into())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_closed_output_does_not_undo_the_work() {
+        let mut screen = Vec::new();
+        write_last_line(&mut screen, "done").unwrap();
+        assert_eq!(screen, b"done\n");
+        write_last_line(&mut Broken(ErrorKind::BrokenPipe), "done").unwrap();
+        assert!(write_last_line(&mut Broken(ErrorKind::StorageFull), "done").is_err());
+    }
 }

@@ -20,11 +20,12 @@ pub fn is_leader(collective: &dyn Collective) -> bool {
 /// Runs `work` on the leader and returns its result there, `None` elsewhere, when it is done.
 ///
 /// Every `interval` the leader tells the others that it still works, so that storage may take longer than a collective's timeout; keep the
-/// interval well below that. Fails with the work's own error on the leader, which then leaves the group.
-pub fn leader_work<T: Send>(
+/// interval well below that. Fails with the work's own error on the leader, which then leaves the group. When the group fails, nobody waits
+/// for the work any longer; its thread ends by itself, within the bounds of what it does.
+pub fn leader_work<T: Send + 'static>(
     collective: &mut dyn Collective,
     interval: Duration,
-    work: impl FnOnce() -> Result<T> + Send,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<Option<T>> {
     if !is_leader(collective) {
         let mut word = [STILL_WORKING];
@@ -34,22 +35,20 @@ pub fn leader_work<T: Send>(
         return Ok(None);
     }
     let (sender, receiver) = channel();
-    thread::scope(|scope| {
-        let run = move || {
-            // The receiver is gone only when the group has failed, and with it the need for a result.
-            let _ = sender.send(work());
-        };
-        thread::Builder::new().name("leader-work".to_owned()).spawn_scoped(scope, run).context("start the leader's work")?;
-        let result = loop {
-            match receiver.recv_timeout(interval) {
-                Ok(result) => break result?,
-                Err(RecvTimeoutError::Timeout) => collective.broadcast(&mut [STILL_WORKING], 0)?,
-                Err(RecvTimeoutError::Disconnected) => return Err(anyhow!("the leader's work panicked")),
-            }
-        };
-        collective.broadcast(&mut [DONE], 0)?;
-        Ok(Some(result))
-    })
+    let run = move || {
+        // The receiver is gone only when the group has failed, and with it the need for a result.
+        let _ = sender.send(work());
+    };
+    thread::Builder::new().name("leader-work".to_owned()).spawn(run).context("start the leader's work")?;
+    let result = loop {
+        match receiver.recv_timeout(interval) {
+            Ok(result) => break result?,
+            Err(RecvTimeoutError::Timeout) => collective.broadcast(&mut [STILL_WORKING], 0)?,
+            Err(RecvTimeoutError::Disconnected) => return Err(anyhow!("the leader's work panicked")),
+        }
+    };
+    collective.broadcast(&mut [DONE], 0)?;
+    Ok(Some(result))
 }
 
 #[cfg(test)]

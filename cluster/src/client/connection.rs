@@ -38,10 +38,10 @@ pub(super) struct Sockets {
     pub(super) closing: TcpStream,
 }
 
-/// Connects; fails with kind `Environment`.
+/// Connects. Fails with kind `Run`, since a coordinator that is away may come back: a worker that ends with this can be replaced.
 pub(super) fn connect(coordinator: &str, wait: Duration) -> anyhow::Result<TcpStream> {
     let unreachable = |cause: &dyn std::fmt::Display| {
-        Failure::new(FailureKind::Environment, "the coordinator cannot be reached")
+        Failure::new(FailureKind::Run, "the coordinator cannot be reached")
             .at(coordinator)
             .because(cause)
             .hint("workers are started by `cloze train`; a worker on its own has nobody to join")

@@ -88,7 +88,10 @@ impl Shared {
     /// Acts upon a message; returns it when the worker is to see it.
     fn take(&self, message: CoordinatorMessage) -> Option<CoordinatorMessage> {
         match &message {
-            CoordinatorMessage::Start { generation, .. } => lock(&self.line).start(*generation),
+            CoordinatorMessage::Start { generation, .. } => {
+                lock(&self.line).start(*generation);
+                self.shares.abort(generation.saturating_sub(1), "another generation has started");
+            }
             CoordinatorMessage::Abort { generation, reason } => self.abort(*generation, reason),
             CoordinatorMessage::Regroup { generation, reason } => *lock(&self.regroup) = Some((*generation, reason.clone())),
             // The first reason stays; a repeated request changes nothing.

@@ -7,6 +7,17 @@ use std::time::Instant;
 use super::lock;
 use crate::protocol::SavedFile;
 
+/// Why the shares of a checkpoint are not all there.
+#[derive(Debug, thiserror::Error)]
+pub enum SharesError {
+    /// The generation that saved it is over.
+    #[error("{0}")]
+    Over(String),
+    /// Some did not arrive in time.
+    #[error("{0}")]
+    Late(String),
+}
+
 /// Checkpoints whose shares are kept. One is written at a time; what is older was given up.
 const MAX_CHECKPOINTS: usize = 4;
 
@@ -48,7 +59,7 @@ impl Shares {
     }
 
     /// Waits for the files of ranks `1..ranks`, in the order of ranks.
-    pub(super) fn wait(&self, checkpoint: Checkpoint, ranks: u32, deadline: Instant) -> anyhow::Result<Vec<SavedFile>> {
+    pub(super) fn wait(&self, checkpoint: Checkpoint, ranks: u32, deadline: Instant) -> Result<Vec<SavedFile>, SharesError> {
         let (generation, step) = checkpoint;
         let mut arrived = lock(&self.arrived);
         loop {
@@ -60,12 +71,16 @@ impl Shares {
             if let Some((aborted, reason)) = &arrived.aborted
                 && *aborted >= generation
             {
-                anyhow::bail!("generation {generation} was over before all shares of the checkpoint of step {step} were written: {reason}");
+                return Err(SharesError::Over(format!(
+                    "generation {generation} was over before all shares of the checkpoint of step {step} were written: {reason}"
+                )));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let list = missing.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
-                anyhow::bail!("no word of the shares of the checkpoint of step {step} from rank {list} in generation {generation} in time");
+                return Err(SharesError::Late(format!(
+                    "no word of the shares of the checkpoint of step {step} from rank {list} in generation {generation} in time"
+                )));
             }
             arrived = self.changed.wait_timeout(arrived, left).unwrap_or_else(PoisonError::into_inner).0;
         }

@@ -105,6 +105,20 @@ fn a_refusal_is_the_coordinators_failure() {
 }
 
 #[test]
+fn an_unreachable_coordinator_is_no_fault_of_the_machine() {
+    // Nobody listens on the first port; a replacement may find the coordinator back.
+    let failure = Client::join(options("127.0.0.1:1", 0)).unwrap_err().downcast::<Failure>().unwrap();
+    assert_eq!((failure.kind, failure.place.as_deref()), (FailureKind::Run, Some("127.0.0.1:1")));
+}
+
+#[test]
+fn the_wait_after_the_last_words_outlasts_a_silence() {
+    for (heartbeat_ms, wait_ms) in [(1, 5_000), (2_000, 5_000), (2_500, 6_000), (60_000, 121_000)] {
+        assert_eq!(leave_timeout(Duration::from_millis(heartbeat_ms)), Duration::from_millis(wait_ms), "{heartbeat_ms}");
+    }
+}
+
+#[test]
 fn heartbeats_tell_the_progress() {
     let (client, _listener, mut socket) = seat(PATIENCE);
     client.progress(3, 41, Phase::Training);

@@ -443,21 +443,31 @@ fn a_reported_failure_ends_the_run_at_once() {
     assert_eq!(decide(at(100.0), &state, &limits()), (Decision::Fail { failure }, Reason::Failed));
 }
 
+/// A member on a host of this name.
+fn on(host: &str) -> Worker {
+    let Worker::Present(presence) = training(1.0) else { panic!("present") };
+    Worker::Present(Presence { host: host.to_owned(), ..presence })
+}
+
 #[test]
-fn a_host_is_excluded_where_another_remains() {
-    let limits = Limits { exclude_host_after: 2, ..limits() };
+fn a_host_is_excluded_where_enough_workers_remain() {
+    let bounds = |min_workers| Limits { exclude_host_after: 2, min_workers, ..limits() };
     let record = |failures, excluded| HostRecord { failures, excluded };
+    let one_left = || vec![on("a"), on("b"), absent("x")];
     let cases = [
-        ("below the bound", vec![("a", record(1, false)), ("b", record(0, false))], false),
-        ("at the bound", vec![("a", record(2, false)), ("b", record(0, false))], true),
-        ("the only host", vec![("a", record(9, false))], false),
-        ("the other one is excluded", vec![("a", record(2, false)), ("b", record(2, true))], false),
-        ("already excluded", vec![("a", record(3, true)), ("b", record(0, false))], false),
+        ("below the bound", None, record(1, false), one_left(), false),
+        ("at the bound", None, record(2, false), one_left(), true),
+        ("the only host", None, record(9, false), vec![on("a"), on("a"), absent("x")], false),
+        ("the workers of other hosts are gone", None, record(2, false), vec![on("a"), absent("x"), absent("y")], false),
+        ("already excluded", None, record(3, true), one_left(), false),
+        ("a run needs one worker at least", Some(0), record(2, false), vec![on("a"), absent("x"), absent("y")], false),
+        ("too few remain", Some(2), record(2, false), one_left(), false),
+        ("just enough remain", Some(2), record(2, false), vec![absent("x"), on("b"), on("c")], true),
     ];
-    for (name, hosts, wanted) in cases {
-        let hosts = hosts.into_iter().map(|(host, record)| (host.to_owned(), record)).collect();
-        let state = State { hosts, ..State::new(1) };
-        assert_eq!(is_host_to_be_excluded(&state, "a", &limits), wanted, "{name}");
-        assert!(!is_host_to_be_excluded(&state, "a", &Limits { exclude_host_after: 0, ..limits.clone() }), "{name}");
+    for (name, min_workers, failed, workers, wanted) in cases {
+        let hosts = [("a".to_owned(), failed), ("b".to_owned(), record(0, false)), ("c".to_owned(), record(0, false))].into();
+        let state = State { hosts, ..running(workers) };
+        assert_eq!(is_host_to_be_excluded(&state, "a", &bounds(min_workers)), wanted, "{name}");
+        assert!(!is_host_to_be_excluded(&state, "a", &Limits { exclude_host_after: 0, ..bounds(min_workers) }), "{name}");
     }
 }

@@ -99,6 +99,12 @@ impl Cloud {
 /// Opens the bucket of a url, which has been parsed already.
 pub(super) fn open_bucket(cloud: Cloud, url: &str, parsed: &Url, options: &BTreeMap<String, String>) -> anyhow::Result<Store> {
     let shape = format!("`{}://bucket/prefix`", cloud.scheme());
+    let has_user = !parsed.username().is_empty() || parsed.password().is_some();
+    if has_user || parsed.port().is_some() || parsed.query().is_some() || parsed.fragment().is_some() {
+        // What stands there may be a secret, so the url is not shown.
+        let shown = format!("{}://…", cloud.scheme());
+        return Err(bad_url(&shown, &shape, "leave out user, port and query; secrets come from the environment").into());
+    }
     let bucket = parsed.host_str().filter(|bucket| !bucket.is_empty()).ok_or_else(|| bad_url(url, &shape, "name the bucket"))?;
     let prefix = ObjectPath::from_url_path(parsed.path()).map_err(|error| bad_url(url, &shape, "check the prefix").because(error))?;
     // The TLS library is built without a default provider of cryptography; a second call finds it installed, which is fine.
@@ -254,7 +260,9 @@ mod tests {
 
     #[test]
     fn unusable_options_are_recipe_failures() {
-        let cases: [(&str, &[(&str, &str)], &str); 10] = [
+        let cases: [(&str, &[(&str, &str)], &str); 12] = [
+            ("s3://key:hush@bucket/x", &[], "not a usable location"),
+            ("az://container/x?sig=hush", &[], "not a usable location"),
             ("s3://bucket/x", &[("regoin", "x")], "unknown object store option `regoin`"),
             ("gs://bucket/x", &[("region", "x")], "unknown object store option `region`"),
             ("az://bucket/x", &[("region", "x")], "unknown object store option `region`"),

@@ -1,5 +1,6 @@
 //! What an earlier controller left behind, and what a new one does about it.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -9,13 +10,11 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
 
-use super::record::{ProcessRecord, living};
+use super::crew::KILL_TIMEOUT_S;
+use super::record::{ProcessRecord, elsewhere, living};
 use crate::run_folder::{ControlFile, RunPaths};
 
-/// Longest wait for killed processes to be gone.
-const KILL_TIMEOUT_S: u64 = 5;
-
-/// Interval at which they are looked for.
+/// Interval at which killed processes are looked for.
 const KILL_POLL_MS: u64 = 20;
 
 /// What a controller that was killed left.
@@ -25,6 +24,8 @@ pub(super) struct Legacy {
     pub control: Option<ControlFile>,
     /// Its workers on this host that still live.
     pub living: Vec<ProcessRecord>,
+    /// Its workers on other hosts, of which nobody here can tell whether they live.
+    pub elsewhere: Vec<ProcessRecord>,
 }
 
 /// What the new controller is told.
@@ -47,10 +48,12 @@ pub(super) enum Adoption {
     TakeOver,
     /// End the living workers and start anew.
     Replace,
+    /// Leave everything as it is and do not begin.
+    Refuse,
 }
 
 /// Why.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum AdoptionReason {
     /// No worker of this run lives.
     NobodyLeft,
@@ -67,14 +70,31 @@ pub(super) enum AdoptionReason {
     OtherAddress,
     /// The address is taken.
     AddressTaken,
+    /// The earlier controller ran on another host and was killed; its workers there may train on.
+    OtherHost {
+        /// The host.
+        host: String,
+    },
 }
 
 impl Legacy {
-    /// Looks for what an earlier controller left on this host. Processes of `cloze join` are not its own.
+    /// Looks for what an earlier controller left. Processes of `cloze join` are not its own.
     pub(super) fn find(paths: &RunPaths) -> anyhow::Result<Self> {
         let mut living = living(paths)?;
         living.retain(|record| !record.by_join);
-        Ok(Self { control: ControlFile::read(paths)?, living })
+        Ok(Self { control: ControlFile::read(paths)?, living, elsewhere: elsewhere(paths)? })
+    }
+
+    /// The failure of a controller that must not begin because of workers on other hosts.
+    pub(super) fn refusal(&self, paths: &RunPaths) -> Failure {
+        let hosts: BTreeSet<&str> = self.elsewhere.iter().map(|record| record.host.as_str()).collect();
+        let hosts = hosts.into_iter().collect::<Vec<_>>().join(", ");
+        let slots: Vec<String> = self.elsewhere.iter().map(|record| record.worker.to_string()).collect();
+        Failure::new(FailureKind::Environment, format!("workers of host {hosts} may still live"))
+            .at(paths.processes().display())
+            .expected("no worker of an earlier controller that cannot be reached from here")
+            .found(format!("control.json, and records of workers on {hosts}: {}", slots.join(", ")))
+            .hint(format!("resume the run on {hosts}; where that host is gone, remove `processes/worker-N.json` of these workers first"))
     }
 
     /// Kills the living workers and waits until they are gone.
@@ -103,6 +123,11 @@ pub(super) fn decide_adoption(legacy: &Legacy, wanted: &Wanted) -> (Adoption, Ad
     let end_unless_nobody = |reason| {
         if legacy.living.is_empty() { (Adoption::Fresh, AdoptionReason::NobodyLeft) } else { (Adoption::Replace, reason) }
     };
+    if legacy.control.is_some()
+        && let Some(record) = legacy.elsewhere.first()
+    {
+        return (Adoption::Refuse, AdoptionReason::OtherHost { host: record.host.clone() });
+    }
     let does_not_fit = |record: &&ProcessRecord| record.slots != wanted.workers || record.worker >= wanted.local_workers;
     if let Some(record) = legacy.living.iter().find(does_not_fit) {
         return (Adoption::Replace, AdoptionReason::OtherSize { slots: record.slots });
@@ -132,6 +157,7 @@ impl fmt::Display for AdoptionReason {
             }
             Self::NoControl => f.write_str("control.json is gone, so nobody knows where they look for their controller"),
             Self::OtherAddress => f.write_str("they look for their controller at another address than `--listen` names"),
+            Self::OtherHost { host } => write!(f, "workers of the earlier controller may still live on {host}"),
             Self::AddressTaken => f.write_str("the address at which they look for their controller is taken"),
         }
     }
@@ -160,6 +186,8 @@ mod tests {
         let any_port = Wanted { bind: Some(SocketAddr::from(([127, 0, 0, 1], 0))), ..wanted };
         let partly = Wanted { local_workers: 1, ..wanted };
         let both = || vec![record(0, 2), record(1, 2)];
+        let far = |worker| ProcessRecord { host: "far".to_owned(), ..record(worker, 2) };
+        let other_host = || AdoptionReason::OtherHost { host: "far".to_owned() };
         let cases = [
             ("nothing", None, vec![], wanted, Adoption::Fresh, AdoptionReason::NobodyLeft),
             ("killed together with its workers", Some(control()), vec![], wanted, Adoption::Fresh, AdoptionReason::NobodyLeft),
@@ -171,11 +199,16 @@ mod tests {
             ("another address", Some(control()), both(), elsewhere, Adoption::Replace, AdoptionReason::OtherAddress),
             ("another address, nobody left", Some(control()), vec![], elsewhere, Adoption::Fresh, AdoptionReason::NobodyLeft),
             ("no control file", None, both(), wanted, Adoption::Replace, AdoptionReason::NoControl),
+            ("on another host", Some(control()), vec![far(0), far(1)], wanted, Adoption::Refuse, other_host()),
+            ("on another host too", Some(control()), vec![record(0, 2), far(1)], wanted, Adoption::Refuse, other_host()),
+            ("on another host, elsewhere", Some(control()), vec![far(0)], elsewhere, Adoption::Refuse, other_host()),
+            ("ended in order on another host", None, vec![far(0)], wanted, Adoption::Fresh, AdoptionReason::NobodyLeft),
             ("another size", Some(control()), vec![record(0, 3)], wanted, Adoption::Replace, AdoptionReason::OtherSize { slots: 3 }),
             ("a slot of others now", Some(control()), both(), partly, Adoption::Replace, AdoptionReason::OtherSize { slots: 2 }),
         ];
-        for (name, control, living, wanted, adoption, reason) in cases {
-            assert_eq!(decide_adoption(&Legacy { control, living }, &wanted), (adoption, reason), "{name}");
+        for (name, control, records, wanted, adoption, reason) in cases {
+            let (elsewhere, living) = records.into_iter().partition(|record| record.host == "far");
+            assert_eq!(decide_adoption(&Legacy { control, living, elsewhere }, &wanted), (adoption, reason), "{name}");
         }
     }
 }

@@ -20,8 +20,11 @@ use super::restart::{ExitDecision, ExitFacts, ExitReason, RestartLimits, decide_
 /// Time for a worker that lost its seat to leave by itself, and so to say why, before it is killed.
 const LOST_WORKER_GRACE_S: u64 = 1;
 
-/// Longest wait for a killed process to be gone.
-const KILL_TIMEOUT_S: u64 = 5;
+/// After the run has ended, longest time for the workers to leave before they are killed.
+pub(super) const LEAVE_TIMEOUT_S: u64 = 10;
+
+/// Longest wait for killed processes to be gone.
+pub(super) const KILL_TIMEOUT_S: u64 = 5;
 
 /// The processes of one program.
 pub(super) struct Crew {

@@ -39,7 +39,7 @@ const CONTROL_MESSAGES: usize = 4096;
 /// Orders of the dashboard that wait for the loop; somebody clicks them.
 const DASHBOARD_ORDERS: usize = 16;
 
-/// Time for workers of an earlier controller to come back before they are killed; longer than the coordinator waits for them.
+/// Shortest time for workers of an earlier controller to come back before they are killed; longer than the coordinator waits for them.
 const COME_BACK_TIMEOUT_S: u64 = 15;
 
 /// Where a coordinator listens unless told otherwise: on loopback, at a free port.
@@ -89,11 +89,14 @@ pub struct LaunchPlan {
 ///
 /// SIGINT, SIGTERM, SIGHUP and SIGUSR2 ask the workers to save and leave; a second signal, or `checkpoint.stop_timeout_s`, ends them
 /// at once. SIGUSR1 asks them to save and go on. After that the signals do nothing any more in this process. A run that failed is
-/// `Ok(RunEnd::Failed)`; an error is a failure of the launcher itself: the worker binary cannot be started (`Environment`), the run
-/// folder cannot be written (`Storage`).
+/// `Ok(RunEnd::Failed)`; an error is a failure of the launcher itself: the worker binary cannot be started, or workers of an earlier
+/// controller may live on another host (`Environment`), the run folder cannot be written (`Storage`), its journal cannot be read
+/// (`Damaged`).
 pub fn launch(options: LaunchOptions) -> anyhow::Result<RunEnd> {
     let LaunchOptions { run, plan, output, style } = options;
     plan.check()?;
+    // Before anything is written: what cannot begin leaves a run that others may still work on as it is.
+    let mut inheritance = Inheritance::find(&run, &plan)?;
     let started = Instant::now();
     let terminal = crate::reporter::terminal(output, style, &run, plan.recipe.train.log_every_steps);
     let mut reporters = Reporters::open(&run, terminal)?;
@@ -108,7 +111,16 @@ pub fn launch(options: LaunchOptions) -> anyhow::Result<RunEnd> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(RUNTIME_THREADS).thread_name("launcher").enable_all().build();
     let runtime = runtime.context("start the launcher's runtime")?;
     runtime.block_on(async {
-        let outcome = Box::pin(control(&run, &plan, &mut reporters, &signals)).await;
+        // With an error the workers of the earlier controller live on, so it is not told as the end of the run.
+        let taken_over = take_over(&run, &plan, &mut inheritance, &mut reporters).await?;
+        let outcome = async {
+            let opened = match taken_over {
+                Some(opened) => opened,
+                None => open_anew(&run, &plan, inheritance, &mut reporters).await?,
+            };
+            Box::pin(control(&run, &plan, opened, &mut reporters, &signals)).await
+        };
+        let outcome = outcome.await;
         let end = report_end(&mut reporters, outcome, started.elapsed());
         reporters.close().await;
         end
@@ -145,6 +157,13 @@ impl LaunchPlan {
         SupervisorLimits { restart, stop_timeout: Duration::from_secs(checkpoint.stop_timeout_s) }
     }
 
+    /// Time for workers of an earlier controller to come back. One that saves before it leaves, since its own wait was over, may take
+    /// as long as a stop.
+    fn come_back_timeout(&self) -> Duration {
+        let stop_timeout = Duration::from_secs(self.recipe.checkpoint.stop_timeout_s);
+        stop_timeout.min(self.join_timeout).max(Duration::from_secs(COME_BACK_TIMEOUT_S))
+    }
+
     fn coordinator_options(&self, run: &RunFolder, bind: SocketAddr, token: Secret, adopt: bool) -> CoordinatorOptions {
         let cluster = &self.recipe.cluster;
         CoordinatorOptions {
@@ -172,6 +191,27 @@ fn hang_limits(hang: &HangRecipe) -> HangLimits {
     HangLimits { init, data, step, checkpoint }
 }
 
+/// What an earlier controller left, and what becomes of it.
+struct Inheritance {
+    legacy: Legacy,
+    adoption: Adoption,
+    reason: AdoptionReason,
+}
+
+impl Inheritance {
+    /// Looks and decides. Fails with kind `Environment` when the run may not begin here.
+    fn find(run: &RunFolder, plan: &LaunchPlan) -> anyhow::Result<Self> {
+        let legacy = if plan.resumed { Legacy::find(run.paths())? } else { Legacy::default() };
+        let wanted = Wanted { workers: plan.workers, local_workers: plan.local_workers, bind: plan.bind };
+        let (adoption, reason) = decide_adoption(&legacy, &wanted);
+        tracing::debug!(?adoption, %reason, "looked for workers of an earlier controller");
+        if adoption == Adoption::Refuse {
+            return Err(legacy.refusal(run.paths()).into());
+        }
+        Ok(Self { legacy, adoption, reason })
+    }
+}
+
 /// What is open before the workers come.
 struct Opened {
     coordinator: Coordinator,
@@ -181,8 +221,13 @@ struct Opened {
 }
 
 /// Controls the run until it ends. `control.json` is there from the moment in which workers can come, until the end.
-async fn control(run: &RunFolder, plan: &LaunchPlan, reporters: &mut Reporters, signals: &Signals) -> anyhow::Result<RunEnd> {
-    let opened = open_coordinator(run, plan, reporters).await?;
+async fn control(
+    run: &RunFolder,
+    plan: &LaunchPlan,
+    opened: Opened,
+    reporters: &mut Reporters,
+    signals: &Signals,
+) -> anyhow::Result<RunEnd> {
     let (order_sender, orders) = mpsc::channel(DASHBOARD_ORDERS);
     let dashboard = open_dashboard(plan.dashboard, &opened.token, order_sender).await?;
     let url = dashboard.as_ref().map(Dashboard::url);
@@ -221,7 +266,7 @@ fn muster(run: &RunFolder, plan: &LaunchPlan, opened: Opened) -> (Crew, Coordina
         by_join: false,
     };
     let mut crew = Crew::new(command, 0..plan.local_workers);
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(COME_BACK_TIMEOUT_S);
+    let deadline = tokio::time::Instant::now() + plan.come_back_timeout();
     for record in living {
         crew.find(record, Some(deadline));
     }
@@ -229,29 +274,48 @@ fn muster(run: &RunFolder, plan: &LaunchPlan, opened: Opened) -> (Crew, Coordina
     (crew, start(coordinator))
 }
 
-/// Opens the coordinator: where an earlier controller's workers look for it if they can be taken over, else where the plan says.
-async fn open_coordinator(run: &RunFolder, plan: &LaunchPlan, reporters: &mut Reporters) -> anyhow::Result<Opened> {
-    let mut legacy = if plan.resumed { Legacy::find(run.paths())? } else { Legacy::default() };
-    let wanted = Wanted { workers: plan.workers, local_workers: plan.local_workers, bind: plan.bind };
-    let (mut adoption, mut reason) = decide_adoption(&legacy, &wanted);
-    tracing::debug!(?adoption, %reason, "looked for workers of an earlier controller");
-    if adoption == Adoption::TakeOver
-        && let Some(control) = &legacy.control
-    {
-        // Without a journal the generation is not known; its workers come back all the same and start another.
-        let adopt = run.paths().journal().exists();
-        let options = plan.coordinator_options(run, control.address, control.token.clone(), adopt);
-        match Coordinator::bind(options).await {
-            Ok(coordinator) => return Ok(Opened { coordinator, token: control.token.clone(), living: legacy.living }),
-            // The port was not asked for, so another one does as well.
-            Err(error) if plan.bind.is_none_or(|bind| bind.port() == 0) => {
-                let message = format!("the coordinator listens at another address than before: {error:#}");
+/// Opens the coordinator where an earlier controller's workers look for it, if they can be taken over. `None` is another decision:
+/// that its address is taken, where another one does as well.
+async fn take_over(
+    run: &RunFolder,
+    plan: &LaunchPlan,
+    inheritance: &mut Inheritance,
+    reporters: &mut Reporters,
+) -> anyhow::Result<Option<Opened>> {
+    let Inheritance { legacy, adoption, reason } = inheritance;
+    let Some(control) = legacy.control.as_ref().filter(|_| *adoption == Adoption::TakeOver) else { return Ok(None) };
+    // Without a journal the generation is not known; its workers come back all the same and start another.
+    let adopt = run.paths().journal().exists();
+    let token = control.token.clone();
+    match Coordinator::bind(plan.coordinator_options(run, control.address, token.clone(), adopt)).await {
+        Ok(coordinator) => {
+            let living = std::mem::take(&mut legacy.living);
+            let seconds = plan.come_back_timeout().as_secs();
+            if !living.is_empty() && seconds > COME_BACK_TIMEOUT_S {
+                let message =
+                    format!("{} workers of the earlier controller have {seconds} s to come back before they are killed", living.len());
                 reporters.write(Event::Warning { message })?;
-                (adoption, reason) = (Adoption::Replace, AdoptionReason::AddressTaken);
             }
-            Err(error) => return Err(error),
+            Ok(Some(Opened { coordinator, token, living }))
         }
+        // The port was not asked for, so another one does as well. Anything but the address is no reason to give the workers up.
+        Err(error) if is_of_the_machine(&error) && plan.bind.is_none_or(|bind| bind.port() == 0) => {
+            let message = format!("the coordinator listens at another address than before: {error:#}");
+            reporters.write(Event::Warning { message })?;
+            (*adoption, *reason) = (Adoption::Replace, AdoptionReason::AddressTaken);
+            Ok(None)
+        }
+        Err(error) => Err(error),
     }
+}
+
+fn is_of_the_machine(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Failure>().is_some_and(|failure| failure.kind == FailureKind::Environment)
+}
+
+/// Opens the coordinator where the plan says; workers that cannot be taken over are killed first.
+async fn open_anew(run: &RunFolder, plan: &LaunchPlan, inheritance: Inheritance, reporters: &mut Reporters) -> anyhow::Result<Opened> {
+    let Inheritance { mut legacy, adoption, reason } = inheritance;
     if adoption == Adoption::Replace && !legacy.living.is_empty() {
         let message = format!("{} workers of the earlier controller are killed: {reason}", legacy.living.len());
         reporters.write(Event::Warning { message })?;

@@ -1,12 +1,16 @@
 //! Which process fills a slot, written down so that a later controller finds it again.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
 use cloze_cluster::host::host_name;
 use cloze_recipes::failure::{Failure, FailureKind};
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
@@ -55,14 +59,28 @@ impl ProcessRecord {
         remove_if_there(&path).map_err(|error| storage("remove a process record", &path, &error).into())
     }
 
-    /// Whether this very process still runs. One that has ended and that nobody has asked about does not run any more.
+    /// Whether this very process still runs. One that has ended and that nobody has asked about does not run any more; one that cannot
+    /// be looked at, for instance for want of file descriptors, counts as alive.
     pub(super) fn is_alive(&self) -> bool {
-        stat(self.process_id).is_ok_and(|found| found.start_ticks == self.start_ticks && !matches!(found.state, 'Z' | 'X'))
+        self.look().unwrap_or_else(|error| {
+            tell_unreadable(self.process_id, &error);
+            true
+        })
     }
 
-    /// Sends a signal to this very process; does nothing when it has ended.
+    /// Sends a signal to this very process; does nothing when it has ended. Where it cannot be looked at, its process id may belong to
+    /// another process by now, and nobody gets the signal.
     pub(super) fn signal(&self, signal: Signal) -> io::Result<()> {
-        if self.is_alive() { send(self.process_id, signal) } else { Ok(()) }
+        if self.look()? { send(self.process_id, signal) } else { Ok(()) }
+    }
+
+    /// Whether this very process still runs, where that can be seen.
+    fn look(&self) -> io::Result<bool> {
+        match stat(self.process_id) {
+            Ok(found) => Ok(found.start_ticks == self.start_ticks && !matches!(found.state, 'Z' | 'X')),
+            Err(error) if has_ended(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether it is on this host, alive, and the worker that the record says, by its command line.
@@ -85,21 +103,36 @@ pub(super) fn send(process_id: u32, signal: Signal) -> io::Result<()> {
 
 /// The processes of a run that an earlier controller or `cloze join` started on this host and that still live.
 pub(super) fn living(paths: &RunPaths) -> anyhow::Result<Vec<ProcessRecord>> {
+    let mut records = all(paths)?;
+    records.retain(|record| record.is_found_again(paths.root()));
+    Ok(records)
+}
+
+/// The processes of a run that a controller on another host started. Whether they live cannot be seen from here.
+pub(super) fn elsewhere(paths: &RunPaths) -> anyhow::Result<Vec<ProcessRecord>> {
+    let own_host = host_name();
+    let mut records = all(paths)?;
+    records.retain(|record| record.host != own_host && !record.by_join);
+    Ok(records)
+}
+
+/// All records of a run, by slot.
+fn all(paths: &RunPaths) -> anyhow::Result<Vec<ProcessRecord>> {
     let folder = paths.processes();
     let entries = match fs::read_dir(&folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(storage("list the process records", &folder, &error).into()),
     };
-    let mut living = Vec::new();
+    let mut records = Vec::new();
     for entry in entries {
         let path = entry.map_err(|error| storage("list the process records", &folder, &error))?.path();
         if path.extension().is_some_and(|extension| extension == "json") {
-            living.extend(read(&path)?.filter(|record| record.is_found_again(paths.root())));
+            records.extend(read(&path)?);
         }
     }
-    living.sort_by_key(|record| record.worker);
-    Ok(living)
+    records.sort_by_key(|record: &ProcessRecord| record.worker);
+    Ok(records)
 }
 
 /// Reads a record; one that its owner has just removed is none.
@@ -123,6 +156,19 @@ fn stat(process_id: u32) -> io::Result<Stat> {
     parse_stat(&text).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{process_id}/stat is not understood")))
 }
 
+/// Whether a file of `/proc` could not be read because its process has ended, perhaps between opening and reading.
+fn has_ended(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
+}
+
+/// Processes are looked at many times a second; the first one that cannot be says it for all.
+fn tell_unreadable(process_id: u32, error: &io::Error) {
+    static IS_TOLD: AtomicBool = AtomicBool::new(false);
+    if !IS_TOLD.swap(true, Ordering::Relaxed) {
+        tracing::warn!(process_id, %error, "a worker process cannot be looked at and counts as alive");
+    }
+}
+
 /// Reads state and start time. The program's name stands in parentheses and may itself hold any character.
 fn parse_stat(text: &str) -> Option<Stat> {
     let (_, fields) = text.rsplit_once(')')?;
@@ -134,10 +180,19 @@ fn parse_stat(text: &str) -> Option<Stat> {
 
 /// Whether a process's command line is that of a worker of this run and slot.
 fn names_worker(process_id: u32, run: &Path, worker: u32) -> bool {
-    let Ok(line) = fs::read(format!("/proc/{process_id}/cmdline")) else { return false };
+    let line = match fs::read(format!("/proc/{process_id}/cmdline")) {
+        Ok(line) => line,
+        Err(error) if has_ended(&error) => return false,
+        Err(error) => {
+            tell_unreadable(process_id, &error);
+            return true;
+        }
+    };
     let arguments: Vec<&[u8]> = line.split(|&byte| byte == 0).collect();
-    let has = |flag: &str, value: &[u8]| arguments.windows(2).any(|pair| pair[0] == flag.as_bytes() && pair[1] == value);
-    has("--run", run.as_os_str().as_encoded_bytes()) && has("--worker", worker.to_string().as_bytes())
+    let is_run = |value: &[u8]| Path::new(OsStr::from_bytes(value)) == run;
+    let is_slot = |value: &[u8]| value == worker.to_string().as_bytes();
+    arguments.windows(2).any(|pair| pair[0] == b"--run" && is_run(pair[1]))
+        && arguments.windows(2).any(|pair| pair[0] == b"--worker" && is_slot(pair[1]))
 }
 
 #[cfg(test)]
@@ -202,6 +257,56 @@ mod tests {
         assert!(living(&paths).unwrap().is_empty());
         child.wait().unwrap();
         record.signal(Signal::KILL).unwrap();
+    }
+
+    #[test]
+    fn a_live_process_is_found_by_every_name_of_its_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(folder.path()).unwrap();
+        let (run, link) = (root.join("run"), root.join("link"));
+        fs::create_dir_all(run.join("processes")).unwrap();
+        std::os::unix::fs::symlink(&run, &link).unwrap();
+        let paths = RunPaths::find(&run).unwrap();
+        let (mut child, record) = process(&paths);
+        record.write(&paths).unwrap();
+        for name in [root.join("run/"), link, root.join("link/"), run.join("processes").join("..")] {
+            let found = living(&RunPaths::find(&name).unwrap()).unwrap();
+            assert_eq!(found, std::slice::from_ref(&record), "{}", name.display());
+        }
+        // A trailing slash alone makes no other folder.
+        assert_eq!(living(&RunPaths::new(root.join("run/"))).unwrap(), std::slice::from_ref(&record));
+        assert!(living(&RunPaths::new(root.join("ru"))).unwrap().is_empty());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn only_a_process_that_is_not_there_has_ended() {
+        let cases = [(Errno::NOENT, true), (Errno::SRCH, true), (Errno::ACCESS, false), (Errno::MFILE, false), (Errno::IO, false)];
+        for (errno, wanted) in cases {
+            assert_eq!(has_ended(&io::Error::from(errno)), wanted, "{errno}");
+        }
+        assert!(!has_ended(&io::Error::new(io::ErrorKind::InvalidData, "not understood")));
+    }
+
+    #[test]
+    fn processes_of_another_controllers_host_are_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = RunPaths::new(folder.path().to_owned());
+        fs::create_dir(paths.processes()).unwrap();
+        let on = |worker, host: &str, by_join| ProcessRecord {
+            worker,
+            slots: 4,
+            process_id: 1,
+            start_ticks: 1,
+            host: host.to_owned(),
+            by_join,
+            log_start: 0,
+        };
+        for record in [on(0, &host_name(), false), on(1, "another host", true), on(2, "another host", false)] {
+            record.write(&paths).unwrap();
+        }
+        assert_eq!(elsewhere(&paths).unwrap(), [on(2, "another host", false)]);
     }
 
     #[test]

@@ -53,6 +53,14 @@ impl Signals {
             of_request.filter(|(_, _, raised, _)| raised.swap(false, Ordering::SeqCst)).map(|(name, ..)| *name).collect();
         raised.first().copied()
     }
+
+    /// As if the signals with this meaning had come; a real one would reach every listener of this test program.
+    #[cfg(test)]
+    pub(super) fn raise(&self, request: Request) {
+        for (_, _, raised, _) in self.flags.iter().filter(|(_, meaning, ..)| *meaning == request) {
+            raised.store(true, Ordering::SeqCst);
+        }
+    }
 }
 
 impl Drop for Signals {

@@ -13,7 +13,7 @@ use cloze_recipes::recipe::Recipe;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
-use super::crew::{Crew, Replacement};
+use super::crew::{Crew, LEAVE_TIMEOUT_S, Replacement};
 use super::event_tail::EventTail;
 use super::process::{Exit, WorkerCommand};
 use super::record::living;
@@ -30,9 +30,6 @@ const CONNECT_TIMEOUT_S: u64 = 2;
 
 /// Wait before the coordinator is looked for again.
 const RETRY_MS: u64 = 500;
-
-/// After the run has ended, longest time for the workers to leave before they are killed.
-const LEAVE_TIMEOUT_S: u64 = 10;
 
 /// Exit code of a worker that was asked to stop.
 const EXIT_CODE_STOPPED: i32 = 130;
@@ -94,6 +91,8 @@ struct Outpost<'a> {
     leave_by: Option<Instant>,
     /// Since when the coordinator cannot be reached.
     away_since: Option<Instant>,
+    /// Since when the event log cannot be read.
+    unread_since: Option<Instant>,
     /// Why this ends with a failure.
     failure: Option<Failure>,
 }
@@ -115,8 +114,20 @@ impl<'a> Outpost<'a> {
         let command = WorkerCommand { binary, paths, coordinator, token, slots: workers, local_workers, by_join: true };
         let limits = RestartLimits { max_restarts: recipe.cluster.max_restarts, min_workers: recipe.cluster.min_workers };
         let crew = Crew::new(command, slots.iter().copied());
-        let (leaving, leave_by, away_since, failure) = (false, None, None, None);
-        let mut outpost = Self { crew, tail, named, recipe, limits, signals, output, leaving, leave_by, away_since, failure };
+        let mut outpost = Self {
+            crew,
+            tail,
+            named,
+            recipe,
+            limits,
+            signals,
+            output,
+            leaving: false,
+            leave_by: None,
+            away_since: None,
+            unread_since: None,
+            failure: None,
+        };
         outpost.fill(&slots)?;
         Ok(outpost)
     }
@@ -186,7 +197,11 @@ impl<'a> Outpost<'a> {
     }
 
     fn hear_events(&mut self, now: Instant) -> anyhow::Result<()> {
-        let events = self.tail.read().map_err(|error| storage("read the event log", &self.crew.command().paths.events(), &error))?;
+        let events = match self.tail.read() {
+            Ok(events) => events,
+            Err(error) => return self.miss_events(now, &error),
+        };
+        self.unread_since = None;
         for event in events {
             self.crew.hear(&event, now);
             match event {
@@ -197,6 +212,19 @@ impl<'a> Outpost<'a> {
                 }
                 _ => {}
             }
+        }
+        Ok(())
+    }
+
+    /// The log is on a disk of another host, which may be away for a while; it has as long to come back as the coordinator.
+    fn miss_events(&mut self, now: Instant, error: &io::Error) -> anyhow::Result<()> {
+        let path = self.crew.command().paths.events();
+        let since = *self.unread_since.get_or_insert_with(|| {
+            tracing::warn!(path = %path.display(), %error, "the event log cannot be read; it is tried again");
+            now
+        });
+        if now.duration_since(since) > Duration::from_secs(self.recipe.cluster.coordinator_grace_s) {
+            return Err(storage("read the event log", &path, error).into());
         }
         Ok(())
     }

@@ -10,9 +10,9 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
-use super::crew::{Crew, Verdict};
+use super::crew::{Crew, LEAVE_TIMEOUT_S, Verdict};
 use super::drill::{Drill, DrillKind};
 use super::process::{Exit, ProcessOrder};
 use super::restart::{ExitDecision, ExitReason, RestartLimits};
@@ -22,9 +22,6 @@ use crate::reporter::Reporters;
 
 /// Interval at which signals and due times are looked at.
 const TICK_MS: u64 = 100;
-
-/// After the run has ended, longest time for the workers to leave before they are killed.
-const LEAVE_TIMEOUT_S: u64 = 10;
 
 /// The coordinator as the loop sees it.
 pub(super) struct CoordinatorTask {
@@ -91,8 +88,21 @@ impl<'a> Supervisor<'a> {
         let outcome = self.drive(&mut coordinator, &mut orders).await;
         coordinator.end.abort();
         let patience = if outcome.is_ok() { Duration::from_secs(LEAVE_TIMEOUT_S) } else { Duration::ZERO };
-        self.crew.end(patience).await;
-        outcome
+        let told = self.dismiss(patience).await;
+        outcome.and_then(|end| told.map(|()| end))
+    }
+
+    /// Waits for the workers to leave. Whoever has asked for a stop and signals once more, or signals twice now, waits no longer.
+    async fn dismiss(&mut self, patience: Duration) -> anyhow::Result<()> {
+        let has_asked = matches!(self.stop, Stop::Asked { firm: true, .. } | Stop::Killed);
+        let signals = self.signals;
+        let signal = tokio::select! {
+            biased;
+            () = self.crew.end(patience) => return Ok(()),
+            signal = last_signal(signals, if has_asked { 1 } else { 2 }) => signal,
+        };
+        self.crew.end(Duration::ZERO).await;
+        self.warn(format!("{signal} again: the workers that had not left yet were killed"))
     }
 
     async fn drive(&mut self, coordinator: &mut CoordinatorTask, orders: &mut mpsc::Receiver<DashboardOrder>) -> anyhow::Result<RunEnd> {
@@ -136,7 +146,7 @@ impl<'a> Supervisor<'a> {
         {
             let seconds = self.limits.stop_timeout.as_secs();
             self.warn(format!("the workers did not leave within {seconds} s (`checkpoint.stop_timeout_s`) and are killed"))?;
-            self.kill_all();
+            self.kill_all(control)?;
         }
         for replacement in self.crew.due(now) {
             let (worker, attempt, budget_left) = (replacement.worker, replacement.attempt, replacement.budget_left);
@@ -170,8 +180,7 @@ impl<'a> Supervisor<'a> {
             }
             Stop::Asked { .. } | Stop::Killed if firm => {
                 self.warn(format!("{who} again: the workers are killed; the last checkpoint stands"))?;
-                self.kill_all();
-                Ok(())
+                self.kill_all(control)
             }
             Stop::Asked { .. } | Stop::Killed => Ok(()),
         }
@@ -237,13 +246,34 @@ impl<'a> Supervisor<'a> {
         self.reporters.write(Event::WorkerStarted { worker, process_id })
     }
 
-    fn kill_all(&mut self) {
+    /// Kills the workers of this program. Those of other hosts are out of its reach, so the coordinator ends the run for them.
+    fn kill_all(&mut self, control: &mpsc::Sender<Control>) -> anyhow::Result<()> {
         self.stop = Stop::Killed;
         self.crew.kill_all();
+        let command = self.crew.command();
+        if command.local_workers == command.slots {
+            return Ok(());
+        }
+        let failure = Failure::new(FailureKind::Interrupted, "stopped at once; the last checkpoint stands");
+        tell(control, Control::GiveUp { failure: failure.hint("`cloze resume` goes on from it") })
     }
 
     fn warn(&mut self, message: String) -> anyhow::Result<()> {
         self.reporters.write(Event::Warning { message })
+    }
+}
+
+/// Waits for so many signals that ask for a stop; returns the name of the last.
+async fn last_signal(signals: &Signals, num_signals: u32) -> &'static str {
+    let mut num_seen = 0;
+    loop {
+        sleep(Duration::from_millis(TICK_MS)).await;
+        if let Some(signal) = signals.take(Request::Stop) {
+            num_seen += 1;
+            if num_seen == num_signals {
+                return signal;
+            }
+        }
     }
 }
 
@@ -276,7 +306,82 @@ fn indented(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use cloze_cluster::{Recorded, Secret};
+
     use super::*;
+    use crate::local::process::WorkerCommand;
+    use crate::local::record::living;
+    use crate::reporter::TerminalStyle;
+    use crate::run_folder::{NewRun, RunFolder};
+    use crate::sample::{recipe, script};
+
+    const PATIENCE: Duration = Duration::from_mins(1);
+
+    fn folder(root: &Path) -> RunFolder {
+        let recipe = recipe();
+        let (data_fingerprint, worker_build) = (String::new(), String::new());
+        RunFolder::create(root, &NewRun { name: "run", recipe: &recipe, data_fingerprint, command_line: Vec::new(), worker_build }).unwrap()
+    }
+
+    fn reporters(run: &RunFolder) -> Reporters {
+        let terminal = crate::reporter::terminal(Box::new(std::io::sink()), TerminalStyle::default(), run, 1);
+        Reporters::open(run, terminal).unwrap()
+    }
+
+    /// A crew of a run with two slots whose workers stand still.
+    fn crew(run: &RunFolder, local_workers: u32) -> Crew {
+        let (binary, paths) = (script(run.path(), "kill -STOP $$"), run.paths().clone());
+        let (coordinator, token) = ("127.0.0.1:1".to_owned(), Secret::new("token"));
+        Crew::new(WorkerCommand { binary, paths, coordinator, token, slots: 2, local_workers, by_join: false }, 0..local_workers)
+    }
+
+    fn limits() -> SupervisorLimits {
+        SupervisorLimits { restart: RestartLimits { max_restarts: 0, min_workers: None }, stop_timeout: PATIENCE }
+    }
+
+    #[test]
+    fn a_second_signal_and_the_deadline_end_a_run_whose_workers_are_elsewhere() {
+        let signals = Signals::listen().unwrap();
+        for (local_workers, by_deadline, is_given_up) in [(0, false, true), (1, false, true), (1, true, true), (2, false, false)] {
+            let root = tempfile::tempdir().unwrap();
+            let run = folder(root.path());
+            let mut reporters = reporters(&run);
+            let mut supervisor = Supervisor::new(crew(&run, local_workers), limits(), &mut reporters, &signals);
+            let (control, mut orders) = mpsc::channel(8);
+            let now = Instant::now();
+            supervisor.ask_to_stop(&control, "SIGINT", true, now).unwrap();
+            assert_eq!(orders.try_recv().unwrap(), Control::Stop { reason: "SIGINT".to_owned() });
+            if by_deadline {
+                supervisor.stop = Stop::Asked { deadline: now, firm: true };
+                supervisor.look_around(&control).unwrap();
+            } else {
+                supervisor.ask_to_stop(&control, "SIGINT", true, now).unwrap();
+            }
+            assert_eq!(supervisor.stop, Stop::Killed);
+            match orders.try_recv() {
+                Ok(Control::GiveUp { failure }) if is_given_up => assert_eq!(failure.kind.exit_code(), 130),
+                Err(_) if !is_given_up => {}
+                other => panic!("{local_workers} {by_deadline}: {other:?}"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_second_signal_ends_the_last_wait() {
+        let root = tempfile::tempdir().unwrap();
+        let run = folder(root.path());
+        let mut reporters = reporters(&run);
+        let signals = Signals::listen().unwrap();
+        let mut supervisor = Supervisor::new(crew(&run, 1), limits(), &mut reporters, &signals);
+        supervisor.start(0).unwrap();
+        supervisor.stop = Stop::Asked { deadline: Instant::now() + PATIENCE, firm: true };
+        signals.raise(Request::Stop);
+        supervisor.dismiss(PATIENCE).await.unwrap();
+        assert!(living(run.paths()).unwrap().is_empty());
+        let text = std::fs::read_to_string(run.paths().events()).unwrap();
+        let last = serde_json::from_str::<Recorded>(text.lines().last().unwrap()).unwrap().event;
+        assert!(matches!(&last, Event::Warning { message } if message.contains(" again: ")), "{last:?}");
+    }
 
     #[test]
     fn a_failure_tells_who_how_and_why() {

@@ -1,6 +1,10 @@
 //! Where the files of a run folder are.
 
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+
+use cloze_recipes::failure::{Failure, FailureKind};
 
 /// The files of one run folder, by what they hold. Knowing them is no right to write them: see [`RunFolder`](super::RunFolder).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,6 +16,12 @@ impl RunPaths {
     /// The files below this folder.
     pub fn new(root: PathBuf) -> Self {
         Self { root }
+    }
+
+    /// The files of a folder that is there, under the one name that every program on this host calls it by: absolute and without
+    /// links. Fails with kind `Input` when there is no such folder.
+    pub fn find(folder: &Path) -> Result<Self, Failure> {
+        fs::canonicalize(folder).map(Self::new).map_err(|error| no_run(folder, &error))
     }
 
     /// The folder itself.
@@ -82,5 +92,34 @@ impl RunPaths {
     /// The folders that every run has.
     pub fn folders(&self) -> Vec<PathBuf> {
         ["tensorboard", "logs", "processes", "dumps"].into_iter().map(|name| self.root.join(name)).collect()
+    }
+}
+
+/// The failure of whoever looks for a run where there is none.
+pub(super) fn no_run(place: &Path, error: &io::Error) -> Failure {
+    Failure::new(FailureKind::Input, "this folder holds no run")
+        .at(place.display())
+        .because(error)
+        .hint("`cloze train RECIPE` starts a run and names its folder")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_has_one_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(folder.path()).unwrap();
+        let (run, link) = (root.join("run"), root.join("link"));
+        fs::create_dir_all(run.join("logs")).unwrap();
+        std::os::unix::fs::symlink(&run, &link).unwrap();
+        for name in [run.clone(), root.join("run/"), link.clone(), root.join("link/"), run.join("logs").join("..")] {
+            let found = RunPaths::find(&name).unwrap();
+            // As text, since paths are compared by their parts.
+            assert_eq!(found.root().as_os_str(), run.as_os_str(), "{}", name.display());
+        }
+        let failure = RunPaths::find(&root.join("nowhere")).unwrap_err();
+        assert_eq!((failure.kind, failure.what.as_str()), (FailureKind::Input, "this folder holds no run"));
     }
 }

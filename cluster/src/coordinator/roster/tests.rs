@@ -371,6 +371,22 @@ fn shares_and_requests_reach_those_whom_they_concern() {
 }
 
 #[test]
+fn a_save_that_nobody_can_do_is_told() {
+    let (mut roster, mut inboxes) = roster(1);
+    let save = || Control::Save { reason: "SIGUSR1".to_owned() };
+    let message = "SIGUSR1: nobody trains at the moment, so nothing is saved".to_owned();
+    roster.take_events();
+    heard(&mut inboxes[0]);
+    roster.control(save());
+    assert_eq!(roster.take_events(), [Event::Warning { message }]);
+    assert_eq!(heard(&mut inboxes[0]), Vec::new());
+    settle(&mut roster, at(1));
+    roster.control(save());
+    assert_eq!(roster.take_events(), Vec::new());
+    assert_eq!(heard(&mut inboxes[0]).last(), Some(&CoordinatorMessage::Save { reason: "SIGUSR1".to_owned() }));
+}
+
+#[test]
 fn heartbeats_alone_bring_no_decision_about() {
     let (mut roster, _inboxes) = roster(1);
     settle(&mut roster, at(0));

@@ -53,6 +53,10 @@ impl Roster {
             }
             Control::Save { reason } => {
                 let members = self.members().to_vec();
+                if members.is_empty() {
+                    let message = format!("{reason}: nobody trains at the moment, so nothing is saved");
+                    self.events.push(Event::Warning { message });
+                }
                 self.tell_members(&members, &CoordinatorMessage::Save { reason });
             }
             Control::WorkerExited { worker, status } => {

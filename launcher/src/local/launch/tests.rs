@@ -183,4 +183,50 @@ fn a_living_worker_is_waited_for_at_its_address() {
     assert!(failure.what.contains("all 2 replacements"), "{failure}");
     let started = events(root.path()).iter().filter(|event| matches!(event, Event::WorkerStarted { .. })).count();
     assert_eq!(started, 2, "the living worker was not started a second time, and its replacements were");
+    let told = |event: &Event| matches!(event, Event::Warning { message } if message.contains(" have 30 s to come back"));
+    assert!(events(root.path()).iter().any(told), "the recipe's `stop_timeout_s` is 30");
+}
+
+#[test]
+fn workers_that_save_may_take_as_long_as_a_stop_to_come_back() {
+    let cases = [(10, 60, 15), (15, 60, 15), (30, 60, 30), (600, 60, 60), (600, 5, 15)];
+    for (stop_timeout_s, join_timeout_s, seconds) in cases {
+        let mut plan = plan(Path::new("/bin/sh"));
+        plan.recipe.checkpoint.stop_timeout_s = stop_timeout_s;
+        plan.join_timeout = Duration::from_secs(join_timeout_s);
+        assert_eq!(plan.come_back_timeout(), Duration::from_secs(seconds), "{stop_timeout_s} {join_timeout_s}");
+    }
+}
+
+#[test]
+fn a_damaged_journal_costs_no_worker() {
+    let root = tempfile::tempdir().unwrap();
+    let address = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap();
+    let (folder, mut child) = left_behind(root.path(), address, 1);
+    let paths = folder.paths().clone();
+    std::fs::write(paths.journal(), "{\n").unwrap();
+    let error = run(folder, LaunchPlan { resumed: true, ..plan(Path::new("/bin/sh")) }).unwrap_err();
+    assert_eq!(error.downcast::<Failure>().unwrap().kind, FailureKind::Damaged);
+    assert_eq!(living(&paths).unwrap().len(), 1, "the worker lives");
+    assert!(ControlFile::read(&paths).unwrap().is_some_and(|file| file.address == address), "and can be taken over later");
+    let events = events(root.path());
+    assert!(!events.iter().any(|event| matches!(event, Event::Warning { .. } | Event::RunFailed { .. })), "{events:?}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_run_whose_workers_may_live_on_another_host_is_left_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = folder(root.path());
+    let paths = folder.paths().clone();
+    let host = "another host".to_owned();
+    let record = ProcessRecord { worker: 0, slots: 1, process_id: 1, start_ticks: 1, host, by_join: false, log_start: 0 };
+    record.write(&paths).unwrap();
+    let address = SocketAddr::from(([127, 0, 0, 1], 1));
+    ControlFile { address, token: Secret::new("token"), dashboard: None, process_id: 1 }.write(&paths).unwrap();
+    let error = run(folder, LaunchPlan { resumed: true, ..plan(Path::new("/bin/sh")) }).unwrap_err();
+    let failure = error.downcast::<Failure>().unwrap();
+    assert_eq!((failure.kind, failure.what.as_str()), (FailureKind::Environment, "workers of host another host may still live"));
+    assert!(!paths.events().exists(), "nothing was written");
 }

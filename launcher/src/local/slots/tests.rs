@@ -129,3 +129,31 @@ fn what_cannot_be_joined_is_said() {
     let away = failure(options(folder.path(), "exit 0").0);
     assert_eq!((away.what.as_str(), away.place), ("the coordinator cannot be reached", Some(address.to_string())));
 }
+
+#[tokio::test]
+async fn a_log_that_is_away_for_a_while_ends_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let (options, _screen) = options(folder.path(), "kill -STOP $$");
+    control(&options, &listener);
+    let (events, grace) = (options.paths.events(), Duration::from_secs(options.recipe.cluster.coordinator_grace_s));
+    let signals = Signals::listen().unwrap();
+    let mut outpost = Box::pin(Outpost::open(options, &signals)).await.unwrap();
+    let kept = folder.path().join("kept");
+    fs::rename(&events, &kept).unwrap();
+    // A folder can be opened, and not be read.
+    fs::create_dir(&events).unwrap();
+    let now = Instant::now();
+    outpost.hear_events(now).unwrap();
+    outpost.hear_events(now + grace).unwrap();
+    let late = now + grace + Duration::from_millis(1);
+    let failure = outpost.hear_events(late).unwrap_err().downcast::<Failure>().unwrap();
+    assert_eq!(failure.kind, FailureKind::Storage);
+    fs::remove_dir(&events).unwrap();
+    fs::rename(&kept, &events).unwrap();
+    outpost.hear_events(late).unwrap();
+    fs::remove_file(&events).unwrap();
+    fs::create_dir(&events).unwrap();
+    outpost.hear_events(late + grace).unwrap();
+    outpost.crew.end(Duration::ZERO).await;
+}

@@ -1,0 +1,85 @@
+//! Times the storing and loading of a training state of a given size, without a training.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use bytes::Bytes;
+use cloze_recipes::failure::{Failure, FailureKind};
+use serde_json::json;
+use zerocopy::IntoBytes;
+
+use crate::checkpoint::{CheckpointState, CheckpointStore, Piece, Share, StorePolicy};
+
+/// Tensors of each of the three groups: weights and two moments.
+const TENSORS_PER_GROUP: usize = 64;
+
+/// What is timed.
+pub struct CheckpointBenchOptions {
+    /// Folder or url to write to; must hold nothing.
+    pub place: String,
+    /// Parameters of the pretended model.
+    pub num_parameters: usize,
+}
+
+/// Prints one JSON line: seconds to copy the state, to store it (durable, hashed, with its manifest), and to load it (every hash compared).
+pub fn run(options: &CheckpointBenchOptions, output: &mut dyn Write) -> Result<()> {
+    check_is_empty(&options.place)?;
+    let length = options.num_parameters / TENSORS_PER_GROUP;
+    let tensors: Vec<Vec<f32>> =
+        (0..3 * TENSORS_PER_GROUP).map(|tensor| (0..length).map(|place| ((place + tensor) as f32).sin()).collect()).collect();
+    let started = Instant::now();
+    let share = copy(&tensors);
+    let copy_s = started.elapsed().as_secs_f64();
+    let bytes = (3 * TENSORS_PER_GROUP * length * 4) as f64;
+    let store = CheckpointStore::open(&options.place, &BTreeMap::new(), StorePolicy::default())?;
+    let started = Instant::now();
+    let files = store.save_share(1, &share)?;
+    store.commit(&state(), files)?;
+    let saved_s = started.elapsed().as_secs_f64();
+    drop((share, tensors, store));
+    let store = CheckpointStore::open(&options.place, &BTreeMap::new(), StorePolicy::default())?;
+    let started = Instant::now();
+    let loaded = store.latest_good()?.context("find the checkpoint that was just written")?;
+    let load_s = started.elapsed().as_secs_f64();
+    drop(loaded);
+    let line = json!({
+        "tool": "cloze", "gb": bytes / 1e9, "copy_s": copy_s, "saved_s": saved_s, "save_gb_s": bytes / 1e9 / saved_s, "load_s": load_s,
+    });
+    writeln!(output, "{line}").context("print the figures")
+}
+
+/// A checkpoint that is there would be pruned or mixed with this one.
+fn check_is_empty(place: &str) -> Result<(), Failure> {
+    let path = Path::new(place);
+    let is_free = place.contains("://") || std::fs::read_dir(path).map_or(true, |mut entries| entries.next().is_none());
+    if is_free {
+        return Ok(());
+    }
+    Err(Failure::new(FailureKind::Input, "the folder to write to is not empty").at(place).hint("name a new one"))
+}
+
+fn copy(tensors: &[Vec<f32>]) -> Share {
+    let piece = |(index, values): (usize, &Vec<f32>)| {
+        let data = Bytes::copy_from_slice(values.as_bytes());
+        Piece { name: format!("tensor.{index}"), full_shape: vec![values.len()], start: 0, data }
+    };
+    let (model, optimizer) = tensors.split_at(TENSORS_PER_GROUP);
+    let pieces = |part: &[Vec<f32>]| part.iter().enumerate().map(piece).collect();
+    Share { rank: 0, world_size: 1, model: pieces(model), optimizer: pieces(optimizer), companions: Vec::new() }
+}
+
+fn state() -> CheckpointState {
+    CheckpointState {
+        step: 1,
+        recipe_hash: "bench".to_owned(),
+        data_fingerprint: "bench".to_owned(),
+        world_size: 1,
+        adam_step: 1,
+        loss: None,
+        temporary: false,
+        shard: "none".to_owned(),
+    }
+}
