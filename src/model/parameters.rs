@@ -4,6 +4,8 @@
 //! workers together with them. Where the workers share gradients or parameters out, the buffers hold this worker's shard, and what a pass
 //! computes with lies in pieces that come and go.
 
+use std::sync::{Mutex, PoisonError};
+
 use anyhow::{Context, Result, ensure};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Shard;
@@ -22,6 +24,9 @@ const ALIGNMENT: i64 = 64;
 
 /// Numbers behind the gradients that travel with them.
 pub const NUM_EXTRAS: i64 = 8;
+
+/// Held while libtorch's generator of random numbers is seeded and drawn from.
+static GENERATOR: Mutex<()> = Mutex::new(());
 
 /// Standard deviation and shape of one parameter.
 #[derive(Clone, Debug)]
@@ -117,6 +122,8 @@ impl FlatParameters {
     /// Draws first values; the same seed gives the same model everywhere.
     pub fn initialise(&mut self, seed: u64) {
         let _guard = tch::no_grad_guard();
+        // There is one generator for the whole process; two threads at a time would mix their draws.
+        let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
         for (index, entry) in self.entries.iter().enumerate() {
             let mut view = self.values.narrow(0, entry.offset, entry.length);
             match entry.specification.init {

@@ -138,7 +138,9 @@ fn s3(url: &str, bucket: &str, options: &BTreeMap<String, String>) -> Result<Ama
 
 fn google(url: &str, bucket: &str, options: &BTreeMap<String, String>) -> Result<GoogleCloudStorage, Failure> {
     let is_secret = |key: &GoogleConfigKey, _: &str| matches!(key, GoogleConfigKey::ServiceAccountKey | GoogleConfigKey::BearerToken);
-    let mut builder = GoogleCloudStorageBuilder::from_env().with_retry(retry_config());
+    // The builder would allow it by itself.
+    let allow_http = GoogleConfigKey::Client(ClientConfigKey::AllowHttp);
+    let mut builder = GoogleCloudStorageBuilder::from_env().with_retry(retry_config()).with_config(allow_http, "false");
     for (key, value) in time_limits() {
         builder = builder.with_config(GoogleConfigKey::Client(key), value);
     }
