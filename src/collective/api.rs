@@ -78,7 +78,7 @@ pub trait Collective: Send {
     /// A handle with which another thread ends the operation that this one is in, and all later ones.
     fn abort_handle(&self) -> AbortHandle;
 
-    /// States who is told when an operation waits for peers. A world of one never waits.
+    /// States who is told when an operation begins to wait for peers, and when it has ended; in a world of one the two follow each other at once.
     fn set_wait_observer(&mut self, observer: WaitObserver);
 
     /// An error of this group: `cause` with this worker's rank, the generation and the step.

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read as _, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -45,7 +45,12 @@ pub struct SeaweedFs {
 impl SeaweedFs {
     /// Starts a server with an empty bucket.
     pub fn start(weed: &Path) -> Self {
-        (0..START_ATTEMPTS).find_map(|_| Self::try_start(weed)).expect("SeaweedFS starts")
+        (0..START_ATTEMPTS).find_map(|_| Self::try_start(weed, true)).expect("SeaweedFS starts")
+    }
+
+    /// The same without keys: whoever reaches it may do everything.
+    pub fn start_open(weed: &Path) -> Self {
+        (0..START_ATTEMPTS).find_map(|_| Self::try_start(weed, false)).expect("SeaweedFS starts")
     }
 
     /// The options of a store in this server, as YAML.
@@ -115,11 +120,15 @@ impl SeaweedFs {
         entries
     }
 
-    fn try_start(weed: &Path) -> Option<Self> {
+    fn try_start(weed: &Path, has_keys: bool) -> Option<Self> {
         let folder = tempfile::tempdir().expect("make a folder for the server");
         let ports = free_ports();
         let [s3_port, .., filer_port, _] = ports;
-        let process = command(weed, folder.path(), ports).spawn().expect("start the server");
+        let mut command = command(weed, folder.path(), ports);
+        if has_keys {
+            command.arg(format!("-s3.config={}", write_identities(folder.path()).display()));
+        }
+        let process = command.spawn().expect("start the server");
         let server = Self { process, s3_port, filer_port, _folder: folder };
         let is_ready = server.repeat_until_created("POST", &format!("/buckets/{BUCKET}/"), b"") && server.s3_listens();
         is_ready.then_some(server)
@@ -174,11 +183,6 @@ fn holds_in_time(mut holds: impl FnMut() -> bool) -> bool {
 fn command(weed: &Path, folder: &Path, ports: [u16; NUM_PORTS]) -> Command {
     let data = folder.join("data");
     fs::create_dir(&data).expect("make the server's folder");
-    let credentials = json!([{ "accessKey": ACCESS_KEY, "secretKey": SECRET_KEY }]);
-    let actions = ["Admin", "Read", "Write", "List", "Tagging"];
-    let identities = json!({ "identities": [{ "name": "test", "credentials": credentials, "actions": actions }] });
-    let config = folder.join("s3.json");
-    fs::write(&config, identities.to_string()).expect("write the server's identities");
     let log = File::create(folder.join("log")).expect("make the server's log");
     let [s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc] = ports;
     let mut command = Command::new(weed);
@@ -186,13 +190,22 @@ fn command(weed: &Path, folder: &Path, ports: [u16; NUM_PORTS]) -> Command {
     command.args(["-master.telemetry=false", "-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"]);
     command.args(["-master.volumeSizeLimitMB=64", "-volume.max=40", "-volume.preStopSeconds=0"]);
     command.args(["-filer", "-s3", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]);
-    command.arg(format!("-s3.config={}", config.display()));
     command.args([format!("-s3.port={s3}"), format!("-s3.port.grpc={s3_grpc}")]);
     command.args([format!("-master.port={master}"), format!("-master.port.grpc={master_grpc}")]);
     command.args([format!("-volume.port={volume}"), format!("-volume.port.grpc={volume_grpc}")]);
     command.args([format!("-filer.port={filer}"), format!("-filer.port.grpc={filer_grpc}")]);
     command.stdin(Stdio::null()).stdout(log.try_clone().expect("share the server's log")).stderr(log);
     command
+}
+
+/// Writes down who may do what: the one key everything.
+fn write_identities(folder: &Path) -> PathBuf {
+    let credentials = json!([{ "accessKey": ACCESS_KEY, "secretKey": SECRET_KEY }]);
+    let actions = ["Admin", "Read", "Write", "List", "Tagging"];
+    let identities = json!({ "identities": [{ "name": "test", "credentials": credentials, "actions": actions }] });
+    let config = folder.join("s3.json");
+    fs::write(&config, identities.to_string()).expect("write the server's identities");
+    config
 }
 
 /// Ports that are free now; all are held until all are found, so that they differ.

@@ -1,5 +1,6 @@
 //! What the tests stand on: programs with a time limit, small worlds, runs, test tools, a full disk, a bucket with faults, hosts.
 
+mod azure;
 mod bucket;
 mod damage;
 mod disk;
@@ -11,6 +12,7 @@ mod run;
 mod tools;
 mod world;
 
+pub use azure::Azurite;
 pub use bucket::{ACCESS_KEY, SECRET_KEY, SeaweedFs};
 pub use damage::{flip_middle_byte, truncate};
 pub use disk::SmallDisk;

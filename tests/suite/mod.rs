@@ -3,6 +3,7 @@
 mod buckets;
 mod chaos;
 mod checkpoints;
+mod clouds;
 mod controller_restart;
 mod dashboard;
 mod data;
