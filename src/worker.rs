@@ -246,6 +246,11 @@ fn survive(worker: &Worker, generation: u64, error: anyhow::Error) -> Result<()>
 pub fn as_failure(error: &anyhow::Error) -> Failure {
     match error.downcast_ref::<Failure>() {
         Some(failure) => failure.clone(),
-        None => Failure::new(FailureKind::Run, format!("{error:#}")),
+        None => {
+            let text = format!("{error:#}");
+            // libtorch puts the stack of its own code behind the first line; that belongs into the log.
+            tracing::error!(error = text, "the worker failed");
+            Failure::new(FailureKind::Run, text.lines().next().unwrap_or_default())
+        }
     }
 }

@@ -16,7 +16,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use super::crew::{Crew, LEAVE_TIMEOUT_S, Replacement};
 use super::event_tail::EventTail;
 use super::process::{Exit, WorkerCommand};
-use super::record::living;
+use super::record::{ProcessRecord, living};
 use super::restart::{ExitDecision, RestartLimits};
 use super::signals::{Request, Signals};
 use super::supervisor::exit_failure;
@@ -132,13 +132,17 @@ impl<'a> Outpost<'a> {
         Ok(outpost)
     }
 
-    /// Takes over what an earlier `cloze join` left, and starts the rest.
+    /// Takes over what an earlier `cloze join` left, and starts the rest. A slot that the controller fills on this host is refused.
     fn fill(&mut self, slots: &[u32]) -> anyhow::Result<()> {
         for record in living(&self.crew.command().paths)? {
-            if record.by_join && slots.contains(&record.worker) {
-                self.say(&format!("worker {} lives already, as process {}", record.worker, record.process_id))?;
-                self.crew.find(record, None);
+            if !slots.contains(&record.worker) {
+                continue;
             }
+            if !record.by_join {
+                return Err(taken(&record).into());
+            }
+            self.say(&format!("worker {} lives already, as process {}", record.worker, record.process_id))?;
+            self.crew.find(record, None);
         }
         for worker in self.crew.vacant() {
             self.start(worker)?;
@@ -367,6 +371,14 @@ fn newest_start(tail: &mut EventTail, paths: &RunPaths) -> anyhow::Result<Option
         }
     }
     Ok(workers)
+}
+
+/// A second process for the slot would take the first one's record away, and a later controller would not find it.
+fn taken(record: &ProcessRecord) -> Failure {
+    Failure::new(FailureKind::Recipe, "the slot is filled by the run's controller on this host")
+        .expected("a slot that `cloze train --local` left free")
+        .found(format!("slot {} with process {}", record.worker, record.process_id))
+        .hint("name other slots with `--slots`")
 }
 
 #[cfg(test)]

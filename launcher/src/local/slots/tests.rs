@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use cloze_cluster::Recorded;
+use cloze_cluster::host::host_name;
 
 use super::*;
 use crate::sample::{recipe, script};
@@ -156,4 +157,31 @@ async fn a_log_that_is_away_for_a_while_ends_nothing() {
     fs::create_dir(&events).unwrap();
     outpost.hear_events(late + grace).unwrap();
     outpost.crew.end(Duration::ZERO).await;
+}
+
+#[test]
+fn a_slot_of_the_controller_is_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let (options, screen) = options(folder.path(), "exit 0");
+    control(&options, &listener);
+    let paths = options.paths.clone();
+    let mut child = std::process::Command::new("/bin/sh")
+        .args(["-c", "read line", "worker", "train", "--run"])
+        .arg(paths.root())
+        .args(["--worker", "2"])
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (process_id, start_ticks) = (child.id(), super::super::record::start_ticks(child.id()).unwrap());
+    let record = ProcessRecord { worker: 2, slots: 4, process_id, start_ticks, host: host_name(), by_join: false, log_start: 0 };
+    record.write(&paths).unwrap();
+    let failure = serve_slots(options).unwrap_err().downcast::<Failure>().unwrap();
+    assert_eq!(failure.kind, FailureKind::Recipe);
+    assert_eq!(failure.found, Some(format!("slot 2 with process {process_id}")));
+    // Nothing was started, and the controller's record is as it was.
+    assert_eq!(text(&screen), "");
+    assert_eq!(living(&paths).unwrap(), [record]);
+    child.kill().unwrap();
+    child.wait().unwrap();
 }

@@ -171,7 +171,7 @@ fn a_run_that_fails_by_itself_has_a_record() {
 #[test]
 fn what_is_open_comes_out_at_the_end() {
     let mut ledger = Ledger::new();
-    for event in recorded([lost(Some(1)), aborted(1, 57)]) {
+    for event in recorded(start().into_iter().chain([lost(Some(1)), aborted(1, 57)])) {
         assert!(ledger.apply(&event).is_empty());
     }
     let records = ledger.finish();
