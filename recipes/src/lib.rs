@@ -15,6 +15,8 @@
 pub mod failure;
 pub mod raw;
 pub mod recipe;
+pub mod site;
+pub mod study;
 
 mod check;
 mod compose;
