@@ -10,6 +10,7 @@ pub mod plan;
 pub mod reporter;
 pub mod run_folder;
 pub mod simulate;
+pub mod slurm;
 pub mod view;
 
 #[cfg(test)]
