@@ -5,6 +5,7 @@
 //! worker processes of a run whose controller is on another host.
 
 pub mod dashboard;
+pub mod hosts;
 pub mod local;
 pub mod plan;
 pub mod reporter;
