@@ -8,6 +8,7 @@ pub mod dashboard;
 pub mod hosts;
 pub mod local;
 pub mod plan;
+pub mod preflight;
 pub mod reporter;
 pub mod run_folder;
 pub mod simulate;
