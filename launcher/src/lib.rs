@@ -18,6 +18,6 @@ pub mod view;
 mod sample;
 
 pub use cloze_cluster::RunEnd;
-pub use local::{Drill, DrillKind, LaunchOptions, LaunchPlan, SlotsOptions, last_workers, launch, serve_slots};
+pub use local::{Drill, DrillKind, LaunchOptions, LaunchPlan, SlotsOptions, last_workers, launch, launch_on_hosts, serve_slots};
 pub use reporter::TerminalStyle;
 pub use run_folder::{ControlFile, NewRun, RunFolder, RunInfo, RunPaths};

@@ -256,7 +256,6 @@ async fn measure_pair(a: Node, b: Node, deadline: Instant) -> PairMeasurement {
     }
     hosts.dedup();
     let peer = Peer { node: pair.b.clone(), hosts, port: ready.port, window_ms: WINDOW_MS.min(MAX_WINDOW_MS) };
-    let a = Node { agent: a.agent, address: None, ready: None, measured: a.measured };
     match ask(&a, &Request::Measure(peer), deadline.min(Instant::now() + PAIR_TIMEOUT)).await {
         Ok(Answer::Measure { up, down }) => pair.mbit_per_s = Some(up.min(down)),
         other => pair.error = Some(reason(other)),
