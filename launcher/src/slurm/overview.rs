@@ -4,7 +4,7 @@ use cloze_recipes::failure::Failure;
 use serde::Serialize;
 
 use super::client::Slurm;
-use super::job::{JobId, JobState};
+use super::job::{JobId, JobState, State};
 use super::journal::{self, AttemptEvent, JobRecord, Role};
 use super::paths::JobPaths;
 use super::submission::Submission;
@@ -98,9 +98,11 @@ pub fn jobs_text(view: &JobsView) -> String {
     }
     for job in &view.jobs {
         text += &job_line(job);
-        for attempt in &job.attempts {
+        let runs = job.state.as_ref().is_some_and(|state| state.state == State::Running);
+        for (place, attempt) in job.attempts.iter().enumerate() {
             let end = match (&attempt.decision, &attempt.reason) {
                 (Some(decision), Some(reason)) => format!("{reason}; {decision}"),
+                _ if runs && place + 1 == job.attempts.len() => "runs".to_owned(),
                 _ => "no word of its end".to_owned(),
             };
             text += &format!("  attempt {} on {}: {end}\n", attempt.attempt, attempt.nodes.join(", "));
@@ -131,7 +133,7 @@ fn job_line(job: &JobView) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::job::{ExitStatus, State};
+    use super::super::job::ExitStatus;
     use super::*;
 
     fn record(name: &str, job: Option<u64>, role: Role) -> JobRecord {
