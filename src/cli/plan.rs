@@ -99,8 +99,8 @@ fn compute(wanted: &Wanted<'_>, arguments: &PlanArguments) -> Result<Printed> {
     };
     let script = match script::script(wanted) {
         Ok(script) => script,
-        Err(failure) => {
-            checks.push(Check::fail("batch script", &failure));
+        Err(error) => {
+            checks.push(Check::error("batch script", &error));
             None
         }
     };

@@ -35,7 +35,10 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
         address.map_or(Ok(()), |address| check_port(who, address))?;
     }
     let total = total_steps(&recipe.train, dataset.num_samples());
-    let hosts = Hosts::of(&arguments.hosts)?;
+    let hosts = Hosts::of(&arguments.hosts, || {
+        let changes = &arguments.recipe.changes;
+        Ok(cloze_recipes::load_study(&arguments.recipe.recipe, &changes.overrides, changes.profile.as_deref())?.resources)
+    })?;
     let slots = Slots::of(&arguments.workers, 1).over(hosts.as_ref(), arguments.watch.listen)?;
     let plan = plan(slots, &arguments.watch, recipe.clone(), total)?;
     let folder = arguments.run.clone().unwrap_or_else(|| Path::new(RUNS_FOLDER).join(&recipe.name));
@@ -65,7 +68,11 @@ pub fn resume(arguments: &ResumeArguments) -> Result<ExitCode> {
     }
     let total = total_steps(&recipe.train, dataset.num_samples());
     let before = last_workers(run.paths())?.unwrap_or(1);
-    let hosts = Hosts::of(&arguments.hosts)?;
+    // The run folder does not say how many machines the recipe wanted.
+    let hosts = Hosts::of(&arguments.hosts, || {
+        let failure = Failure::new(FailureKind::Recipe, "`--cluster` does not say over which hosts a run goes on");
+        Err(failure.hint("name them: `--hosts a,b --workers-per-host N`").into())
+    })?;
     let slots = Slots::of(&arguments.workers, before).over(hosts.as_ref(), arguments.watch.listen)?;
     let plan = plan(slots, &arguments.watch, recipe, total)?;
     go(run, LaunchPlan { resumed: true, ..plan }, hosts.as_ref(), arguments.watch.quiet)
