@@ -34,7 +34,7 @@ pub struct HostsArguments {
     /// Remote shell and its options, after which come the host and one quoted command line
     #[arg(long, value_name = "WORDS", default_value = REMOTE_SHELL, requires = "hosts")]
     pub remote_shell: String,
-    /// Cluster file with `kind: ssh`: the first of its hosts, as many as `resources.nodes` of the recipe says
+    /// Cluster file: with `kind: ssh` the first of its hosts, as many as `resources.nodes` says; with `kind: local` this machine
     #[arg(long, value_name = "FILE", conflicts_with_all = ["workers", "local"])]
     pub cluster: Option<PathBuf>,
 }
@@ -50,6 +50,8 @@ pub struct Hosts {
     others: Vec<HostSlots>,
     /// What the site does before anything is started there.
     preparation: Preparation,
+    /// The site's folder for runs.
+    pub folder: Option<PathBuf>,
 }
 
 /// What is done on a host before anything is started: modules, variables, lines of shell, those of the recipe after the site's.
@@ -61,8 +63,8 @@ struct Preparation {
 }
 
 impl Hosts {
-    /// The hosts that were named, here or in a cluster file, for the resources of a recipe; `None` where none was, or where the site is
-    /// this machine. One that is named twice is refused, and so is a site of another kind.
+    /// The hosts that were named, here or in a cluster file, for the resources of a recipe; `None` where none was. One that is named twice
+    /// is refused, and so is a site with a batch system.
     pub fn of(arguments: &HostsArguments, resources: impl FnOnce() -> Result<Resources>) -> Result<Option<Self>> {
         let Some(file) = &arguments.cluster else {
             let shell = arguments.remote_shell.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
@@ -73,7 +75,12 @@ impl Hosts {
         };
         let site = cloze_recipes::load_site(file)?;
         match &site.kind {
-            SiteKind::Local => Ok(None),
+            SiteKind::Local => {
+                let resources = resources()?;
+                let workers = resources.nodes.saturating_mul(resources.workers_per_node);
+                let (others, preparation) = (Vec::new(), Preparation::default());
+                Ok(Some(Self { local_workers: workers, workers, others, preparation, folder: site.folder }))
+            }
             SiteKind::Slurm(_) => {
                 let failure = Failure::new(FailureKind::Recipe, "this cluster's machines are given out by a batch system");
                 Err(failure.at(file.display()).hint("use `cloze submit RECIPE --cluster FILE`").into())
@@ -92,6 +99,7 @@ impl Hosts {
             return Err(failure.expected(format!("at least {} (`resources.nodes`)", resources.nodes)));
         };
         let mut hosts = Self::new(names, resources.workers_per_node, &ssh.command, &host_name())?;
+        hosts.folder.clone_from(&site.folder);
         hosts.preparation = Preparation {
             modules: [site.modules.clone(), resources.modules.clone()].concat(),
             environment: site.environment.clone().into_iter().chain(resources.environment.clone()).collect(),
@@ -121,7 +129,7 @@ impl Hosts {
         });
         let others: Vec<HostSlots> = others.collect();
         let workers = local_workers + others.len() as u32 * workers_per_host;
-        Ok(Self { local_workers, workers, others, preparation: Preparation::default() })
+        Ok(Self { local_workers, workers, others, preparation: Preparation::default(), folder: None })
     }
 
     /// What is started on the others for a run.

@@ -41,7 +41,8 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
     })?;
     let slots = Slots::of(&arguments.workers, 1).over(hosts.as_ref(), arguments.watch.listen)?;
     let plan = plan(slots, &arguments.watch, recipe.clone(), total)?;
-    let folder = arguments.run.clone().unwrap_or_else(|| Path::new(RUNS_FOLDER).join(&recipe.name));
+    let runs = hosts.as_ref().and_then(|hosts| hosts.folder.clone()).unwrap_or_default().join(RUNS_FOLDER);
+    let folder = arguments.run.clone().unwrap_or_else(|| runs.join(&recipe.name));
     let (root, name) = split(&folder)?;
     let new = NewRun {
         name: &name,
@@ -136,7 +137,8 @@ fn go(run: RunFolder, plan: LaunchPlan, hosts: Option<&Hosts>, quiet: bool) -> R
     let run_path = run.path().to_owned();
     let elsewhere = plan.local_workers < plan.workers;
     let again = match hosts {
-        Some(_) => " with the same `--hosts`".to_owned(),
+        Some(_) if elsewhere => " with the same hosts and `--workers-per-host`".to_owned(),
+        Some(_) => format!(" --workers {}", plan.workers),
         None if elsewhere => format!(" --workers {} --local {}", plan.workers, plan.local_workers),
         None => format!(" --workers {}", plan.workers),
     };
