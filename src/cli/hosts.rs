@@ -8,9 +8,13 @@ use anyhow::{Context, Result};
 use clap::Args;
 use cloze_cluster::host::host_name;
 use cloze_launcher::hosts::{HostSlots, HostsPlan, RemoteHost, shell_line};
+use cloze_launcher::preflight::NodeOptions;
 use cloze_recipes::failure::{Failure, FailureKind};
-use cloze_recipes::site::{Site, SiteKind, SshSite};
+use cloze_recipes::recipe::Recipe;
+use cloze_recipes::site::{Preflight, Site, SiteKind, SshSite};
 use cloze_recipes::study::Resources;
+
+use super::preflight::{MachineCheck, agent_words, measure, verdict};
 
 /// Remote shell unless told otherwise. It must not ask: nobody answers.
 const REMOTE_SHELL: &str = "ssh -o BatchMode=yes";
@@ -52,6 +56,8 @@ pub struct Hosts {
     preparation: Preparation,
     /// The site's folder for runs.
     pub folder: Option<PathBuf>,
+    /// The check of the machines before step 0; `None` where no site asks for one.
+    preflight: Option<Preflight>,
 }
 
 /// What is done on a host before anything is started: modules, variables, lines of shell, those of the recipe after the site's.
@@ -79,7 +85,7 @@ impl Hosts {
                 let resources = resources()?;
                 let workers = resources.nodes.saturating_mul(resources.workers_per_node);
                 let (others, preparation) = (Vec::new(), Preparation::default());
-                Ok(Some(Self { local_workers: workers, workers, others, preparation, folder: site.folder }))
+                Ok(Some(Self { local_workers: workers, workers, others, preparation, folder: site.folder, preflight: None }))
             }
             SiteKind::Slurm(_) => {
                 let failure = Failure::new(FailureKind::Recipe, "this cluster's machines are given out by a batch system");
@@ -100,6 +106,7 @@ impl Hosts {
         };
         let mut hosts = Self::new(names, resources.workers_per_node, &ssh.command, &host_name())?;
         hosts.folder.clone_from(&site.folder);
+        hosts.preflight = Some(site.preflight).filter(|preflight| preflight.enabled);
         hosts.preparation = Preparation {
             modules: [site.modules.clone(), resources.modules.clone()].concat(),
             environment: site.environment.clone().into_iter().chain(resources.environment.clone()).collect(),
@@ -118,7 +125,9 @@ impl Hosts {
             return Err(wrong("there is no remote shell to reach the hosts with"));
         }
         let is_here = |name: &str| name == "localhost" || name == here || here.split('.').next() == Some(name);
-        if names.iter().enumerate().any(|(place, name)| names[..place].contains(name)) || names.iter().filter(|name| is_here(name)).count() > 1 {
+        if names.iter().enumerate().any(|(place, name)| names[..place].contains(name))
+            || names.iter().filter(|name| is_here(name)).count() > 1
+        {
             return Err(wrong("a host is named twice").hint("`--workers-per-host` gives a host more workers"));
         }
         let local_workers = if names.iter().any(|name| is_here(name)) { workers_per_host } else { 0 };
@@ -129,7 +138,22 @@ impl Hosts {
         });
         let others: Vec<HostSlots> = others.collect();
         let workers = local_workers + others.len() as u32 * workers_per_host;
-        Ok(Self { local_workers, workers, others, preparation: Preparation::default(), folder: None })
+        Ok(Self { local_workers, workers, others, preparation: Preparation::default(), folder: None, preflight: None })
+    }
+
+    /// Checks the machines, where the site asks for it; bad ones are named in the failure.
+    pub fn check_machines(&self, recipe: &Recipe, run: &Path) -> Result<()> {
+        let Some(limits) = self.preflight.filter(|_| !self.others.is_empty()) else { return Ok(()) };
+        let here = (self.local_workers > 0).then(|| RemoteHost::here(&host_name()));
+        let hosts = here.into_iter().chain(self.others.iter().map(|other| other.host.clone()));
+        let nodes = hosts.map(|host| NodeOptions { host, address: None }).collect();
+        let run = std::path::absolute(run).context("find the run folder")?;
+        let place = recipe.checkpoint.url.clone().unwrap_or_else(|| run.display().to_string());
+        let agent = [self.preparation.words(), agent_words()?].concat();
+        let devices = self.others.first().map_or(1, |other| other.num_slots);
+        let report = measure(MachineCheck { nodes, agent, recipe, place, devices, limits })?;
+        verdict(&report)?;
+        Ok(())
     }
 
     /// What is started on the others for a run.
@@ -228,7 +252,8 @@ mod tests {
             setup: vec!["module() { :; }".to_owned(), "LINE=set; export LINE".to_owned()],
         };
         let words = Preparation { modules: Vec::new(), ..preparation.clone() }.words();
-        let command = [words, names("sh,-c").into_iter().chain(["echo $NAME $LINE \"$0\"".to_owned(), "it's".to_owned()]).collect()].concat();
+        let command =
+            [words, names("sh,-c").into_iter().chain(["echo $NAME $LINE \"$0\"".to_owned(), "it's".to_owned()]).collect()].concat();
         let output = std::process::Command::new("sh").args(["-c", &shell_line(&command)]).output().unwrap();
         assert_eq!(String::from_utf8(output.stdout).unwrap().lines().last(), Some("two words set it's"));
         assert!(preparation.words().iter().any(|word| word.contains("set -e\nmodule load 'a b'\n")));

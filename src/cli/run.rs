@@ -43,6 +43,9 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
     let plan = plan(slots, &arguments.watch, recipe.clone(), total)?;
     let runs = hosts.as_ref().and_then(|hosts| hosts.folder.clone()).unwrap_or_default().join(RUNS_FOLDER);
     let folder = arguments.run.clone().unwrap_or_else(|| runs.join(&recipe.name));
+    if let Some(hosts) = &hosts {
+        hosts.check_machines(&recipe, &folder)?;
+    }
     let (root, name) = split(&folder)?;
     let new = NewRun {
         name: &name,

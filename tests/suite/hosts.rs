@@ -41,7 +41,11 @@ fn a_host_that_cannot_be_reached_is_named_at_once() {
     let world = World::prepared();
     world.write("shell.sh", SHELL);
     let outcome = world.cloze(&arguments("localhost,gone", &[])).expect_code(5);
-    outcome.expect_words(&["error: host gone is lost: the host cannot be reached (exit code 255)", "No route to host", "hint: try the remote shell"]);
+    outcome.expect_words(&[
+        "error: host gone is lost: the host cannot be reached (exit code 255)",
+        "No route to host",
+        "hint: try the remote shell",
+    ]);
     assert_eq!(world.run("my run").live_workers(), 0);
     world.cloze(&["train", "recipe.yaml", "--run", "x", "--hosts", "b,b"]).expect_code(3).expect_words(&["a host is named twice"]);
 }
@@ -59,7 +63,8 @@ fn a_broken_connection_is_made_again_and_a_stop_reaches_all_hosts() {
     let join: u32 = shell_log.split(' ').next().and_then(|word| word.parse().ok()).expect("a process id");
     let worker = run.process_of(1).expect("a worker on host b");
     assert!(send_signal(join, "KILL"));
-    let is_told = || run.events_named("warning").iter().any(|event| event["message"].as_str().is_some_and(|text| text.contains("is started again")));
+    let is_told =
+        || run.events_named("warning").iter().any(|event| event["message"].as_str().is_some_and(|text| text.contains("is started again")));
     wait_until("the host is reached again", TIMEOUT, is_told);
     let before = run.last_step();
     wait_until("the run goes on", TIMEOUT, || run.last_step() > before + 5);
@@ -70,4 +75,28 @@ fn a_broken_connection_is_made_again_and_a_stop_reaches_all_hosts() {
     controller.terminate();
     controller.wait().expect_code(130);
     wait_until("nothing of the run is left", TIMEOUT, || run.live_workers() == 0);
+}
+
+#[test]
+fn a_cluster_file_names_the_hosts_and_has_them_checked() {
+    let world = World::prepared();
+    world.write("shell.sh", SHELL);
+    // One machine computes for all of them, and for other tests: a slow moment of one host is no fault here.
+    let site = "version: 1\nname: lab\nkind: ssh\nfolder: shared\nssh: {hosts: [localhost, b, gone], command: [sh, shell.sh]}\n\
+                environment: {FROM_SITE: it's set}\npreflight: {max_slowdown: 1000, min_bandwidth_share: 0.001, timeout_s: 60}\n";
+    world.write("lab.yaml", site);
+    let text = |nodes: u32| format!("version: 1\nextends: recipe.yaml\nresources: {{nodes: {nodes}, workers_per_node: 2}}\n");
+    world.write("two.yaml", text(2));
+    world.write("three.yaml", text(3));
+    world.write("four.yaml", text(4));
+    let train = |recipe| world.cloze(&["train", recipe, "--cluster", "lab.yaml", "--listen", "127.0.0.1:0"]);
+    let outcome = train("two.yaml").expect_code(0);
+    outcome.expect_words(&["| b ", "good", "b: worker 2 started as process "]);
+    assert_eq!(world.run("shared/runs/small").last_step(), 40);
+    let shell_log = String::from_utf8(world.read("shell.log")).expect("a text");
+    assert!(shell_log.contains(r"'FROM_SITE=it'\''s set'") && shell_log.contains("preflight-agent"), "{shell_log}");
+    // A host that is not there is found before anything is made.
+    let outcome = train("three.yaml").expect_code(5);
+    outcome.expect_words(&["error: 1 of 3 nodes must not be used", "gone: nothing can be started there", "No route to host"]);
+    train("four.yaml").expect_code(3).expect_words(&["the cluster file names too few hosts", "at least 4"]);
 }

@@ -137,8 +137,10 @@ fn sources(data: &DataRecipe, offline: bool, checks: &mut Vec<Check>) -> DataFac
             Ok(inputs) => {
                 let bytes: u64 = inputs.iter().map(|input| input.info.size).sum();
                 stored_bytes += bytes;
-                text_bytes +=
-                    inputs.iter().map(|input| if input.format == Format::Jsonl { input.info.size } else { COMPRESSION * input.info.size }).sum::<u64>();
+                text_bytes += inputs
+                    .iter()
+                    .map(|input| if input.format == Format::Jsonl { input.info.size } else { COMPRESSION * input.info.size })
+                    .sum::<u64>();
                 if bytes == 0 {
                     let failure = Failure::new(FailureKind::Input, "the source is empty").at(&source.url);
                     checks.push(Check::fail(name, &failure.hint("check `data.sources` in the recipe")));

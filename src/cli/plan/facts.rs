@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use anyhow::Result;
+use cloze_data::tokenizer::Tokenizer;
 use cloze_launcher::plan::{DataFacts, MachineFacts, PlanFacts, TrialFacts};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::raw::Preset;
 use cloze_recipes::recipe::{Device, ModelRecipe, ModelShape};
 use cloze_recipes::site::SiteKind;
-use cloze_data::tokenizer::Tokenizer;
 use serde::Deserialize;
 
 use super::{PlanArguments, Wanted};
