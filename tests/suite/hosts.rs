@@ -11,7 +11,7 @@ const TIMEOUT: Duration = Duration::from_mins(2);
 const SHELL: &str = r#"
 case $1 in gone) echo "ssh: connect to host gone: No route to host" >&2; exit 255 ;; esac
 echo "$$ $1 $2" >> shell.log
-exec sh -c "$2"
+exec sh -c "exec $2"
 "#;
 
 fn arguments<'a>(hosts: &'a str, more: &[&'a str]) -> Vec<&'a str> {

@@ -37,7 +37,7 @@ fn everything_that_is_wrong_is_said_at_once() {
         "--set",
         "data.sources=[{url: nowhere}]",
         "--set",
-        "model.anchor_token=two words",
+        "model.anchor_token=no-such-token",
         "--set",
         "checkpoint.url=/proc/nowhere",
         "--set",
@@ -50,8 +50,8 @@ fn everything_that_is_wrong_is_said_at_once() {
         assert!(found.contains(&("fail".to_owned(), name.to_owned())), "{name}: {report}");
     }
     assert!(found.contains(&("warn".to_owned(), "prepared data".to_owned())), "{report}");
-    assert_eq!(outcome.code, Some(4), "{}", outcome.stderr);
-    outcome.expect_words(&["3 of ", " checks failed", "tokenizer: anchor `two words` is not one token"]);
+    assert_eq!(outcome.code, Some(8), "{}", outcome.stderr);
+    outcome.expect_words(&["3 of ", " checks failed", "tokenizer: anchor `no-such-token` is not one token"]);
 }
 
 #[test]
@@ -63,5 +63,5 @@ fn a_recipe_that_does_not_fit_says_what_would_help() {
     world.write("tight.yaml", text);
     let outcome = world.cloze(&[["plan", "tight.yaml", "--cluster", "cluster.yaml"].as_slice(), &set].concat()).expect_code(3);
     assert!(outcome.stdout.contains("FAIL  memory: the recipe does not fit: "), "{}", outcome.stdout);
-    outcome.expect_words(&["memory: the recipe does not fit", "`train.shard=optimizer`"]);
+    outcome.expect_words(&["memory: the recipe does not fit", "`train.shard=parameters`"]);
 }
