@@ -136,8 +136,8 @@ impl HostCrew {
     /// Keeps a line, and returns how it is shown.
     pub(crate) fn take_line(&mut self, place: usize, text: &str) -> String {
         let state = &mut self.states[place];
-        // `cloze join` says so with the first worker; what comes before is of the remote shell.
-        state.was_there |= text.starts_with("worker ");
+        // `cloze join` tells of its workers, or of one before it; anything else is of the remote shell.
+        state.was_there |= text.starts_with("worker ") || text.starts_with("another `cloze join`");
         state.tail.push_back(text.to_owned());
         if state.tail.len() > TAIL_LINES {
             state.tail.pop_front();
@@ -151,7 +151,13 @@ impl HostCrew {
     }
 
     /// Decides what becomes of a host whose process ended, and takes note of it.
-    pub(crate) fn take_end(&mut self, place: usize, code: Option<i32>, limits: (u32, Option<u32>), slots: u32) -> (HostDecision, HostReason) {
+    pub(crate) fn take_end(
+        &mut self,
+        place: usize,
+        code: Option<i32>,
+        limits: (u32, Option<u32>),
+        slots: u32,
+    ) -> (HostDecision, HostReason) {
         let (max_restarts, min_workers) = limits;
         let empty: u32 = self.plan.hosts.iter().zip(&self.states).filter(|(_, state)| state.empty).map(|(host, _)| host.num_slots).sum();
         let others = slots.saturating_sub(empty + self.plan.hosts[place].num_slots);
