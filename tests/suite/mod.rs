@@ -20,5 +20,6 @@ mod recovery;
 mod reference;
 mod resume;
 mod sharding;
+mod slurm_sandbox;
 mod stop;
 mod world_size;
