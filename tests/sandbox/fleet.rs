@@ -153,13 +153,13 @@ impl Fleet {
 
     /// The ends of all logs in the folder, for the message of a failed test.
     pub fn logs(&self) -> String {
-        let mut shown = String::new();
-        for entry in fs::read_dir(self.folder.join("log")).into_iter().flatten().filter_map(Result::ok) {
-            let bytes = fs::read(entry.path()).unwrap_or_default();
+        let shown = |path: PathBuf| {
+            let bytes = fs::read(&path).unwrap_or_default();
             let end = &bytes[bytes.len().saturating_sub(MOST_LOG_BYTES)..];
-            shown += &format!("== {}\n{}\n", entry.path().display(), String::from_utf8_lossy(end));
-        }
-        shown
+            format!("== {}\n{}\n", path.display(), String::from_utf8_lossy(end))
+        };
+        let entries = fs::read_dir(self.folder.join("log")).into_iter().flatten().filter_map(Result::ok);
+        entries.map(|entry| shown(entry.path())).collect()
     }
 
     fn make(num_nodes: usize) -> Self {
@@ -218,10 +218,8 @@ impl Drop for Fleet {
 
 /// Names that resolve on all hosts.
 fn write_hosts(folder: &Path, nodes: &[(String, Ipv4Addr)]) {
-    let mut text = format!("127.0.0.1 localhost\n::1 localhost\n{} {LOGIN}\n", Fleet::login_address());
-    for (name, address) in nodes {
-        text += &format!("{address} {name}\n");
-    }
+    let nodes: String = nodes.iter().map(|(name, address)| format!("{address} {name}\n")).collect();
+    let text = format!("127.0.0.1 localhost\n::1 localhost\n{} {LOGIN}\n{nodes}", Fleet::login_address());
     fs::write(folder.join("hosts"), text).expect("write the names of the hosts");
 }
 

@@ -168,11 +168,9 @@ fn find_program(name: &str) -> Option<PathBuf> {
 
 /// The caller's `PATH`, and where Debian puts daemons.
 fn system_path() -> String {
-    let mut path = std::env::var("PATH").unwrap_or_default();
-    for folder in SYSTEM_FOLDERS.iter().filter(|folder| Path::new(folder).is_dir()) {
-        path += &format!(":{folder}");
-    }
-    path
+    let path = std::env::var("PATH").unwrap_or_default();
+    let present = SYSTEM_FOLDERS.iter().copied().filter(|folder| Path::new(folder).is_dir());
+    present.fold(path, |path, folder| path + ":" + folder)
 }
 
 /// Year and month of SLURM's version, as in 22.05; settings differ by it.

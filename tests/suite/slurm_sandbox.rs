@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::sandbox::{SlurmCluster, SlurmOptions, wait_until};
+use crate::sandbox::{SlurmCluster, SlurmOptions, run_command, wait_until};
 
 /// Longest wait for something that takes a second on a free machine.
 const TIMEOUT: Duration = Duration::from_mins(1);
@@ -106,7 +106,15 @@ fn nodes_are_lost_and_come_back() {
     cluster.start_node(&first);
     cluster.wait_for_change("the node is back", || cluster.node_state(&first) == "IDLE");
 
-    // One that does not answer for a moment, or whose daemon dies and comes back, loses nothing.
+    // One that cannot be reached or does not answer for a moment, or whose daemon dies and comes back, loses nothing.
+    let connect = format!("exec 3<> /dev/tcp/{second}/6818");
+    let is_reached = || run_command(cluster.command("timeout").args(["2", "bash", "-c", &connect])).code == Some(0);
+    assert!(is_reached());
+    cluster.fleet().cut(&second);
+    assert!(!is_reached());
+    cluster.fleet().heal(&second);
+    wait_until("the node is reached again", TIMEOUT, is_reached);
+    assert_eq!(run_command(&mut cluster.command_on(&second, "hostname")).stdout.trim(), second);
     cluster.freeze_node(&second);
     cluster.thaw_node(&second);
     cluster.kill_daemon(&second);

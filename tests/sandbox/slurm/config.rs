@@ -40,7 +40,7 @@ pub fn write(folder: &Path, options: &SlurmOptions, version: (u32, u32)) {
 
 fn slurm_conf(folder: &Path, options: &SlurmOptions) -> String {
     let (place, login) = (folder.display(), Fleet::login_address());
-    let mut text = format!(
+    let basics = format!(
         "ClusterName={CLUSTER}
 SlurmctldHost={LOGIN}({login})
 SlurmUser=root
@@ -72,31 +72,26 @@ UnkillableStepTimeout=15
 JobRequeue=1
 "
     );
-    if options.accounting {
-        // Clients ask for another socket of munge unless it is named here, and wait for ever.
-        text += &format!(
-            "AccountingStorageType=accounting_storage/slurmdbd
+    // Clients ask for another socket of munge unless it is named here, and wait for ever.
+    let accounting = format!(
+        "AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePass={place}/munge/socket
 "
-        );
-    }
-    let gpus = options.gpus_per_node;
-    let resources = if gpus > 0 { format!(" Gres=gpu:fake:{gpus}") } else { String::new() };
-    if gpus > 0 {
-        text += "GresTypes=gpu\n";
-    }
-    for number in 1..=options.num_nodes {
-        let address = Fleet::node_address(number);
-        text += &format!("NodeName=n{number} NodeAddr={address} CPUs=4 RealMemory=16000{resources}\n");
-    }
-    let nodes = format!("Nodes=n[1-{}] MaxTime=INFINITE State=UP OverSubscribe=NO", options.num_nodes);
-    text + &format!(
-        "PartitionName=main {nodes} Default=YES PriorityTier=5 PreemptMode=OFF
-PartitionName=spot {nodes} PriorityTier=1 PreemptMode=REQUEUE GraceTime=5
-PartitionName=urgent {nodes} PriorityTier=10 PreemptMode=OFF
+    );
+    let gpus = if options.gpus_per_node > 0 { format!(" Gres=gpu:fake:{}", options.gpus_per_node) } else { String::new() };
+    let node = |number: usize| format!("NodeName=n{number} NodeAddr={} CPUs=4 RealMemory=16000{gpus}\n", Fleet::node_address(number));
+    let nodes: String = (1..=options.num_nodes).map(node).collect();
+    let common = format!("Nodes=n[1-{}] MaxTime=INFINITE State=UP OverSubscribe=NO", options.num_nodes);
+    let partitions = format!(
+        "PartitionName=main {common} Default=YES PriorityTier=5 PreemptMode=OFF
+PartitionName=spot {common} PriorityTier=1 PreemptMode=REQUEUE GraceTime=5
+PartitionName=urgent {common} PriorityTier=10 PreemptMode=OFF
 "
-    )
+    );
+    let accounting = if options.accounting { accounting } else { String::new() };
+    let resources = if options.gpus_per_node > 0 { "GresTypes=gpu\n" } else { "" };
+    [basics.as_str(), &accounting, resources, &nodes, &partitions].concat()
 }
 
 fn gres_conf(folder: &Path, options: &SlurmOptions) -> String {
