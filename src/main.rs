@@ -12,7 +12,7 @@ use clap::Parser;
 use cloze_recipes::failure::Failure;
 
 use cli::arguments::{Arguments, Command, DataCommand};
-use cli::{checkpoints, data, describe, join, load, plan, run, simulate, status, worker_process};
+use cli::{checkpoints, data, describe, join, load, plan, preflight, run, simulate, status, worker_process};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -40,6 +40,8 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Train(arguments) => run::train(&arguments),
         Command::Resume(arguments) => run::resume(&arguments),
         Command::Join(arguments) => join::join(&arguments),
+        Command::Preflight(arguments) => preflight::preflight(&arguments, &mut stdout),
+        Command::PreflightAgent => preflight::agent(&mut stdout),
         Command::Status(arguments) => status::status(&arguments, &mut stdout),
         Command::Watch(arguments) => status::watch(&arguments, &mut stdout),
         Command::Eval(arguments) => worker_process::eval(&arguments),

@@ -19,6 +19,7 @@ mod generation;
 mod model;
 mod optim;
 mod predict;
+mod preflight;
 mod restore;
 mod sharding;
 mod step;
@@ -45,6 +46,7 @@ use evaluate::EvaluateOptions;
 use forward::{ForwardExtras, ForwardFiles};
 use model::modernbert::Placement;
 use predict::PredictOptions;
+use preflight::PreflightOptions;
 use worker::WorkerOptions;
 
 #[derive(Parser)]
@@ -79,6 +81,8 @@ enum Command {
         #[command(subcommand)]
         command: checkpoints_command::CheckpointsCommand,
     },
+    /// Check the devices of this machine.
+    Preflight(PreflightArguments),
     /// Time the all-reduce of the ring between processes of this machine.
     BenchCollective(BenchCollectiveArguments),
 }
@@ -172,6 +176,16 @@ struct BenchArguments {
 }
 
 #[derive(Args)]
+struct PreflightArguments {
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    #[arg(long, default_value_t = 1)]
+    devices: u32,
+    #[arg(long)]
+    bfloat16: bool,
+}
+
+#[derive(Args)]
 struct BenchCollectiveArguments {
     #[arg(long, default_value_t = 2)]
     ranks: usize,
@@ -232,6 +246,9 @@ fn run(command: Command) -> Result<()> {
         }
         Command::BenchCheckpoint { place, params } => {
             bench_checkpoint::run(&CheckpointBenchOptions { place, num_parameters: params }, &mut stdout)
+        }
+        Command::Preflight(PreflightArguments { device, devices, bfloat16 }) => {
+            preflight::preflight(&PreflightOptions { device, num_devices: devices, bfloat16, torch_folder }, &mut stdout)
         }
         Command::Checkpoints { command } => checkpoints_command::run(command),
         Command::BenchCollective(BenchCollectiveArguments { ranks, mib, repeat, rank }) => {

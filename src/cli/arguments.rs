@@ -34,8 +34,13 @@ pub enum Command {
     Resume(ResumeArguments),
     /// Fill slots of a run with workers of this host
     Join(JoinArguments),
-    /// Say what a run of a recipe will need: steps, tokens, memory of a worker
+    /// Say what a run of a recipe will need, and everything that is wrong before it is started
     Plan(super::plan::PlanArguments),
+    /// Check the machines of a run before step 0 and name those that must not be used
+    Preflight(super::preflight::PreflightArguments),
+    /// What `cloze preflight` starts on each node
+    #[command(hide = true)]
+    PreflightAgent,
     /// Say how a run is
     Status(super::status::StatusArguments),
     /// Watch a run until it ends
@@ -143,6 +148,9 @@ pub struct TrainArguments {
     /// How many workers, and where.
     #[command(flatten)]
     pub workers: WorkerArguments,
+    /// The other hosts.
+    #[command(flatten)]
+    pub hosts: super::hosts::HostsArguments,
     /// Run folder [default: runs/ and the recipe's name]
     #[arg(long)]
     pub run: Option<PathBuf>,
@@ -159,6 +167,9 @@ pub struct ResumeArguments {
     /// How many workers, and where.
     #[command(flatten)]
     pub workers: WorkerArguments,
+    /// The other hosts.
+    #[command(flatten)]
+    pub hosts: super::hosts::HostsArguments,
     /// How the run is watched.
     #[command(flatten)]
     pub watch: WatchArguments,

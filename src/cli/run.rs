@@ -12,15 +12,16 @@ use cloze_data::batch::total_steps;
 use cloze_data::dataset::Dataset;
 use cloze_data::prepare::check_prepared;
 use cloze_data::tokenizer::Tokenizer;
-use cloze_launcher::{Drill, LaunchOptions, LaunchPlan, NewRun, RunEnd, RunFolder, TerminalStyle, last_workers, launch};
+use cloze_launcher::{Drill, LaunchOptions, LaunchPlan, NewRun, RunEnd, RunFolder, TerminalStyle, last_workers, launch_on_hosts};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
 
 use super::arguments::{ResumeArguments, TrainArguments, WatchArguments, WorkerArguments};
+use super::hosts::Hosts;
 use super::worker_process::worker_binary;
 
 /// Folder of runs that are given no folder.
-const RUNS_FOLDER: &str = "runs";
+pub(super) const RUNS_FOLDER: &str = "runs";
 
 /// Starts a new run.
 pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
@@ -34,7 +35,9 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
         address.map_or(Ok(()), |address| check_port(who, address))?;
     }
     let total = total_steps(&recipe.train, dataset.num_samples());
-    let plan = plan(Slots::of(&arguments.workers, 1), &arguments.watch, recipe.clone(), total)?;
+    let hosts = Hosts::of(&arguments.hosts)?;
+    let slots = Slots::of(&arguments.workers, 1).over(hosts.as_ref(), arguments.watch.listen)?;
+    let plan = plan(slots, &arguments.watch, recipe.clone(), total)?;
     let folder = arguments.run.clone().unwrap_or_else(|| Path::new(RUNS_FOLDER).join(&recipe.name));
     let (root, name) = split(&folder)?;
     let new = NewRun {
@@ -44,7 +47,7 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
         command_line: std::env::args().collect(),
         worker_build: build_name(),
     };
-    go(RunFolder::create(&root, &new)?, plan, arguments.watch.quiet)
+    go(RunFolder::create(&root, &new)?, plan, hosts.as_ref(), arguments.watch.quiet)
 }
 
 /// Goes on with a run.
@@ -62,8 +65,10 @@ pub fn resume(arguments: &ResumeArguments) -> Result<ExitCode> {
     }
     let total = total_steps(&recipe.train, dataset.num_samples());
     let before = last_workers(run.paths())?.unwrap_or(1);
-    let plan = plan(Slots::of(&arguments.workers, before), &arguments.watch, recipe, total)?;
-    go(run, LaunchPlan { resumed: true, ..plan }, arguments.watch.quiet)
+    let hosts = Hosts::of(&arguments.hosts)?;
+    let slots = Slots::of(&arguments.workers, before).over(hosts.as_ref(), arguments.watch.listen)?;
+    let plan = plan(slots, &arguments.watch, recipe, total)?;
+    go(run, LaunchPlan { resumed: true, ..plan }, hosts.as_ref(), arguments.watch.quiet)
 }
 
 /// How many workers there are to be.
@@ -72,6 +77,8 @@ struct Slots {
     workers: u32,
     local_workers: u32,
     join_timeout: Duration,
+    /// Where the coordinator listens, where the hosts decide it.
+    listen: Option<SocketAddr>,
 }
 
 impl Slots {
@@ -79,13 +86,20 @@ impl Slots {
     fn of(arguments: &WorkerArguments, workers: u32) -> Self {
         let workers = arguments.workers.unwrap_or(workers);
         let local_workers = arguments.local.unwrap_or(workers);
-        Self { workers, local_workers, join_timeout: Duration::from_secs(arguments.join_timeout) }
+        Self { workers, local_workers, join_timeout: Duration::from_secs(arguments.join_timeout), listen: None }
+    }
+
+    /// Those of the hosts, where hosts were named.
+    fn over(self, hosts: Option<&Hosts>, listen: Option<SocketAddr>) -> Result<Self, Failure> {
+        let Some(hosts) = hosts else { return Ok(self) };
+        let listen = if listen.is_some() { listen } else { hosts.listen()? };
+        Ok(Self { workers: hosts.workers, local_workers: hosts.local_workers, listen, ..self })
     }
 }
 
 /// What is to be done, of a new run.
 fn plan(slots: Slots, watch: &WatchArguments, recipe: Recipe, total_steps: u64) -> Result<LaunchPlan> {
-    let Slots { workers, local_workers, join_timeout } = slots;
+    let Slots { workers, local_workers, join_timeout, listen } = slots;
     let plan = LaunchPlan {
         recipe,
         total_steps,
@@ -93,7 +107,7 @@ fn plan(slots: Slots, watch: &WatchArguments, recipe: Recipe, total_steps: u64) 
         local_workers,
         worker_binary: worker_binary()?,
         worker_build: build_name(),
-        bind: watch.listen,
+        bind: watch.listen.or(listen),
         join_timeout,
         resumed: false,
         dashboard: watch.dashboard.0,
@@ -111,12 +125,18 @@ fn drills(watch: &WatchArguments) -> Result<Vec<Drill>, Failure> {
 }
 
 /// Launches, and says what to do next.
-fn go(run: RunFolder, plan: LaunchPlan, quiet: bool) -> Result<ExitCode> {
+fn go(run: RunFolder, plan: LaunchPlan, hosts: Option<&Hosts>, quiet: bool) -> Result<ExitCode> {
     let run_path = run.path().to_owned();
     let elsewhere = plan.local_workers < plan.workers;
-    let again = if elsewhere { format!(" --local {}", plan.local_workers) } else { String::new() };
-    let again = format!("cloze resume {} --workers {}{again}", run_path.display(), plan.workers);
-    let end = launch(LaunchOptions { run, plan, output: Box::new(std::io::stderr()), style: terminal_style(quiet) })?;
+    let again = match hosts {
+        Some(_) => " with the same `--hosts`".to_owned(),
+        None if elsewhere => format!(" --workers {} --local {}", plan.workers, plan.local_workers),
+        None => format!(" --workers {}", plan.workers),
+    };
+    let again = format!("cloze resume {}{again}", run_path.display());
+    let others = hosts.map(|hosts| hosts.plan(&run_path)).transpose()?.unwrap_or_default();
+    let options = LaunchOptions { run, plan, output: Box::new(std::io::stderr()), style: terminal_style(quiet) };
+    let end = launch_on_hosts(options, others)?;
     let shown = run_path.display().to_string();
     match end {
         RunEnd::Finished { .. } => {

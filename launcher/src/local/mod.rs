@@ -25,5 +25,5 @@ mod slots;
 mod supervisor;
 
 pub use drill::{Drill, DrillKind};
-pub use launch::{LaunchOptions, LaunchPlan, launch};
+pub use launch::{LaunchOptions, LaunchPlan, launch, launch_on_hosts};
 pub use slots::{SlotsOptions, last_workers, serve_slots};
