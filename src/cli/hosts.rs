@@ -64,7 +64,9 @@ impl Hosts {
             return Err(wrong("there is no remote shell to reach the hosts with"));
         }
         let is_here = |name: &str| name == "localhost" || name == here || here.split('.').next() == Some(name);
-        if names.iter().enumerate().any(|(place, name)| names[..place].contains(name)) || names.iter().filter(|name| is_here(name)).count() > 1 {
+        if names.iter().enumerate().any(|(place, name)| names[..place].contains(name))
+            || names.iter().filter(|name| is_here(name)).count() > 1
+        {
             return Err(wrong("a host is named twice").hint("`--workers-per-host` gives a host more workers"));
         }
         let local_workers = if names.iter().any(|name| is_here(name)) { workers_per_host } else { 0 };

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
-use cloze_data::store::{self, Store};
 use cloze_cluster::Secret;
+use cloze_data::store::{self, Store};
 
 /// What a write to a place showed.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -11,6 +11,7 @@ mod program;
 mod proxy;
 mod run;
 mod slurm;
+mod ssh;
 mod tools;
 mod world;
 
@@ -25,5 +26,6 @@ pub use program::{Outcome, Process, run_command, send_signal, wait_until};
 pub use proxy::{FaultProxy, StoreFault};
 pub use run::{Run, expect_close, number};
 pub use slurm::{SlurmCluster, SlurmOptions};
+pub use ssh::SshHosts;
 pub use tools::{python_json, skipped, tool};
 pub use world::{CLOZE, RECIPE, RECIPE_TEXT, WORKER, World, repository};

@@ -21,5 +21,6 @@ mod reference;
 mod resume;
 mod sharding;
 mod slurm_sandbox;
+mod ssh;
 mod stop;
 mod world_size;

@@ -151,7 +151,13 @@ impl HostCrew {
     }
 
     /// Decides what becomes of a host whose process ended, and takes note of it.
-    pub(crate) fn take_end(&mut self, place: usize, code: Option<i32>, limits: (u32, Option<u32>), slots: u32) -> (HostDecision, HostReason) {
+    pub(crate) fn take_end(
+        &mut self,
+        place: usize,
+        code: Option<i32>,
+        limits: (u32, Option<u32>),
+        slots: u32,
+    ) -> (HostDecision, HostReason) {
         let (max_restarts, min_workers) = limits;
         let empty: u32 = self.plan.hosts.iter().zip(&self.states).filter(|(_, state)| state.empty).map(|(host, _)| host.num_slots).sum();
         let others = slots.saturating_sub(empty + self.plan.hosts[place].num_slots);

@@ -76,8 +76,34 @@ mod tests {
     #[test]
     fn a_shell_reads_the_same_words_back() {
         let cases = [
-            "plain", "", " ", "two words", "it's", "''", "$HOME", "`id`", "a;b", "a&&b|c", "\"q\"", "\\", "*", "~", "~root", "#c", "!x", "a=b",
-            "=ls", "line\nbreak", "\t", "ü", "(x)", "<>", "{a,b}", "[a]", "-n", "a\\'b",
+            "plain",
+            "",
+            " ",
+            "two words",
+            "it's",
+            "''",
+            "$HOME",
+            "`id`",
+            "a;b",
+            "a&&b|c",
+            "\"q\"",
+            "\\",
+            "*",
+            "~",
+            "~root",
+            "#c",
+            "!x",
+            "a=b",
+            "=ls",
+            "line\nbreak",
+            "\t",
+            "ü",
+            "(x)",
+            "<>",
+            "{a,b}",
+            "[a]",
+            "-n",
+            "a\\'b",
         ];
         let line = shell_line(&words(&["printf", "%s\\0"])) + " " + &shell_line(&words(&cases));
         for shell in ["sh", "bash"] {
@@ -91,7 +117,10 @@ mod tests {
     fn the_command_follows_its_prefix_in_its_form() {
         let shown = |host: &RemoteHost| {
             let command = host.command(&words(&["cloze", "join", "my run"]));
-            std::iter::once(command.get_program()).chain(command.get_args()).map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>()
+            std::iter::once(command.get_program())
+                .chain(command.get_args())
+                .map(|word| word.to_string_lossy().into_owned())
+                .collect::<Vec<_>>()
         };
         let ssh = RemoteHost::by_shell("a", &words(&["ssh", "-o", "BatchMode=yes"]));
         assert_eq!(shown(&ssh), ["ssh", "-o", "BatchMode=yes", "a", "cloze join 'my run'"]);

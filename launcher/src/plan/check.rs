@@ -162,7 +162,10 @@ pub fn check_time(plan: &RunPlan, machine: &MachineFacts) -> Check {
     match machine.max_jobs {
         Some(max_jobs) if jobs > u64::from(max_jobs) => {
             let what = format!("the run needs {jobs} jobs and may use up {max_jobs}: {found}");
-            Check::fail(name, &Failure::new(FailureKind::Recipe, what).hint("raise the time limit, `slurm.max_jobs` or the number of nodes"))
+            Check::fail(
+                name,
+                &Failure::new(FailureKind::Recipe, what).hint("raise the time limit, `slurm.max_jobs` or the number of nodes"),
+            )
         }
         _ if jobs > 1 => Check::ok(name, format!("{found}: {jobs} jobs, one after another")),
         _ => Check::ok(name, found),
@@ -175,7 +178,8 @@ pub fn check_clock(whose: &str, skew_s: f64) -> Check {
     let direction = if skew_s >= 0.0 { "ahead of" } else { "behind" };
     let found = format!("that of {whose} is {:.1} s {direction} this machine's", skew_s.abs());
     if skew_s.abs() > CLOCK_SKEW_MAX_S {
-        let failure = Failure::new(FailureKind::Environment, found).hint("set the clocks by a time server; stores refuse requests of such a clock");
+        let failure =
+            Failure::new(FailureKind::Environment, found).hint("set the clocks by a time server; stores refuse requests of such a clock");
         return Check::fail(name, &failure);
     }
     if skew_s.abs() > CLOCK_SKEW_WARNING_S {

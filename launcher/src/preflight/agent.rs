@@ -159,7 +159,8 @@ mod tests {
     #[test]
     fn every_request_has_an_answer() {
         let answers = talk(&[Request::Devices, Request::Setup(Box::new(setup())), Request::Clock, Request::Devices, Request::Store]);
-        let [Answer::Failed(early), Answer::Ready(ready), Answer::Clock(clock), Answer::Devices(devices), Answer::Failed(store)] = &answers[..]
+        let [Answer::Failed(early), Answer::Ready(ready), Answer::Clock(clock), Answer::Devices(devices), Answer::Failed(store)] =
+            &answers[..]
         else {
             panic!("{answers:?}")
         };

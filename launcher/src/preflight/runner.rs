@@ -342,7 +342,10 @@ impl Agent {
 
     async fn end_words(&mut self) -> String {
         let status = timeout(END_TIMEOUT, self.child.wait()).await;
-        status.ok().and_then(Result::ok).map_or_else(|| "it closed its output".to_owned(), |status| format!("it ended with {}", shown(status)))
+        status
+            .ok()
+            .and_then(Result::ok)
+            .map_or_else(|| "it closed its output".to_owned(), |status| format!("it ended with {}", shown(status)))
     }
 
     /// What it wrote to its standard error, for the reason of a failure. It is of no use after this.

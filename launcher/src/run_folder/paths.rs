@@ -72,7 +72,8 @@ impl RunPaths {
     /// What `cloze join` on another host says, where the controller started it. The name is of a host, which may hold what no file
     /// name does.
     pub fn host_log(&self, host: &str) -> PathBuf {
-        let plain: String = host.chars().map(|letter| if letter.is_ascii_alphanumeric() || ".-".contains(letter) { letter } else { '_' }).collect();
+        let plain: String =
+            host.chars().map(|letter| if letter.is_ascii_alphanumeric() || ".-".contains(letter) { letter } else { '_' }).collect();
         self.root.join("logs").join(format!("host-{plain}.log"))
     }
 
