@@ -12,6 +12,7 @@ pub mod preflight;
 pub mod reporter;
 pub mod run_folder;
 pub mod simulate;
+pub mod slurm;
 pub mod view;
 
 #[cfg(test)]

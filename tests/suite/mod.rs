@@ -23,4 +23,5 @@ mod sharding;
 mod slurm_sandbox;
 mod ssh;
 mod stop;
+mod studies;
 mod world_size;
