@@ -20,6 +20,7 @@ mod recovery;
 mod reference;
 mod resume;
 mod sharding;
+mod slurm;
 mod slurm_sandbox;
 mod ssh;
 mod stop;

@@ -69,10 +69,14 @@ fn jobs_run_are_requeued_cancelled_and_preempted() {
     cluster.wait_for_state(job, &["RUNNING"]);
     cluster.cancel(job);
     cluster.wait_for_state(job, &["CANCELLED"]);
-    let job = cluster.submit(&[], "sleep 1000");
-    cluster.wait_for_state(job, &["RUNNING"]);
+    // Not even what has left the job's session outlives it.
+    let job = cluster.submit(&[], &format!("setsid sleep 1000 & {}; sleep 1000", say("started", "killed")));
+    cluster.wait_for_change("a job runs", || !place.words("killed").is_empty());
+    let node = cluster.batch_node(job);
     cluster.kill_script(job);
     cluster.wait_for_state(job, &["FAILED"]);
+    let sleeps = |process_id: &u32| fs::read_to_string(format!("/proc/{process_id}/comm")).is_ok_and(|name| name.trim() == "sleep");
+    wait_until("what a job has left is gone", TIMEOUT, || !cluster.fleet().processes_on(&node).iter().any(sleeps));
 
     // All nodes are taken, so the urgent job gets one of them and the other job begins again behind it.
     let script = format!("trap '{}' TERM\n{}\nsleep 1000 & while true; do wait; done", say("warned", "spot"), say("started", "spot"));

@@ -80,6 +80,6 @@ fn a_host_that_is_not_there_is_named() {
     assert_eq!(run.live_workers(), 0);
 
     let mut command = world.command_by(ssh.command(CLOZE), &["train", "recipe.yaml", "--run", "twice", "--hosts", "n1,n1"]);
-    run_command(&mut command).expect_code(2).expect_words(&["named twice"]);
+    run_command(&mut command).expect_code(3).expect_words(&["named twice"]);
     assert!(!world.path("twice").exists());
 }

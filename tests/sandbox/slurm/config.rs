@@ -16,6 +16,8 @@ use crate::sandbox::fleet::LOGIN;
 pub const CLUSTER: &str = "test";
 /// Port of the database on the login host; SLURM's own ports are the usual ones, since each host has all of its ports to itself.
 const DATABASE_PORT: u16 = 3306;
+/// Runs on each node of a job when it ends.
+const EPILOG: &str = include_str!("epilog.sh");
 /// Bytes of the secret by which the daemons know each other.
 const KEY_BYTES: usize = 1024;
 
@@ -26,16 +28,19 @@ pub fn write(folder: &Path, options: &SlurmOptions, version: (u32, u32)) {
     put("etc/gres.conf", &gres_conf(folder, options));
     // There are no cgroups here; slurmd looks for them all the same unless a plugin is named that it does not have to start.
     put("etc/cgroup.conf", if version < (23, 2) { "CgroupPlugin=cgroup/v1\n" } else { "CgroupPlugin=disabled\n" });
+    put("etc/epilog.sh", EPILOG);
+    set_mode(&folder.join("etc/epilog.sh"), 0o700);
     if options.accounting {
         put("etc/slurmdbd.conf", &slurmdbd_conf(folder));
         put("etc/mariadb.cnf", &mariadb_conf(folder));
         put("etc/accounting.sql", ACCOUNTING_SQL);
-        protect(&folder.join("etc/slurmdbd.conf"));
+        // Daemons refuse secrets that others can read.
+        set_mode(&folder.join("etc/slurmdbd.conf"), 0o600);
     }
     let mut key = [0; KEY_BYTES];
     fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut key)).expect("read random bytes");
     fs::write(folder.join("munge/key"), key).expect("write munge's key");
-    protect(&folder.join("munge/key"));
+    set_mode(&folder.join("munge/key"), 0o600);
 }
 
 fn slurm_conf(folder: &Path, options: &SlurmOptions) -> String {
@@ -53,6 +58,7 @@ SlurmdPidFile={place}/run/slurmd.%n.pid
 SlurmctldLogFile={place}/log/slurmctld.log
 SlurmdLogFile={place}/log/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
+Epilog={place}/etc/epilog.sh
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=5
 SelectType=select/cons_tres
@@ -148,7 +154,6 @@ CREATE USER IF NOT EXISTS 'slurm'@'127.0.0.1' IDENTIFIED BY 'slurm';
 GRANT ALL ON slurm_acct_db.* TO 'slurm'@'127.0.0.1';
 ";
 
-/// Daemons refuse secrets that others can read.
-fn protect(path: &Path) {
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).expect("protect a file of the cluster");
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("change the mode of a file of the cluster");
 }
