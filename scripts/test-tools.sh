@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# Install what some tests compare with: Hugging Face transformers, TensorBoard, an S3 server, an Azure server and a browser; once per machine,
-# outside the checkout. Tests that need a tool that is not there say so loudly and are skipped. Prints the folder of the tools.
+# Install what some tests compare with or run on: Hugging Face transformers, TensorBoard, an S3 server, an Azure server, a browser, SLURM
+# and an SSH server; once per machine, outside the checkout. Tests that need a tool that is not there say so loudly and are skipped.
+# Prints the folder of the tools.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 readonly CACHE="${CLOZE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/cloze}"
 readonly REQUIREMENTS="scripts/test-tools-requirements.txt"
 # Packages of the npm registry: drives a browser; speaks Azure's protocol.
 readonly NODE_PACKAGES=(playwright-core@1.65.1 azurite@3.35.0)
-# Debian's packages: the browser with one font, a linter of metrics, and what makes and disturbs networks.
-readonly SYSTEM_PACKAGES=(chromium fonts-dejavu-core prometheus iproute2 gdb)
+# Debian's packages: the browser with one font, a linter of metrics, and what makes and disturbs networks; SLURM, whose accounting wants a
+# database; an SSH server. Behind each stands a program by which it is known to be there, where there is one.
+readonly SYSTEM_PACKAGES=(chromium=chromium fonts-dejavu-core= prometheus=promtool iproute2=ip gdb=gdb
+    munge=munged slurmctld=slurmctld slurmd=slurmd slurm-client=sbatch slurmdbd=slurmdbd
+    mariadb-server-core=mariadbd mariadb-client-core=my_print_defaults openssh-server=sshd openssh-client=ssh)
 stamp=$(printf '%s' "${NODE_PACKAGES[*]}" | cat "$REQUIREMENTS" - | cksum | cut -d' ' -f1)
 tools="$CACHE/test-tools-$stamp"
 
@@ -16,20 +20,34 @@ warn() { printf 'warning: %s; the tests that need it will be SKIPPED\n' "$1" >&2
 
 # The system's packages are only installed where root and apt are there, and none of the services is started.
 install_system_packages() {
-    command -v chromium > /dev/null && command -v promtool > /dev/null && command -v ip > /dev/null && return
+    local missing=() names=() failed=() entry
+    for entry in "${SYSTEM_PACKAGES[@]}"; do
+        names+=("${entry%=*}")
+        [ "${entry#*=}" = '' ] || PATH="$PATH:/usr/sbin:/sbin" command -v "${entry#*=}" > /dev/null || missing+=("${entry#*=}")
+    done
+    [ ${#missing[@]} -gt 0 ] || return 0
     if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
-        warn 'no root or no apt-get, so no Chromium, promtool or ip'
+        warn "no root or no apt-get, so no ${missing[*]}"
         return
     fi
-    printf 'installing %s\n' "${SYSTEM_PACKAGES[*]}" >&2
+    printf 'installing %s\n' "${names[*]}" >&2
     local policy=/usr/sbin/policy-rc.d
     if [ ! -e "$policy" ]; then
         printf '#!/bin/sh\nexit 101\n' > "$policy"
         chmod 755 "$policy"
         trap 'rm -f /usr/sbin/policy-rc.d' RETURN
     fi
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${SYSTEM_PACKAGES[@]}"; } \
-        > /dev/null 2>&1 || warn 'apt-get could not install Chromium, promtool or ip'
+    {
+        apt-get update -qq || true
+        # Where one of them cannot be had, the others can.
+        install_now "${names[@]}" || for entry in "${names[@]}"; do install_now "$entry" || failed+=("$entry"); done
+    } > /dev/null 2>&1
+    [ ${#failed[@]} -eq 0 ] || warn "apt-get could not install ${failed[*]}"
+}
+
+# Waits for another program that is installing something.
+install_now() {
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o DPkg::Lock::Timeout=300 --no-install-recommends "$@"
 }
 
 install_node_packages() {

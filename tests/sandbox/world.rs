@@ -107,6 +107,13 @@ impl World {
         command
     }
 
+    /// The same by a command that leads to a host of a fleet and starts [`CLOZE`] there.
+    pub fn command_by(&self, command: Command, arguments: &[&str]) -> Command {
+        let mut command = self.here(command);
+        command.args(arguments);
+        command
+    }
+
     fn here(&self, mut command: Command) -> Command {
         command.current_dir(&self.root).env("CLOZE_WORKER", WORKER).env("NO_PROXY", "127.0.0.1");
         let is_foreign = |name: &str| name.starts_with("AWS_") || ["CLOZE_LOG", "CLOZE_TOKEN"].contains(&name);

@@ -1,0 +1,280 @@
+//! Runs in jobs of a SLURM cluster: whatever happens to a job, its run goes on to the same weights; what was cancelled stays cancelled; and
+//! what the cluster cannot give is refused before anything is submitted.
+//!
+//! The cluster is a real one. Tests share one where they can: each starts runs one after the other.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::sandbox::{CLOZE, Outcome, RECIPE, Run, SlurmCluster, SlurmOptions, World, run_command, wait_until};
+
+/// Steps of a run that goes to its end; several seconds, so that something can happen on the way.
+const STEPS: u64 = 600;
+/// The step after which it happens.
+const DISTURBED_STEP: u64 = 60;
+/// Longest wait for something that takes seconds on a free machine.
+const TIMEOUT: Duration = Duration::from_mins(3);
+/// Settings of all runs: two nodes with a worker each, and few checkpoints besides those that are asked for.
+const SETTINGS: [&str; 8] = [
+    "--set",
+    "resources.nodes=2",
+    "--set",
+    "checkpoint.every_steps=50",
+    "--set",
+    "cluster.heartbeat_timeout_ms=5000",
+    "--set",
+    "checkpoint.keep_last=2",
+];
+
+/// A cluster, and the folder that all of its nodes share.
+struct Site {
+    cluster: SlurmCluster,
+    world: World,
+}
+
+impl Site {
+    fn start(test: &str, options: SlurmOptions) -> Option<Self> {
+        let cluster = SlurmCluster::start(test, options)?;
+        let world = World::prepared();
+        for partition in ["main", "spot", "nowhere"] {
+            world.write(&format!("{partition}.yaml"), cluster_file(&format!("partition: {partition}, max_jobs: 5")));
+        }
+        Some(Self { cluster, world })
+    }
+
+    fn cloze(&self, arguments: &[&str]) -> Outcome {
+        run_command(&mut self.world.command_by(self.cluster.command(CLOZE), arguments))
+    }
+
+    /// Submits the recipe; returns the run and its job.
+    fn submit(&self, cluster_file: &str, name: &str, settings: &[&str]) -> (Run, u64) {
+        let outcome = self.cloze(&submit_arguments(cluster_file, name, settings)).expect_code(0);
+        (self.world.run(name), job_of(&outcome))
+    }
+
+    /// Submits it with as many steps as the undisturbed run, and waits until something may happen.
+    fn submit_and_wait(&self, cluster_file: &str, name: &str) -> (Run, u64) {
+        let (run, job) = self.submit(cluster_file, name, &["--set", &format!("train.steps={STEPS}")]);
+        self.wait_for_step(&run, DISTURBED_STEP);
+        (run, job)
+    }
+
+    fn wait_for_step(&self, run: &Run, step: u64) {
+        self.cluster.wait_for_change("the run trains", || run.last_step() >= step);
+    }
+
+    /// Waits for the end of the run and of all jobs. No process may be left, and the weights must be those of an undisturbed run.
+    fn expect_same_end(&self, run: &Run, undisturbed: &Tensors) {
+        self.cluster.wait_for_change("the run is finished", || !run.events_named("run_finished").is_empty());
+        self.expect_no_job(run);
+        assert!(run.checkpoint_tensors(STEPS) == *undisturbed, "the weights differ from those of an undisturbed run");
+    }
+
+    /// Waits until nothing is queued and nothing runs.
+    fn expect_no_job(&self, run: &Run) {
+        self.cluster.wait_for_change("all jobs are over", || self.queue().is_empty());
+        wait_until("all workers are gone", TIMEOUT, || run.live_workers() == 0);
+    }
+
+    fn queue(&self) -> String {
+        self.cluster.run("squeue", &["--noheader", "--format=%i %T"]).expect_code(0).stdout
+    }
+}
+
+type Tensors = BTreeMap<String, Vec<u8>>;
+
+/// The last checkpoint of a run on this machine, with as many workers.
+fn undisturbed(world: &World) -> Tensors {
+    let steps = format!("train.steps={STEPS}");
+    let arguments = [["--workers", "2", "--quiet", "--set", &steps].as_slice(), SETTINGS.as_slice()].concat();
+    world.train("undisturbed", &arguments).checkpoint_tensors(STEPS)
+}
+
+fn cluster_file(slurm: &str) -> String {
+    format!("version: 1\nname: test\nkind: slurm\nslurm: {{{slurm}}}\npreflight: {{timeout_s: 120}}\n")
+}
+
+fn submit_arguments<'a>(cluster_file: &'a str, name: &'a str, settings: &[&'a str]) -> Vec<&'a str> {
+    [["submit", RECIPE, "--cluster", cluster_file, "--run", name].as_slice(), SETTINGS.as_slice(), settings].concat()
+}
+
+/// The job that a command has submitted.
+fn job_of(outcome: &Outcome) -> u64 {
+    outcome.stdout.trim().parse().unwrap_or_else(|_| panic!("`{}` is no number of a job", outcome.stdout))
+}
+
+/// What was written down of attempts, by the kind of line.
+fn attempts(run: &Run, event: &str) -> Vec<Value> {
+    let text = fs::read_to_string(run.path.join("slurm/attempts.jsonl")).unwrap_or_default();
+    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).expect("an attempt is a line of JSON"));
+    lines.filter(|line| line["event"] == event).collect()
+}
+
+#[test]
+fn runs_are_put_back_cancelled_and_resumed() {
+    let Some(site) = Site::start("runs in jobs of SLURM", SlurmOptions::default()) else { return };
+    let undisturbed = undisturbed(&site.world);
+    refuse_what_the_cluster_cannot_give(&site);
+    put_back_on_a_warning(&site, &undisturbed);
+    cancel_and_resume(&site, &undisturbed);
+    go_on_in_a_successor(&site, &undisturbed);
+}
+
+fn refuse_what_the_cluster_cannot_give(site: &Site) {
+    site.cloze(&submit_arguments("nowhere.yaml", "run", &[])).expect_code(3).expect_words(&["partition", "nowhere", "main, spot, urgent"]);
+    let too_much = ["--set", "resources.nodes=5", "--set", "resources.gpus_per_node=3"];
+    site.cloze(&submit_arguments("main.yaml", "run", &too_much)).expect_code(3).expect_words(&["main", "5", "4", "3", "2"]);
+    let shown = site.cloze(&submit_arguments("main.yaml", "run", &["--dry-run", "--set", "resources.gpus_per_node=1"])).expect_code(0);
+    let root = site.world.path("run").display().to_string();
+    assert_eq!(
+        shown.stdout.replace(&root, "RUN"),
+        "\
+#!/bin/bash
+#SBATCH --job-name=cloze-run-DRY-RUN-1
+#SBATCH --chdir=RUN
+#SBATCH --output=RUN/logs/job-%j.log
+#SBATCH --open-mode=append
+#SBATCH --partition=main
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:1
+#SBATCH --signal=B:USR2@120
+#SBATCH --requeue
+
+exec RUN/bin/DRY-RUN/cloze allocation RUN
+"
+    );
+    assert_eq!(site.queue(), "");
+    assert!(!site.world.path("run").exists(), "a run folder was made for nothing");
+}
+
+/// A warning ahead of the time limit, as SLURM sends it; a second submission meanwhile; logs and status at the end.
+fn put_back_on_a_warning(site: &Site, undisturbed: &Tensors) {
+    let (run, job) = site.submit_and_wait("main.yaml", "warned");
+    let steps = format!("train.steps={STEPS}");
+    let again = site.cloze(&submit_arguments("main.yaml", "warned", &["--set", &steps]));
+    assert_ne!(again.code, Some(0), "a run was submitted twice");
+    site.cluster.run("scancel", &["--batch", "--signal=USR2", &job.to_string()]).expect_code(0);
+    site.expect_same_end(&run, undisturbed);
+
+    assert_eq!(site.cluster.job_field(job, "Restarts").as_deref(), Some("1"));
+    assert_eq!(site.cluster.job_state(job).as_deref(), Some("COMPLETED"));
+    let ended: Vec<Value> = attempts(&run, "ended").iter().map(|attempt| attempt["decision"].clone()).collect();
+    assert_eq!(ended, ["requeue", "finish"]);
+    // It went on from the checkpoint that the warning was for, not from one of the regular ones.
+    let restored = run.restored_steps();
+    assert_eq!(restored.len(), 2);
+    assert_eq!(run.events_named("step").len() as u64, STEPS, "a step was done twice, restored at {restored:?}");
+
+    let run_path = run.path.display().to_string();
+    let logs = site.cloze(&["logs", &run_path]).expect_code(0).stdout;
+    for part in ["attempt 1 (1 of at most 5)", "attempt 2", "the run is finished"] {
+        assert!(logs.contains(part), "`{part}` is missing in:\n{logs}");
+    }
+    let status = site.cloze(&["status", &run_path]).expect_code(0).stdout;
+    assert!(status.contains(&format!("job {job}: completed")) && status.contains("attempt 2 on "), "{status}");
+}
+
+fn cancel_and_resume(site: &Site, undisturbed: &Tensors) {
+    let (run, job) = site.submit_and_wait("main.yaml", "cancelled");
+    let run_path = run.path.display().to_string();
+    site.cloze(&["cancel", &run_path]).expect_code(0).expect_words(&[&job.to_string()]);
+    site.expect_no_job(&run);
+    assert_eq!(site.cluster.job_state(job).as_deref(), Some("CANCELLED"));
+    assert!(run.events_named("run_finished").is_empty());
+    assert_eq!(attempts(&run, "started").len(), 1, "a cancelled run went on");
+
+    let resumed = job_of(&site.cloze(&["resume", &run_path]).expect_code(0));
+    assert_ne!(resumed, job);
+    site.expect_same_end(&run, undisturbed);
+}
+
+/// The job dies without a word, and SLURM does not put it back.
+fn go_on_in_a_successor(site: &Site, undisturbed: &Tensors) {
+    let (run, job) = site.submit_and_wait("main.yaml", "killed");
+    site.cluster.kill_script(job);
+    site.expect_same_end(&run, undisturbed);
+    let jobs: Vec<Value> = attempts(&run, "started").iter().map(|attempt| attempt["job"].clone()).collect();
+    assert_eq!(jobs.len(), 2, "{jobs:?}");
+    assert_ne!(jobs[0], jobs[1], "the successor went on with the run");
+    assert_eq!(site.cluster.job_state(job).as_deref(), Some("FAILED"));
+}
+
+#[test]
+fn runs_make_room_and_leave_lost_nodes() {
+    let options = SlurmOptions { accounting: true, gpus_per_node: 0, ..SlurmOptions::default() };
+    let Some(site) = Site::start("runs that lose their nodes", options) else { return };
+    let undisturbed = undisturbed(&site.world);
+    make_room(&site, &undisturbed);
+    leave_a_lost_node(&site, &undisturbed);
+    stay_cancelled(&site);
+}
+
+fn make_room(site: &Site, undisturbed: &Tensors) {
+    let (run, job) = site.submit_and_wait("spot.yaml", "preempted");
+    let urgent = site.cluster.submit(&["--partition=urgent", "--nodes=4", "--exclusive"], "sleep 1");
+    site.cluster.wait_for_state(urgent, &["COMPLETED"]);
+    site.expect_same_end(&run, undisturbed);
+    let jobs: Vec<Value> = attempts(&run, "started").iter().map(|attempt| attempt["job"].clone()).collect();
+    assert_eq!(jobs, [jobs[0].clone(), jobs[0].clone()], "the same job goes on");
+    assert_eq!(site.cluster.job_field(job, "Restarts").as_deref(), Some("1"));
+    assert_eq!(run.events_named("step").len() as u64, STEPS, "it left with a checkpoint, so no step was done twice");
+}
+
+fn leave_a_lost_node(site: &Site, undisturbed: &Tensors) {
+    let (run, job) = site.submit_and_wait("main.yaml", "lost");
+    let lost = site.cluster.nodes_of(job)[1].clone();
+    site.cluster.kill_node(&lost);
+    site.expect_same_end(&run, undisturbed);
+    let started = attempts(&run, "started");
+    assert!(started.len() >= 2, "{started:?}");
+    let nodes = started[started.len() - 1]["nodes"].as_array().expect("an attempt has nodes").clone();
+    assert!(!nodes.contains(&lost.as_str().into()), "{nodes:?}");
+    site.cluster.start_node(&lost);
+    site.cluster.wait_for_idle_nodes();
+}
+
+/// Somebody cancels the job behind the program's back. Nothing goes on by itself, but it can.
+fn stay_cancelled(site: &Site) {
+    let (run, job) = site.submit("main.yaml", "stopped", &["--set", "train.steps=1000000"]);
+    site.wait_for_step(&run, DISTURBED_STEP);
+    site.cluster.cancel(job);
+    site.expect_no_job(&run);
+    assert_eq!(attempts(&run, "started").len(), 1, "a cancelled run went on");
+    let (run_path, before) = (run.path.display().to_string(), run.last_step());
+    site.cloze(&["resume", &run_path]).expect_code(0);
+    site.wait_for_step(&run, before + 1);
+    site.cloze(&["cancel", &run_path]).expect_code(0);
+    site.expect_no_job(&run);
+}
+
+#[test]
+fn a_run_goes_on_beyond_its_time_limit() {
+    let options = SlurmOptions { num_nodes: 2, gpus_per_node: 0, accounting: false };
+    let Some(site) = Site::start("a run beyond its time limit", options) else { return };
+    // SLURM warns up to 60 s early, so this comes at once or within the half minute in which it looks again.
+    site.world.write("short.yaml", cluster_file("time_limit_minutes: 1, warning_s: 45, max_jobs: 3"));
+    let (run, job) = site.submit("short.yaml", "limited", &["--set", "train.steps=1000000"]);
+    site.cluster.wait_for_change("the run is put back", || attempts(&run, "started").len() == 2);
+    let ended = attempts(&run, "ended");
+    assert_eq!((&ended[0]["decision"], &ended[0]["reason"]), (&"requeue".into(), &"the time limit is near".into()));
+    let before = run.last_step();
+    site.wait_for_step(&run, before + 1);
+    assert_eq!(run.events_named("step").len() as u64, run.last_step(), "no step was done twice");
+    assert_eq!(site.cluster.job_field(job, "Restarts").as_deref(), Some("1"));
+    site.cloze(&["cancel", &run.path.display().to_string()]).expect_code(0);
+    site.expect_no_job(&run);
+}
+
+#[test]
+fn a_machine_without_slurm_is_told_so() {
+    let world = World::prepared();
+    world.write("main.yaml", cluster_file("partition: main"));
+    let mut command = world.command(&submit_arguments("main.yaml", "run", &[]));
+    command.env("PATH", world.path("nothing"));
+    run_command(&mut command).expect_code(5).expect_words(&["sbatch", "hint:"]);
+    assert!(!world.path("run").exists(), "a run folder was made for nothing");
+}
