@@ -10,6 +10,7 @@ pub mod plan;
 pub mod reporter;
 pub mod run_folder;
 pub mod simulate;
+pub mod sweep;
 pub mod view;
 
 #[cfg(test)]

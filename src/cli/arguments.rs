@@ -190,6 +190,9 @@ pub struct WatchArguments {
     /// Print no progress
     #[arg(long, short)]
     pub quiet: bool,
+    /// Save and leave after this step; `cloze resume` goes on from it as if it had not been left
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub until_step: Option<u64>,
     /// Drill: let worker N (from 0) fail once at a step, to watch the run recover; KIND is kill, freeze, hang, nan or oom; may be repeated
     #[arg(long = "drill", value_name = "KIND:N@STEP")]
     pub drills: Vec<String>,
