@@ -40,6 +40,8 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Train(arguments) => run::train(&arguments),
         Command::Resume(arguments) => run::resume(&arguments),
         Command::Join(arguments) => join::join(&arguments),
+        Command::Sweep { command } => sweep::sweep(&command, &mut stdout),
+        Command::Reproduce(arguments) => reproduce::reproduce(&arguments, &mut stdout),
         Command::Status(arguments) => status::status(&arguments, &mut stdout),
         Command::Watch(arguments) => status::watch(&arguments, &mut stdout),
         Command::Eval(arguments) => worker_process::eval(&arguments),

@@ -36,6 +36,14 @@ pub enum Command {
     Join(JoinArguments),
     /// Say what a run of a recipe will need: steps, tokens, memory of a worker
     Plan(super::plan::PlanArguments),
+    /// Run every point of a recipe's sweep, and survive whatever happens to the controller
+    Sweep {
+        /// What to do with a sweep.
+        #[command(subcommand)]
+        command: super::sweep::SweepCommand,
+    },
+    /// Run everything that a paper's table needs, and print it beside ours
+    Reproduce(super::reproduce::ReproduceArguments),
     /// Say how a run is
     Status(super::status::StatusArguments),
     /// Watch a run until it ends

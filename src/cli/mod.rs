@@ -7,9 +7,11 @@ pub mod describe;
 pub mod join;
 pub mod load;
 pub mod plan;
+pub mod reproduce;
 pub mod run;
 pub mod simulate;
 pub mod status;
+pub mod sweep;
 pub mod worker_process;
 
 mod errors;

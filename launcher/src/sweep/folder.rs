@@ -91,6 +91,12 @@ pub struct SweepPlan {
 pub struct PlannedTrial {
     /// Its hash.
     pub hash: String,
+    /// Name of its run.
+    pub name: String,
+    /// Values of the swept keys, without the seed.
+    pub parameters: serde_json::Map<String, serde_json::Value>,
+    /// Its seed.
+    pub seed: u64,
     /// Hash of what its data is prepared from.
     pub data_hash: String,
     /// Seed with which it is prepared.
@@ -118,6 +124,9 @@ impl SweepPlan {
         let sweep = study.sweep.as_ref();
         let trials = graph.nodes.iter().map(|node| PlannedTrial {
             hash: node.trial.hash.clone(),
+            name: node.trial.recipe.name.clone(),
+            parameters: node.trial.parameters.iter().cloned().collect(),
+            seed: node.trial.recipe.seed,
             data_hash: node.trial.data_hash.clone(),
             data_seed: node.trial.data_seed,
             parent: node.parent,
@@ -141,6 +150,11 @@ impl SweepPlan {
     pub fn ladder(&self) -> Option<Ladder> {
         let more_is_better = more_is_better(&self.metric);
         self.early_stopping.map(|(first_step, factor)| Ladder { first_step, factor, more_is_better })
+    }
+
+    /// Hash of the earlier stage of a trial.
+    pub fn parent_hash(&self, trial: &PlannedTrial) -> Option<&str> {
+        trial.parent.map(|parent| self.trials[parent].hash.as_str())
     }
 
     /// Whether early stopping may pause a trial.

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use cloze_data::store::{self, Store};
 use cloze_recipes::failure::{Failure, FailureKind};
 
-use super::folder::{StudyFolder, SweepPlan, read_bounded};
+use super::folder::{StudyFolder, StudyInfo, SweepPlan, read_bounded};
 use super::lease::{Lease, MAX_CLOCK_SKEW_S};
 use super::lock::{FileLock, Taken};
 use super::record::{MAX_RECORD_BYTES, TrialRecord};
@@ -46,6 +46,19 @@ impl Journal {
     /// The folder.
     pub fn folder(&self) -> &StudyFolder {
         &self.folder
+    }
+
+    /// Hash of the study whose journal is in the bucket; `None` where there is none.
+    pub fn remote_hash(&self) -> anyhow::Result<Option<String>> {
+        let Some(Remote { store, .. }) = &self.remote else { return Ok(None) };
+        if store::size_of(store, "study.json")?.is_none() {
+            return Ok(None);
+        }
+        let bytes = store::read_all(store, "study.json", MAX_OBJECT_BYTES)?;
+        let info: StudyInfo = serde_json::from_slice(&bytes).map_err(|error| {
+            Failure::new(FailureKind::Damaged, "the study of a journal cannot be read").at(store.url("study.json")).because(error)
+        })?;
+        Ok(Some(info.hash))
     }
 
     /// Puts the study itself into the bucket, the part that names it last.

@@ -21,5 +21,12 @@ pub mod batch;
 pub mod share;
 pub mod steps;
 pub mod work;
+pub mod executor;
+pub mod local;
+pub mod queue;
+pub mod talk;
+pub mod text;
+pub mod open;
+pub mod controller;
 
 mod time;

@@ -1,9 +1,10 @@
 //! What is known of one trial: a record of the study folder, which only the controller writes.
 
 use cloze_recipes::failure::{Failure, FailureKind};
-use cloze_recipes::study::Trial;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+use super::folder::PlannedTrial;
 
 /// Longest record that is read, in bytes; an evaluation with its confusion matrices has some ten thousand.
 pub const MAX_RECORD_BYTES: u64 = 16 << 20;
@@ -107,16 +108,16 @@ pub struct TrialRecord {
 
 impl TrialRecord {
     /// The record of a trial that nobody has started.
-    pub fn new(trial: &Trial, wanted: bool) -> Self {
+    pub fn new(trial: &PlannedTrial, parent: Option<&str>) -> Self {
         Self {
             hash: trial.hash.clone(),
-            name: trial.recipe.name.clone(),
-            parameters: trial.parameters.iter().cloned().collect(),
-            seed: trial.recipe.seed,
+            name: trial.name.clone(),
+            parameters: trial.parameters.clone(),
+            seed: trial.seed,
             data_hash: trial.data_hash.clone(),
-            parent: trial.parent.as_ref().map(|parent| parent.hash.clone()),
-            run: format!("runs/{}", trial.recipe.name),
-            wanted,
+            parent: parent.map(str::to_owned),
+            run: format!("runs/{}", trial.name),
+            wanted: trial.wanted,
             state: TrialState::Waiting,
             step: 0,
             attempts: 0,
