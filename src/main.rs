@@ -12,7 +12,7 @@ use clap::Parser;
 use cloze_recipes::failure::Failure;
 
 use cli::arguments::{Arguments, Command, DataCommand};
-use cli::{checkpoints, data, describe, join, load, plan, run, simulate, status, worker_process};
+use cli::{checkpoints, data, describe, join, load, plan, reproduce, run, simulate, status, sweep, worker_process};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
