@@ -7,11 +7,14 @@ pub mod describe;
 pub mod join;
 pub mod load;
 pub mod plan;
+pub mod report;
 pub mod run;
+pub mod runs;
 pub mod simulate;
 pub mod status;
 pub mod worker_process;
 
+mod bucket_runs;
 mod errors;
 
 pub use errors::{error_text, start_logging};
