@@ -11,6 +11,8 @@ use crate::reporter::numbers::clock_text;
 
 /// Length of a hash in a list.
 const HASH_CHARS: usize = 8;
+/// Seconds of a day.
+const DAY_S: f64 = 86_400.0;
 /// What stands where nothing is known.
 const UNKNOWN: &str = "-";
 
@@ -118,7 +120,12 @@ fn checkpoint_text(run: &RunEntry) -> String {
 }
 
 fn started_text(run: &RunEntry, now: f64) -> String {
-    run.started.map_or_else(|| UNKNOWN.to_owned(), |started| format!("{} ago", clock_text(now - started)))
+    run.started.map_or_else(|| UNKNOWN.to_owned(), |started| ago(now - started))
+}
+
+/// Days where there are two of them, else hours, minutes and seconds.
+fn ago(seconds: f64) -> String {
+    if seconds >= 2.0 * DAY_S { format!("{:.0} d ago", seconds / DAY_S) } else { format!("{} ago", clock_text(seconds)) }
 }
 
 fn joined(names: impl Iterator<Item = String>) -> String {
@@ -133,4 +140,68 @@ fn file_name(path: &Path) -> String {
 /// A name may hold anything, and a terminal would obey it.
 fn without_controls(text: &str) -> String {
     text.chars().map(|character| if character.is_control() && character != '\n' { ' ' } else { character }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::PathBuf;
+
+    use super::super::difference::compare;
+    use super::super::entry::entries;
+    use super::*;
+    use crate::report::fixtures::{run_folder, study};
+
+    #[test]
+    fn a_list_and_everything_of_one_run() {
+        let root = tempfile::tempdir().unwrap();
+        let study = study(root.path());
+        // The third seed of an arm starts from the first one, as a later stage does.
+        let path = study.join("trials/mlm-43.json");
+        let trial = fs::read_to_string(&path).unwrap().replace("\"parent\": null", "\"parent\": \"mlm-42\"");
+        fs::write(&path, trial).unwrap();
+        fs::create_dir_all(study.join("runs/table1-mlm-43/checkpoints/step-000000000020")).unwrap();
+        fs::write(study.join("runs/table1-mlm-43/checkpoints/step-000000000020/manifest.json"), "{}").unwrap();
+        fs::create_dir_all(study.join("runs/table1-mlm-43/checkpoints/step-000000000030")).unwrap();
+        let folders: Vec<PathBuf> = ["mlm-43", "mlm-44"].iter().map(|name| study.join(format!("runs/table1-{name}"))).collect();
+        let (runs, notes) = entries(&folders);
+        assert!(notes.is_empty(), "{notes:?}");
+        let list = list_text(&runs, 50.0 + 3.0 * DAY_S);
+        let expected = "\
+───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+ run             hash   state       step     loss   accuracy         parents    checkpoints   worker-hours   GPU-hours   started 
+═══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+ table1-mlm-43   4f1c   finished   20/20   1.3244      32.00   table1-mlm-42   1, newest 20          0.015       0.015   3 d ago 
+───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+ table1-mlm-44   4f1c   failed     20/20   1.3344          -               -              0          0.015       0.015   3 d ago 
+───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+2 runs
+";
+        assert_eq!(squeezed(&list), squeezed(expected), "\n{list}");
+        let shown = entry_text(&runs[0], 60.0);
+        for part in ["study        table1, trial mlm-43", "parent       ", "accuracy     32.00 mmlu", "recipe       train.steps: 20", "0:10 ago"] {
+            assert!(shown.contains(part), "`{part}` is missing in:\n{shown}");
+        }
+        assert!(entry_text(&runs[1], 60.0).contains("failure      restart budget spent"));
+        assert!(runs[0].contains("TRAIN.DEVICE=cuda") && runs[0].contains("table1") && !runs[0].contains("train.device=cpu"));
+    }
+
+    /// Without what only lines up columns.
+    fn squeezed(text: &str) -> String {
+        let is_rule = |line: &&str| line.starts_with(['─', '═']);
+        text.lines().filter(|line| !is_rule(line)).map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ") + "\n").collect()
+    }
+
+    #[test]
+    fn differences_line_up() {
+        let root = tempfile::tempdir().unwrap();
+        let [one, two] = ["one", "two"].map(|name| root.path().join(name));
+        run_folder(&one, 1, Some(0.25));
+        run_folder(&two, 2, Some(0.5));
+        let text = squeezed(&difference_text(&compare(&one, &two).unwrap()));
+        for line in ["name one two", "seed 1 2", "mmlu accuracy 25 50 +25", "step 20 20 0"] {
+            assert!(text.contains(&format!("\n{line}\n")), "`{line}` is missing in:\n{text}");
+        }
+        assert!(!text.contains("train.steps"), "{text}");
+    }
 }

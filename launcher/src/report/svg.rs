@@ -98,12 +98,17 @@ fn round_step(step: f64) -> f64 {
 /// A number on an axis; large ones short.
 fn number(value: f64, decimals: usize) -> String {
     match value.abs() {
-        size if size >= 1e6 => format!("{}M", value / 1e6),
-        size if size >= 1e4 => format!("{}k", value / 1e3),
+        size if size >= 1e6 => format!("{}M", trimmed(value / 1e6)),
+        size if size >= 1e4 => format!("{}k", trimmed(value / 1e3)),
         size if size > 0.0 && size < 1e-3 => format!("{value:.0e}"),
         size if decimals == 0 && size < 1.0 => format!("{value}"),
         _ => format!("{value:.decimals$}"),
     }
+}
+
+/// At most three decimals, and none that are 0.
+fn trimmed(value: f64) -> String {
+    format!("{value:.3}").trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 /// Shapes of marks, so that colour is not all that tells series apart.
@@ -331,6 +336,7 @@ mod tests {
         assert_eq!(ticks(&Axis::between("x", 0.0, 1.0)), ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]);
         assert_eq!(ticks(&Axis::between("x", 23.7, 31.2)), ["24", "26", "28", "30"]);
         assert_eq!(ticks(&Axis::between("x", 0.0, 40_000.0)), ["0", "10k", "20k", "30k", "40k"]);
+        assert_eq!(ticks(&Axis::between("x", 0.0, 2_500_000.0)), ["0", "500k", "1M", "1.5M", "2M", "2.5M"]);
         assert_eq!(ticks(&Axis::around("x", [0.001, 1.0])), ["0.001", "0.01", "0.1", "1"]);
         assert_eq!(ticks(&Axis::around("x", [1e-5, 2e-3])), ["1e-5", "1e-4", "0.001"]);
         // Equal values and none at all still make an axis.
