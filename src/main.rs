@@ -12,7 +12,7 @@ use clap::Parser;
 use cloze_recipes::failure::Failure;
 
 use cli::arguments::{Arguments, Command, DataCommand};
-use cli::{checkpoints, data, describe, join, load, plan, reproduce, run, simulate, status, sweep, worker_process};
+use cli::{checkpoints, data, describe, join, load, plan, report, reproduce, run, runs, simulate, status, sweep, worker_process};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -49,6 +49,9 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Checkpoints { command } => checkpoints::checkpoints(&command),
         Command::Export(arguments) => worker_process::export(&arguments),
         Command::Forward(arguments) => worker_process::forward(&arguments),
+        Command::Report(arguments) => report::report(&arguments, &mut stdout),
+        Command::Runs(arguments) => runs::runs(&arguments, &mut stdout),
+        Command::Diff(arguments) => runs::diff(&arguments, &mut stdout),
         Command::Simulate(arguments) => simulate::simulate(&arguments, &mut stdout),
         Command::BenchCoordinator(arguments) => load::bench_coordinator(&arguments, &mut stdout),
         Command::Bench(arguments) => worker_process::bench(&arguments),

@@ -7,6 +7,8 @@
 pub mod dashboard;
 pub mod local;
 pub mod plan;
+pub mod registry;
+pub mod report;
 pub mod reporter;
 pub mod run_folder;
 pub mod simulate;

@@ -24,9 +24,11 @@ mod load;
 mod paths;
 mod problem;
 mod render;
+mod rendered;
 mod schema;
 mod tree;
 mod validate;
 
 pub use load::load;
+pub use rendered::read_rendered;
 pub use schema::schema_json;

@@ -50,6 +50,12 @@ pub enum Command {
     Watch(super::status::WatchRunArguments),
     /// Score a model on the evaluation tasks of a recipe or run
     Eval(EvalArguments),
+    /// Put the results of runs or of a study beside a paper's table, with verdicts and plots
+    Report(super::report::ReportArguments),
+    /// List, search and show runs
+    Runs(super::runs::RunsArguments),
+    /// Say what two runs differ in: their recipes key by key, and their results
+    Diff(super::runs::DiffArguments),
     /// Answer texts with a model folder, as JSON lines
     Predict(PredictArguments),
     /// List, verify, compare, delete and export checkpoints

@@ -7,13 +7,16 @@ pub mod describe;
 pub mod join;
 pub mod load;
 pub mod plan;
+pub mod report;
 pub mod reproduce;
 pub mod run;
+pub mod runs;
 pub mod simulate;
 pub mod status;
 pub mod sweep;
 pub mod worker_process;
 
+mod bucket_runs;
 mod errors;
 
 pub use errors::{error_text, start_logging};

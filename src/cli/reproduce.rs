@@ -6,8 +6,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use cloze_launcher::report::{ReportFormat, report_folders};
 use cloze_recipes::failure::{Failure, FailureKind};
 
+use super::run::write_last_line;
 use super::sweep::{WishArguments, run_study};
 
 /// Most recipe files that are looked at for a list.
@@ -49,9 +51,18 @@ pub fn reproduce(arguments: &ReproduceArguments, stdout: &mut dyn Write) -> Resu
     let folder = wish.folder_of(&table.replace('/', "-"), site.as_ref());
     let driven = run_study(&study, &folder, site, wish)?;
     driven.check()?;
-    super::report::report_study(&driven.folder, stdout)?;
+    report_study(&driven.folder, stdout)?;
     driven.check_trials()?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the report into the study's folder, and prints its table.
+fn report_study(folder: &Path, stdout: &mut dyn Write) -> Result<()> {
+    let report = report_folders(&[folder.to_owned()], None)?;
+    let output = folder.join("report");
+    report.write_all(&output)?;
+    stdout.write_all(report.render(ReportFormat::Table)?.as_bytes()).context("print the table")?;
+    write_last_line(&mut std::io::stderr(), &format!("report: {}", output.join("report.html").display()))
 }
 
 /// Recipe files that say what is expected of them, as `PAPER/TABLE`.

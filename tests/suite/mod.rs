@@ -18,6 +18,7 @@ mod network;
 mod recipes;
 mod recovery;
 mod reference;
+mod report;
 mod resume;
 mod sharding;
 mod stop;
