@@ -12,6 +12,7 @@ pub mod report;
 pub mod reporter;
 pub mod run_folder;
 pub mod simulate;
+pub mod slurm;
 pub mod sweep;
 pub mod view;
 
