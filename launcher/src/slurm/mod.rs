@@ -2,6 +2,7 @@
 
 mod client;
 mod command;
+mod element;
 mod job;
 mod journal;
 mod parse;
@@ -15,6 +16,7 @@ mod verdict;
 mod version;
 
 pub use client::Slurm;
+pub use element::array_element;
 pub use job::{ExitStatus, JobId, JobState, State};
 pub use partition::{Partition, Wish};
 pub use poll::next_poll;
