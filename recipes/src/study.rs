@@ -222,8 +222,6 @@ pub struct Trial {
     pub hash: String,
     /// Hash of what the data is prepared from; trials with the same one share the preparation.
     pub data_hash: String,
-    /// Seed with which that data is prepared.
-    pub data_seed: u64,
     /// The earlier stage.
     pub parent: Option<Box<Trial>>,
 }
