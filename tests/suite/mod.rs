@@ -22,5 +22,6 @@ mod report;
 mod resume;
 mod sharding;
 mod stop;
+mod sweep;
 mod studies;
 mod world_size;

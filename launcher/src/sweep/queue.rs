@@ -75,8 +75,15 @@ struct Job {
 }
 
 impl Queue {
-    /// Finds the batch system. Fails with kind `Environment` where it is not here.
+    /// Finds the batch system. Fails with kind `Environment` where it is not here, and with `Recipe` where a trial wants several nodes.
     pub fn new(options: QueueOptions) -> Result<Self, Failure> {
+        if options.resources.nodes > 1 {
+            return Err(Failure::new(FailureKind::Recipe, "a trial of a sweep has one node")
+                .at("resources.nodes")
+                .expected("1")
+                .found(options.resources.nodes)
+                .hint("start runs of several nodes one by one, or give a trial more workers on its node"));
+        }
         let site = slurm_site(&options.site)?;
         let slurm = Slurm::find(site)?;
         let (poll_s, free) = (site.poll_s, elements_at_once(options.concurrency));
