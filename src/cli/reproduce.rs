@@ -57,7 +57,7 @@ pub fn reproduce(arguments: &ReproduceArguments, stdout: &mut dyn Write) -> Resu
 }
 
 /// Writes the report into the study's folder, and prints its table.
-fn report_study(folder: &Path, stdout: &mut dyn Write) -> Result<()> {
+pub(super) fn report_study(folder: &Path, stdout: &mut dyn Write) -> Result<()> {
     let report = report_folders(&[folder.to_owned()], None)?;
     let output = folder.join("report");
     report.write_all(&output)?;

@@ -27,6 +27,7 @@ use cloze_recipes::site::{Site, SiteKind};
 use cloze_recipes::study::Study;
 use serde_json::json;
 
+use super::reproduce::report_study;
 use super::run::write_last_line;
 
 /// Folder of studies that are given no folder.
@@ -53,7 +54,9 @@ pub enum SweepCommand {
     /// Try failed trials again, and go on with the study
     Retry(RetryArguments),
     /// Let the trials of a study save and leave, and start no more
-    Cancel(CancelArguments),
+    Cancel(FolderArguments),
+    /// Write the report of a study, and print its table
+    Report(FolderArguments),
     /// Work on one element of a batch; the controller starts it
     #[command(hide = true)]
     Work(WorkArguments),
@@ -133,9 +136,9 @@ pub struct RetryArguments {
     pub quiet: bool,
 }
 
-/// Arguments of `cloze sweep cancel`.
+/// Arguments of `cloze sweep cancel` and `cloze sweep report`.
 #[derive(Args)]
-pub struct CancelArguments {
+pub struct FolderArguments {
     /// Study folder
     pub folder: PathBuf,
 }
@@ -168,7 +171,8 @@ pub fn sweep(command: &SweepCommand, stdout: &mut dyn Write) -> Result<ExitCode>
         SweepCommand::Run(arguments) => start(arguments, stdout),
         SweepCommand::Status(arguments) => status(arguments, stdout),
         SweepCommand::Resume(arguments) => {
-            let study = OpenStudy::open(&arguments.folder, arguments.journal.as_deref())?;
+            let journal = arguments.journal.as_deref().map(absolute_url).transpose()?;
+            let study = OpenStudy::open(&arguments.folder, journal.as_deref())?;
             finish(&drive(study, arguments.quiet)?, stdout)
         }
         SweepCommand::Retry(arguments) => {
@@ -178,6 +182,11 @@ pub fn sweep(command: &SweepCommand, stdout: &mut dyn Write) -> Result<ExitCode>
             finish(&drive(study, arguments.quiet)?, stdout)
         }
         SweepCommand::Cancel(arguments) => cancel(&arguments.folder),
+        SweepCommand::Report(arguments) => {
+            let folder = StudyFolder::find(&arguments.folder)?;
+            report_study(folder.root(), stdout)?;
+            Ok(ExitCode::SUCCESS)
+        }
         SweepCommand::Work(arguments) => work(arguments),
     }
 }
@@ -204,8 +213,16 @@ pub(super) struct Driven {
 
 /// Runs a study to its end, or goes on with it.
 pub(super) fn run_study(study: &Study, folder: &Path, site: Option<Site>, wish: &WishArguments) -> Result<Driven> {
-    let options = SweepOptions { site, journal: wish.journal.clone() };
+    let options = SweepOptions { site, journal: wish.journal.as_deref().map(absolute_url).transpose()? };
     drive(OpenStudy::create(study, folder, options)?, wish.quiet)
+}
+
+/// A journal's place by a name that holds in every folder.
+fn absolute_url(url: &str) -> Result<String> {
+    if url.contains("://") {
+        return Ok(url.to_owned());
+    }
+    Ok(std::path::absolute(url).context("find the current folder")?.display().to_string())
 }
 
 fn drive(study: OpenStudy, quiet: bool) -> Result<Driven> {
@@ -219,7 +236,7 @@ fn controller(study: OpenStudy, quiet: bool) -> Result<Controller> {
     let folder = study.journal.folder().clone();
     let executor = match &study.plan.site {
         Some(site) if !matches!(site.kind, SiteKind::Local) => Executor::Queue(Box::new(Queue::new(QueueOptions {
-            study: { let info = folder.info()?; (info.name, info.hash) },
+            study: folder.info().map(|info| (info.name, info.hash))?,
             folder,
             program,
             resources: study.plan.resources.clone(),

@@ -18,7 +18,7 @@ use super::open::OpenStudy;
 use super::record::{Place, Rung, TrialRecord, TrialState};
 use super::talk::Talk;
 use super::time::unix_now_s;
-use super::work::saved_step;
+use super::work::run_facts;
 use crate::local::signals::{Request, Signals};
 use crate::run_folder::{remove_if_there, storage};
 
@@ -245,8 +245,8 @@ impl Controller {
         let failure = Failure::new(FailureKind::Run, "what worked on the trial ended without a word")
             .at(self.journal.folder().log_path(&record.name).display())
             .found(how);
-        let step = saved_step(&self.journal.folder().run_path(&record.name))?.max(record.step);
-        self.take_failure(now, trial, Loss { failure, step, is_trained: record.state == TrialState::Trained })
+        let facts = run_facts(&self.journal.folder().run_path(&record.name))?;
+        self.take_failure(now, trial, Loss { failure, step: facts.saved_step, is_trained: facts.is_finished })
     }
 
     fn take_failure(&mut self, now: f64, trial: usize, loss: Loss) -> anyhow::Result<()> {

@@ -104,8 +104,17 @@ impl Journal {
     }
 
     /// Leaves the journal to the next controller.
-    pub fn close(self) -> anyhow::Result<()> {
-        self.remote.map_or(Ok(()), |remote| remote.lease.release())
+    pub fn close(mut self) -> anyhow::Result<()> {
+        self.remote.take().map_or(Ok(()), |remote| remote.lease.release())
+    }
+}
+
+impl Drop for Journal {
+    /// Also a controller that fails leaves its lease to the next one, if it can.
+    fn drop(&mut self) {
+        if let Some(Err(error)) = self.remote.take().map(|remote| remote.lease.release()) {
+            tracing::warn!(error = format!("{error:#}"), "the lease of the journal could not be given back; it is over by itself");
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! Everything here can be done twice. Data and exports that are there are used, a run goes on from its newest state, and an attempt whose
 //! outcome is written is over; so an element that a batch system starts again on another node goes on where it was.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
@@ -126,11 +126,11 @@ struct Attempt<'a> {
 
 /// How far the run of a trial is.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct RunFacts {
+pub(super) struct RunFacts {
     /// Steps done of its newest saved state.
-    saved_step: u64,
+    pub saved_step: u64,
     /// All its steps are done and saved.
-    is_finished: bool,
+    pub is_finished: bool,
     /// Training loss of its last step.
     loss: Option<f64>,
 }
@@ -346,12 +346,8 @@ impl Attempt<'_> {
     }
 }
 
-/// Steps done of the newest saved state of a run; 0 where there is none.
-pub(super) fn saved_step(run: &std::path::Path) -> Result<u64, Failure> {
-    run_facts(run).map(|facts| facts.saved_step)
-}
-
-fn run_facts(run: &std::path::Path) -> Result<RunFacts, Failure> {
+/// How far the run of a folder is; nothing is done where there is none.
+pub(super) fn run_facts(run: &Path) -> Result<RunFacts, Failure> {
     if !run.join("events.jsonl").is_file() {
         return Ok(RunFacts::default());
     }
