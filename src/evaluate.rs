@@ -27,6 +27,8 @@ pub struct EvaluateOptions {
     pub model: Option<PathBuf>,
     /// Folder for `eval.json` and `eval.md`.
     pub output: PathBuf,
+    /// Cores that this program may use; `None` is all.
+    pub cores: Option<u32>,
     /// Folder of another `PyTorch`, for its CUDA half.
     pub torch_folder: Option<PathBuf>,
 }
@@ -41,7 +43,7 @@ pub fn evaluate(options: &EvaluateOptions, stdout: &mut dyn Write) -> Result<()>
             .into());
     }
     let device = crate::device::open(recipe.train.device, 0, options.torch_folder.as_deref())?;
-    crate::device::set_threads(recipe.train.threads, 1);
+    crate::device::set_threads(recipe.train.threads, options.cores, 1);
     let placement =
         Placement { device, trainable: false, bfloat16: recipe.train.precision == Precision::Bfloat16 && device != Device::Cpu };
     let tokenizer = match &options.model {

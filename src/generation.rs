@@ -42,6 +42,8 @@ pub struct Assignment {
     pub key: String,
     /// Where the state comes from.
     pub source: StateSource,
+    /// Step after which all workers save and leave.
+    pub until_step: Option<u64>,
     /// Set when the generation is over.
     pub interrupt: Arc<AtomicBool>,
 }
@@ -61,6 +63,7 @@ pub fn run(worker: &Arc<Worker>, assignment: Assignment, belongings: &mut Belong
     let facts = GenerationFacts {
         generation: assignment.generation,
         total_steps: total_steps(&worker.recipe.train, worker.dataset.num_samples()),
+        until_step: assignment.until_step,
         interrupt: Arc::clone(&assignment.interrupt),
     };
     worker.client.progress(facts.generation, belongings.held.steps_done().unwrap_or(0), Phase::Building);

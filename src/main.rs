@@ -12,7 +12,9 @@ use clap::Parser;
 use cloze_recipes::failure::Failure;
 
 use cli::arguments::{Arguments, Command, DataCommand};
-use cli::{checkpoints, data, describe, jobs, join, load, plan, preflight, run, simulate, status, submit, worker_process};
+use cli::{
+    checkpoints, data, describe, jobs, join, load, plan, preflight, report, reproduce, run, runs, simulate, status, submit, sweep, worker_process,
+};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -46,6 +48,8 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Allocation(arguments) => jobs::allocation(&arguments),
         Command::Cancel(arguments) => jobs::cancel(&arguments),
         Command::Logs(arguments) => jobs::logs(&arguments, &mut stdout),
+        Command::Sweep { command } => sweep::sweep(&command, &mut stdout),
+        Command::Reproduce(arguments) => reproduce::reproduce(&arguments, &mut stdout),
         Command::Status(arguments) => status::status(&arguments, &mut stdout),
         Command::Watch(arguments) => status::watch(&arguments, &mut stdout),
         Command::Eval(arguments) => worker_process::eval(&arguments),
@@ -53,6 +57,9 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Checkpoints { command } => checkpoints::checkpoints(&command),
         Command::Export(arguments) => worker_process::export(&arguments),
         Command::Forward(arguments) => worker_process::forward(&arguments),
+        Command::Report(arguments) => report::report(&arguments, &mut stdout),
+        Command::Runs(arguments) => runs::runs(&arguments, &mut stdout),
+        Command::Diff(arguments) => runs::diff(&arguments, &mut stdout),
         Command::Simulate(arguments) => simulate::simulate(&arguments, &mut stdout),
         Command::BenchCoordinator(arguments) => load::bench_coordinator(&arguments, &mut stdout),
         Command::Bench(arguments) => worker_process::bench(&arguments),

@@ -20,6 +20,8 @@ use crate::torch::memory::Readback;
 pub trait Watcher {
     /// The next batch is waited for; fails when the generation is over.
     fn batch_awaited(&mut self, steps_done: u64) -> Result<()>;
+    /// Whether a state with so many steps is where the run is to be left, before its end; the same on all workers.
+    fn is_far_enough(&self, steps_done: u64) -> bool;
     /// The batch is there and a step begins: what this worker wants at its end.
     fn asks(&mut self, steps_done: u64) -> Asks;
     /// Parameters and moments are about to change; returns when nobody reads them any more.
@@ -113,7 +115,7 @@ pub fn train(
         report(&mut position, watcher)?;
     }
     let end = result?;
-    if end.steps_done == from_step && end.steps_done == feed.total_steps() {
+    if end.steps_done == from_step {
         // The generation before this one did the last step and may not have lived to save it.
         watcher.save(trainer, SavePoint { steps_done: from_step, is_last: true, is_temporary: false, loss: f64::NAN })?;
     }
@@ -128,6 +130,9 @@ fn take_steps(
     position: &mut Position,
 ) -> Result<TrainEnd> {
     let mut clock = Instant::now();
+    if watcher.is_far_enough(*position.steps_done) {
+        return Ok(TrainEnd { steps_done: *position.steps_done, reason: EndReason::Stopped });
+    }
     loop {
         watcher.batch_awaited(*position.steps_done)?;
         let Some(mut batch) = feed.next_batch()? else { break };

@@ -28,6 +28,8 @@ pub struct GenerationFacts {
     pub generation: u64,
     /// Steps of the whole run.
     pub total_steps: u64,
+    /// Step after which all workers save and leave; all members were told the same.
+    pub until_step: Option<u64>,
     /// Set when it is over.
     pub interrupt: Arc<AtomicBool>,
 }
@@ -132,6 +134,10 @@ impl Watcher for RunWatcher<'_> {
         Ok(())
     }
 
+    fn is_far_enough(&self, steps_done: u64) -> bool {
+        steps_done < self.facts.total_steps && self.facts.until_step.is_some_and(|until_step| steps_done >= until_step)
+    }
+
     fn asks(&mut self, steps_done: u64) -> Asks {
         let client = &self.worker.client;
         client.progress(self.facts.generation, steps_done, Phase::Training);
@@ -139,7 +145,8 @@ impl Watcher for RunWatcher<'_> {
         let is_ordered = client.take_save_request().is_some();
         self.save_asked |= self.is_leader && (is_ordered || self.is_save_time());
         Asks {
-            stop: client.stop_requested().is_some(),
+            // The wishes of this step count at its end.
+            stop: client.stop_requested().is_some() || self.facts.until_step.is_some_and(|until_step| steps_done + 1 >= until_step),
             regroup: client.regroup_requested(self.facts.generation).is_some(),
             save: self.save_asked && !self.checkpointer.is_writing(),
         }

@@ -43,6 +43,8 @@ pub struct WorkerOptions {
     pub worker: u32,
     /// Number of workers on this machine, which share its cores.
     pub local_workers: u32,
+    /// Cores that the workers of this run share on this machine; `None` is all.
+    pub cores: Option<u32>,
     /// The run's token.
     pub token: String,
     /// Folder of another `PyTorch`, for its CUDA half.
@@ -164,11 +166,11 @@ fn join(options: &WorkerOptions, recipe: &Recipe, listener: &TcpListener) -> Res
 }
 
 fn prepare(options: WorkerOptions, recipe: Recipe, listener: TcpListener, client: Arc<Client>) -> Result<(Worker, Drills)> {
-    let WorkerOptions { run, worker: slot, local_workers, torch_folder, drills, .. } = options;
+    let WorkerOptions { run, worker: slot, local_workers, cores, torch_folder, drills, .. } = options;
     // The slots of one host follow each other, so that their remainders differ.
     let device_index = (slot % local_workers.max(1)) as usize;
     let device = crate::device::open(recipe.train.device, device_index, torch_folder.as_deref())?;
-    crate::device::set_threads(recipe.train.threads, local_workers);
+    crate::device::set_threads(recipe.train.threads, cores, local_workers);
     let dataset = Arc::new(Dataset::open(&recipe.data.output)?);
     let (tokenizer, anchor_id) = Tokenizer::load_with_anchor(&recipe.model.tokenizer, &recipe.model.anchor_token)?;
     dataset.check_tokenizer(&tokenizer)?;
@@ -189,11 +191,11 @@ fn serve(worker: &Arc<Worker>, belongings: &mut Belongings) -> Result<()> {
     worker.client.ready(0, None)?;
     loop {
         match worker.client.next(IDLE_WAIT)? {
-            Some(CoordinatorMessage::Start { generation, rank, members, peers, collective_key, source }) => {
+            Some(CoordinatorMessage::Start { generation, rank, members, peers, collective_key, source, until_step }) => {
                 let interrupt = Arc::new(AtomicBool::new(false));
                 let key = collective_key.expose().to_owned();
                 let assignment =
-                    Assignment { generation, rank: rank as usize, members, peers, key, source, interrupt: Arc::clone(&interrupt) };
+                    Assignment { generation, rank: rank as usize, members, peers, key, source, until_step, interrupt: Arc::clone(&interrupt) };
                 worker.client.on_abort(Box::new(move |aborted, _reason| {
                     if aborted >= generation {
                         interrupt.store(true, Ordering::SeqCst);

@@ -35,7 +35,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use cloze_recipes::failure::Failure;
+use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::ModelShape;
 use signal_hook::consts::{SIGHUP, SIGTERM, SIGUSR1, SIGUSR2};
 use tch::Device;
@@ -232,16 +232,17 @@ fn leave_signals_to_the_launcher() -> Result<()> {
 /// Environment variables of this program are read here and in `main`; the object store reads its own.
 fn run(command: Command) -> Result<()> {
     let torch_folder = std::env::var_os(torch::cuda::TORCH_FOLDER_VARIABLE).map(PathBuf::from);
+    let cores = cores()?;
     let mut stdout = std::io::stdout().lock();
     match command {
         Command::Train(a) => {
             leave_signals_to_the_launcher()?;
             let token = std::env::var("CLOZE_TOKEN").context("read the run's token from CLOZE_TOKEN")?;
             let TrainArguments { coordinator, run, worker, local_workers, drills } = a;
-            worker::run(WorkerOptions { coordinator, run, worker, local_workers, token, torch_folder, drills })
+            worker::run(WorkerOptions { coordinator, run, worker, local_workers, cores, token, torch_folder, drills })
         }
         Command::Eval(EvalArguments { recipe, run, model, output }) => {
-            evaluate::evaluate(&EvaluateOptions { recipe, run, model, output, torch_folder }, &mut stdout)
+            evaluate::evaluate(&EvaluateOptions { recipe, run, model, output, cores, torch_folder }, &mut stdout)
         }
         Command::Predict(PredictArguments { model, labels, template, anchor, max_length, texts }) => {
             let labels = labels.iter().map(|label| label.trim().to_owned()).collect();
@@ -269,7 +270,7 @@ fn run(command: Command) -> Result<()> {
         }
         Command::Bench(a) => {
             torch::memory::keep_freed_memory();
-            device::set_threads(a.threads, 1);
+            device::set_threads(a.threads, cores, 1);
             let placement = placement(&a.placement, torch_folder.as_deref(), true)?;
             let shape: ModelShape = serde_json::from_str(&a.shape).context("read the model's shape")?;
             let options = BenchOptions {
@@ -283,6 +284,17 @@ fn run(command: Command) -> Result<()> {
             writeln!(stdout, "{}", bench::bench(&a.workload, &options)?).context("print the figures")
         }
     }
+}
+
+/// Cores that this program may use together with the other workers of its run.
+fn cores() -> Result<Option<u32>> {
+    let Some(text) = std::env::var_os(device::CORES_VARIABLE) else { return Ok(None) };
+    let number = text.to_str().and_then(|text| text.parse().ok()).filter(|&number: &u32| number > 0);
+    let wrong = || {
+        let failure = Failure::new(FailureKind::Environment, format!("{} is no number of cores", device::CORES_VARIABLE));
+        failure.expected("a whole number from 1").found(text.display())
+    };
+    Ok(Some(number.ok_or_else(wrong)?))
 }
 
 fn placement(arguments: &PlacementArguments, torch_folder: Option<&Path>, trainable: bool) -> Result<Placement> {

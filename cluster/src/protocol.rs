@@ -211,6 +211,8 @@ pub enum CoordinatorMessage {
         collective_key: Secret,
         /// Where the state comes from.
         source: StateSource,
+        /// Step after which all workers save and leave, as after a stop; `None` goes on to the end.
+        until_step: Option<u64>,
     },
     /// The generation is over; leave its collective at once and wait for the next start.
     Abort {

@@ -9,10 +9,13 @@ pub mod hosts;
 pub mod local;
 pub mod plan;
 pub mod preflight;
+pub mod registry;
+pub mod report;
 pub mod reporter;
 pub mod run_folder;
 pub mod simulate;
 pub mod slurm;
+pub mod sweep;
 pub mod view;
 
 #[cfg(test)]

@@ -40,6 +40,23 @@ impl FailureKind {
             Self::Interrupted => 130,
         }
     }
+
+    /// All kinds.
+    pub const ALL: [Self; 8] = [
+        Self::Recipe,
+        Self::Input,
+        Self::Environment,
+        Self::Storage,
+        Self::Damaged,
+        Self::Mismatch,
+        Self::Run,
+        Self::Interrupted,
+    ];
+
+    /// The kind of a program's exit code; `None` where it ended well or in no way that it names.
+    pub fn of_exit_code(code: i32) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| i32::from(kind.exit_code()) == code)
+    }
 }
 
 /// A user-visible error. Build it with [`Failure::new`] and the chained setters; `?` turns it into an `anyhow::Error`.
@@ -104,6 +121,47 @@ impl Failure {
     }
 }
 
+impl Failure {
+    /// Reads a failure back from what a program wrote about it, `error: ` left out. Text of another shape becomes `what`.
+    pub fn parse(kind: FailureKind, text: &str) -> Self {
+        let (body, hint) = match text.trim_end().split_once("\n\nhint: ") {
+            Some((body, hint)) => (body, Some(hint.to_owned())),
+            None => (text.trim_end(), None),
+        };
+        let mut failure = Self { hint, ..Self::new(kind, String::new()) };
+        let mut part: Option<&str> = None;
+        for line in body.lines() {
+            let start = PART_NAMES.iter().find_map(|name| Some((*name, line.strip_prefix(&format!("  {name}: "))?)));
+            let text = match start {
+                Some((name, text)) => {
+                    part = Some(name);
+                    text
+                }
+                None => line,
+            };
+            let field = match part {
+                None => {
+                    failure.what = joined(Some(&failure.what).filter(|what| !what.is_empty()), text);
+                    continue;
+                }
+                Some("where") => &mut failure.place,
+                Some("expected") => &mut failure.expected,
+                Some("found") => &mut failure.found,
+                Some(_) => &mut failure.cause,
+            };
+            *field = Some(joined(field.as_ref(), text));
+        }
+        failure
+    }
+}
+
+/// Names of the parts as they are written.
+const PART_NAMES: [&str; 4] = ["where", "expected", "found", "cause"];
+
+fn joined(before: Option<&String>, line: &str) -> String {
+    before.map_or_else(|| line.to_owned(), |before| format!("{before}\n{line}"))
+}
+
 impl fmt::Display for Failure {
     /// One line for each part that is set, then a blank line and the hint.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -122,3 +180,30 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_written_is_read_back() {
+        let full = Failure::new(FailureKind::Storage, "failed to write\nthe second line")
+            .at("/a:3:4")
+            .expected("room")
+            .found("none")
+            .because("one\n    two")
+            .hint("free space\nand try again");
+        let bare = Failure::new(FailureKind::Run, "it broke");
+        for failure in [full, bare] {
+            assert_eq!(Failure::parse(failure.kind, &failure.to_string()), failure);
+        }
+    }
+
+    #[test]
+    fn exit_codes_name_their_kinds() {
+        for kind in FailureKind::ALL {
+            assert_eq!(FailureKind::of_exit_code(kind.exit_code().into()), Some(kind));
+        }
+        assert_eq!([0, 1, 2, 137].map(FailureKind::of_exit_code), [None; 4]);
+    }
+}

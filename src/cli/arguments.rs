@@ -51,12 +51,26 @@ pub enum Command {
     Cancel(super::jobs::CancelArguments),
     /// Print the logs of a run
     Logs(super::jobs::LogsArguments),
+    /// Run every point of a recipe's sweep, and survive whatever happens to the controller
+    Sweep {
+        /// What to do with a sweep.
+        #[command(subcommand)]
+        command: super::sweep::SweepCommand,
+    },
+    /// Run everything that a paper's table needs, and print it beside ours
+    Reproduce(super::reproduce::ReproduceArguments),
     /// Say how a run is
     Status(super::status::StatusArguments),
     /// Watch a run until it ends
     Watch(super::status::WatchRunArguments),
     /// Score a model on the evaluation tasks of a recipe or run
     Eval(EvalArguments),
+    /// Put the results of runs or of a study beside a paper's table, with verdicts and plots
+    Report(super::report::ReportArguments),
+    /// List, search and show runs
+    Runs(super::runs::RunsArguments),
+    /// Say what two runs differ in: their recipes key by key, and their results
+    Diff(super::runs::DiffArguments),
     /// Answer texts with a model folder, as JSON lines
     Predict(PredictArguments),
     /// List, verify, compare, delete and export checkpoints
@@ -253,6 +267,9 @@ pub struct WatchArguments {
     /// Print no progress
     #[arg(long, short)]
     pub quiet: bool,
+    /// Save and leave after this step; `cloze resume` goes on from it as if it had not been left
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub until_step: Option<u64>,
     /// Drill: let worker N (from 0) fail once at a step, to watch the run recover; KIND is kill, freeze, hang, nan or oom; may be repeated
     #[arg(long = "drill", value_name = "KIND:N@STEP")]
     pub drills: Vec<String>,

@@ -11,12 +11,17 @@ pub mod load;
 pub mod places;
 pub mod plan;
 pub mod preflight;
+pub mod report;
+pub mod reproduce;
 pub mod run;
+pub mod runs;
 pub mod simulate;
 pub mod status;
 pub mod submit;
+pub mod sweep;
 pub mod worker_process;
 
+mod bucket_runs;
 mod errors;
 
 pub use errors::{error_text, start_logging};

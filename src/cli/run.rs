@@ -138,6 +138,7 @@ fn plan(slots: Slots, watch: &WatchArguments, recipe: Recipe, total_steps: u64) 
         resumed: false,
         dashboard: watch.dashboard.0,
         drills: drills(watch)?,
+        until_step: watch.until_step,
     };
     // Before a run folder is made; the launcher checks again, for callers that are not this one.
     plan.check()?;
@@ -153,6 +154,7 @@ fn drills(watch: &WatchArguments) -> Result<Vec<Drill>, Failure> {
 /// Launches, and says what to do next.
 fn go(run: RunFolder, plan: LaunchPlan, hosts: Option<&Hosts>, quiet: bool) -> Result<ExitCode> {
     let run_path = run.path().to_owned();
+    let until_step = plan.until_step;
     let elsewhere = plan.local_workers < plan.workers;
     let again = match hosts {
         Some(_) if elsewhere => " with the same hosts and `--workers-per-host`".to_owned(),
@@ -171,6 +173,10 @@ fn go(run: RunFolder, plan: LaunchPlan, hosts: Option<&Hosts>, quiet: bool) -> R
                 "run folder: {shown}\nnext: cloze eval {shown}, cloze export {shown} --output DIR, tensorboard --logdir {shown}/tensorboard"
             );
             write_last_line(&mut std::io::stderr(), &next)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        RunEnd::Stopped { step } if until_step.is_some_and(|until_step| step >= until_step) => {
+            write_last_line(&mut std::io::stderr(), &format!("run folder: {shown}\nstep {step} is saved; go on with: {again}"))?;
             Ok(ExitCode::SUCCESS)
         }
         RunEnd::Stopped { step } => {

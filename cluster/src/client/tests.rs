@@ -67,6 +67,7 @@ fn start(generation: u64) -> CoordinatorMessage {
         peers: vec!["127.0.0.1:9000".to_owned()],
         collective_key: Secret::new("k"),
         source: protocol::StateSource::Checkpoint,
+        until_step: None,
     }
 }
 
@@ -305,6 +306,7 @@ impl Controller {
             state_is_replicated: true,
             journal: Some(journal.to_owned()),
             adopt,
+            until_step: None,
         };
         let coordinator = runtime.block_on(Coordinator::bind(options)).unwrap();
         let address = coordinator.address();

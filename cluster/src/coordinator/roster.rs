@@ -215,7 +215,7 @@ impl Roster {
         let seats = members.iter().filter_map(|&slot| self.seats[slot as usize].as_ref());
         let peers: Vec<String> = seats.map(|seat| seat.collective_address.clone()).collect();
         anyhow::ensure!(peers.len() == members.len(), "a member of generation {generation} has no seat");
-        let frames = StartFrames::new(generation, (members, &peers), &Secret::random()?, source)?;
+        let frames = StartFrames::new(generation, (members, &peers), &Secret::random()?, (source, self.limits.until_step))?;
         self.record(Entry::Generation { generation, members: members.to_vec(), addresses: peers.clone() })?;
         self.state.generation = generation;
         self.forget_reports();

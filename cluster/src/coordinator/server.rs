@@ -73,6 +73,8 @@ pub struct CoordinatorOptions {
     pub journal: Option<PathBuf>,
     /// Take over the generation that runs according to the journal, if there is one.
     pub adopt: bool,
+    /// Step after which the workers of every generation that starts from now on save and leave; `None` goes on to the end.
+    pub until_step: Option<u64>,
 }
 
 /// An order of the launcher.
@@ -267,6 +269,7 @@ fn limits(options: &CoordinatorOptions) -> Limits {
         retries_per_step: options.retries_per_step,
         exclude_host_after: options.exclude_host_after,
         state_is_replicated: options.state_is_replicated,
+        until_step: options.until_step,
         adopt_timeout: Duration::from_secs(ADOPT_TIMEOUT_S),
     }
 }

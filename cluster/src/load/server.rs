@@ -91,5 +91,6 @@ fn options(workers: u32, token: Secret) -> CoordinatorOptions {
         state_is_replicated: true,
         journal: None,
         adopt: false,
+        until_step: None,
     }
 }

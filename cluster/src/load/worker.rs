@@ -327,6 +327,7 @@ mod tests {
             peers: (0..num_workers).map(|worker| format!("10.0.0.1:{worker}")).collect(),
             collective_key: Secret::new("key"),
             source: StateSource::Checkpoint,
+            until_step: None,
         })
         .unwrap()
     }

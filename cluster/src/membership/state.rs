@@ -31,6 +31,8 @@ pub struct Limits {
     pub exclude_host_after: u32,
     /// Whether every worker holds the whole state, so that one worker's memory is enough to go on.
     pub state_is_replicated: bool,
+    /// Step after which the members of a generation save and leave.
+    pub until_step: Option<u64>,
     /// How long the members of a generation that a coordinator left behind may take to come back.
     pub adopt_timeout: Duration,
 }

@@ -22,6 +22,7 @@ fn limits() -> Limits {
         retries_per_step: 2,
         exclude_host_after: 0,
         state_is_replicated: true,
+        until_step: None,
         adopt_timeout: at(10.0),
     }
 }

@@ -148,6 +148,7 @@ struct SharedStart<'a> {
     peers: &'a [String],
     collective_key: &'a Secret,
     source: &'a StateSource,
+    until_step: Option<u64>,
 }
 
 impl StartFrames {
@@ -156,9 +157,9 @@ impl StartFrames {
         generation: u64,
         (members, peers): (&[u32], &[String]),
         collective_key: &Secret,
-        source: &StateSource,
+        (source, until_step): (&StateSource, Option<u64>),
     ) -> Result<Self, FrameError> {
-        let body = serde_json::to_vec(&SharedStart { generation, members, peers, collective_key, source })?;
+        let body = serde_json::to_vec(&SharedStart { generation, members, peers, collective_key, source, until_step })?;
         checked_length(body.len() as u64)?;
         // The brace that opens the object belongs to the head.
         Ok(Self { shared: body[1..].into() })

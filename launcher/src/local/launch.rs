@@ -87,6 +87,8 @@ pub struct LaunchPlan {
     pub dashboard: Option<SocketAddr>,
     /// Failures on purpose, to see the recovery.
     pub drills: Vec<Drill>,
+    /// Step after which the run is left, with its state saved; `None` goes on to the end.
+    pub until_step: Option<u64>,
 }
 
 /// Runs to the end: starts coordinator and workers, replaces workers within the recipe's budget, reports. Blocks.
@@ -195,6 +197,7 @@ impl LaunchPlan {
             state_is_replicated: self.recipe.train.shard == Shard::None,
             journal: Some(run.paths().journal()),
             adopt,
+            until_step: self.until_step,
         }
     }
 }

@@ -20,7 +20,7 @@ mod log;
 mod process;
 mod record;
 mod restart;
-mod signals;
+pub(crate) mod signals;
 mod slot_locks;
 mod slots;
 mod supervisor;

@@ -18,7 +18,7 @@ const MEANINGS: [(&str, i32, Request); 5] = [
 
 /// What a signal asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Request {
+pub(crate) enum Request {
     /// Save and leave; a second one ends everything at once.
     Stop,
     /// Save and leave. A batch system sends it some time before the SIGTERM of its time limit, which then is a first one.
@@ -29,13 +29,13 @@ pub(super) enum Request {
 
 /// The flags. While this value lives, the signals do not end the program by themselves.
 #[derive(Debug)]
-pub(super) struct Signals {
+pub(crate) struct Signals {
     flags: Vec<(&'static str, Request, Arc<AtomicBool>, SigId)>,
 }
 
 impl Signals {
     /// Starts to listen.
-    pub(super) fn listen() -> io::Result<Self> {
+    pub(crate) fn listen() -> io::Result<Self> {
         let mut signals = Self { flags: Vec::new() };
         for (name, signal, request) in MEANINGS {
             let raised = Arc::new(AtomicBool::new(false));
@@ -47,7 +47,7 @@ impl Signals {
 
     /// The name of a signal with this meaning that came since the last call. Several at once are one request, as from a wrapper
     /// that forwards them all.
-    pub(super) fn take(&self, request: Request) -> Option<&'static str> {
+    pub(crate) fn take(&self, request: Request) -> Option<&'static str> {
         let of_request = self.flags.iter().filter(|(_, meaning, ..)| *meaning == request);
         let raised: Vec<&str> =
             of_request.filter(|(_, _, raised, _)| raised.swap(false, Ordering::SeqCst)).map(|(name, ..)| *name).collect();
@@ -56,7 +56,7 @@ impl Signals {
 
     /// As if the signals with this meaning had come; a real one would reach every listener of this test program.
     #[cfg(test)]
-    pub(super) fn raise(&self, request: Request) {
+    pub(crate) fn raise(&self, request: Request) {
         for (_, _, raised, _) in self.flags.iter().filter(|(_, meaning, ..)| *meaning == request) {
             raised.store(true, Ordering::SeqCst);
         }

@@ -16,6 +16,7 @@ mod allocation;
 mod begin;
 mod client;
 mod command;
+mod element;
 mod job;
 mod journal;
 mod logs;
@@ -36,6 +37,7 @@ mod watch;
 
 pub use allocation::{AllocationOptions, JobOutcome, run_in_job};
 pub use client::Slurm;
+pub use element::array_element;
 pub use job::{ExitStatus, JobId, JobState, State};
 pub use journal::{AttemptEvent, JobEvent, JobRecord, Role};
 pub use logs::{LogChoice, show_logs};

@@ -25,6 +25,7 @@ fn limits() -> Limits {
         retries_per_step: 1,
         exclude_host_after: 0,
         state_is_replicated: true,
+        until_step: None,
         adopt_timeout: at(10),
     }
 }

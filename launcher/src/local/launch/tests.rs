@@ -34,6 +34,7 @@ fn plan(worker_binary: &Path) -> LaunchPlan {
         resumed: false,
         dashboard: None,
         drills: Vec::new(),
+        until_step: None,
     }
 }
 

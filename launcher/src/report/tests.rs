@@ -1,0 +1,130 @@
+//! Whole reports, from folders to text.
+
+use std::fs;
+
+use cloze_recipes::failure::{Failure, FailureKind};
+use serde_json::{Value, json};
+
+use super::fixtures::{run_folder, study, write};
+use super::{OrderVerdict, StudyReport, Verdict, report_folders, report_study};
+
+fn report() -> (tempfile::TempDir, StudyReport) {
+    let root = tempfile::tempdir().unwrap();
+    let report = report_study(&study(root.path())).unwrap();
+    (root, report)
+}
+
+#[test]
+fn the_terminal_shows_the_papers_table_with_ours_beside_it() {
+    let (_root, report) = report();
+    let expected = include_str!("snapshots/study.txt");
+    assert_eq!(report.table(), expected, "\n{}", report.table());
+}
+
+#[test]
+fn the_markdown_is_what_a_reader_pastes() {
+    let (_root, report) = report();
+    let expected = include_str!("snapshots/study.md");
+    assert_eq!(report.markdown(), expected, "\n{}", report.markdown());
+}
+
+#[test]
+fn the_json_has_every_value_and_its_trials() {
+    let (root, report) = report();
+    let json: Value = serde_json::from_str(&report.json().unwrap()).unwrap();
+    let row = &json["table"]["rows"][0];
+    assert_eq!((row["name"].as_str(), row["trials"].as_array().map(Vec::len)), (Some("100 % ATP"), Some(3)));
+    assert_eq!(row["cells"][0]["values"].as_array().map(Vec::len), Some(3));
+    assert_eq!((&row["cells"][0]["verdict"], &row["cells"][0]["ours"]["count"]), (&json!("within"), &json!(3)));
+    assert_eq!(json["states"], json!([["done", 8], ["failed", 1]]));
+    // Two workers from second 0 to second 27 in nine runs, on GPUs.
+    assert!((report.gpu_hours - 9.0 * 54.0 / 3600.0).abs() < 1e-9, "{}", report.gpu_hours);
+    let folder = root.path().join("out/deep");
+    report.write_all(&folder).unwrap();
+    assert_eq!(fs::read_to_string(folder.join("report.json")).unwrap(), report.json().unwrap());
+    assert_eq!(fs::read_to_string(folder.join("report.md")).unwrap(), report.markdown());
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 3);
+}
+
+#[test]
+fn verdicts_and_orders_of_the_study() {
+    let (_root, report) = report();
+    let verdicts: Vec<Verdict> = report.table.rows.iter().map(|row| row.cells[0].verdict).collect();
+    assert_eq!(verdicts, [Verdict::Within, Verdict::Below, Verdict::NoVerdict, Verdict::NoVerdict]);
+    let last = &report.table.rows[3];
+    assert_eq!((last.name.as_str(), last.in_paper, last.cells[0].values.len()), ("auxiliary=mlm, auxiliary_ratio=0.2", false, 2));
+    assert_eq!((report.orders.len(), report.orders[0].verdict), (1, OrderVerdict::Holds));
+}
+
+#[test]
+fn the_page_needs_nothing_else_and_names_its_pictures() {
+    let (_root, report) = report();
+    let page = report.html();
+    for forbidden in ["<script", "http://", "https://", "url(", "@import", " src="] {
+        assert!(!page.contains(forbidden), "{forbidden}");
+    }
+    for wanted in ["prefers-color-scheme: dark", "name=\"viewport\"", "Llama 3 &lt;1B&gt;", "does not reach it", "restart budget spent"] {
+        assert!(page.contains(wanted), "{wanted}");
+    }
+    let sections: Vec<&str> = report.figures.iter().map(|figure| figure.section.as_str()).collect();
+    assert_eq!(sections, ["Training", "Swept values", "Prompt spread", "Confusion", "Confusion", "Confusion"]);
+    assert_eq!(page.matches("<svg ").count(), report.figures.len());
+    assert_eq!(page.matches("<title id=").count(), report.figures.len());
+    assert_eq!(page.matches("<desc id=").count(), report.figures.len());
+    let mut ids: Vec<&str> = page.match_indices("<title id=\"").map(|(at, start)| page[at + start.len()..].split('"').next().unwrap()).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), report.figures.len(), "two pictures have the same id");
+    for figure in &report.figures {
+        assert!(!figure.numbers.rows.is_empty() && figure.numbers.rows.iter().all(|row| row.len() == figure.numbers.header.len()));
+    }
+}
+
+#[test]
+fn damaged_files_are_notes_and_the_rest_is_reported() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = study(root.path());
+    fs::write(folder.join("trials/none-42.json"), "{").unwrap();
+    fs::write(folder.join("runs/table1-none-43/eval/eval.json"), "[1]").unwrap();
+    fs::write(folder.join("runs/table1-none-44/run.json"), "\0").unwrap();
+    let report = report_study(&folder).unwrap();
+    assert_eq!(report.notes.len(), 3, "{:?}", report.notes);
+    let cell = &report.table.rows[0].cells[0];
+    assert_eq!((cell.values.len(), cell.verdict), (1, Verdict::Within));
+    assert!(cell.reason.ends_with("one seed, so that nothing is known of its spread"), "{}", cell.reason);
+    assert_eq!(report.orders[0].verdict, OrderVerdict::Undecided);
+    // Without the study's own file its trials still make a table.
+    fs::write(folder.join("study.json"), "?").unwrap();
+    let report = report_study(&folder).unwrap();
+    assert_eq!((report.name.as_str(), report.source, report.table.rows.len()), ("table1", None, 3));
+}
+
+#[test]
+fn runs_that_stand_alone_are_a_table_of_tasks() {
+    let root = tempfile::tempdir().unwrap();
+    let folders = ["one", "two"].map(|name| root.path().join(name));
+    run_folder(&folders[0], 1, Some(0.25));
+    run_folder(&folders[1], 2, None);
+    let report = report_folders(&folders, None).unwrap();
+    let names: Vec<&str> = report.table.columns.iter().map(|column| column.name.as_str()).collect();
+    assert_eq!((report.name.as_str(), names), ("one, two", vec!["mmlu accuracy", "training loss"]));
+    let values: Vec<usize> = report.table.rows.iter().flat_map(|row| row.cells.iter().map(|cell| cell.values.len())).collect();
+    assert_eq!(values, [1, 1, 0, 1], "the second run was not evaluated");
+    assert_eq!(report.table.rows[1].cells[0].reason, "no trial has this score yet: 1 failed");
+    assert!(report.table().contains("25.00 (1)"), "{}", report.table());
+    let error = report_folders(&[root.path().join("none")], None).unwrap_err();
+    assert_eq!(error.downcast_ref::<Failure>().unwrap().kind, FailureKind::Input);
+}
+
+#[test]
+fn an_earlier_stage_is_no_arm_and_a_stopped_trial_does_not_count() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = study(root.path());
+    let path = folder.join("trials/mlm-42.json");
+    let mut trial: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    (trial["state"], trial["parent"]) = (json!("stopped_early"), json!("mlm-44"));
+    write(&path, &trial);
+    let report = report_study(&folder).unwrap();
+    let row = &report.table.rows[3];
+    assert_eq!((row.trials.len(), row.cells[0].values.as_slice()), (2, [32.0].as_slice()));
+}

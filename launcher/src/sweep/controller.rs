@@ -1,0 +1,428 @@
+//! The loop that owns a sweep: takes in what has ended, decides, hands out, and writes every change down before it acts on it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use cloze_recipes::failure::{Failure, FailureKind};
+
+use super::batch::{Assignment, Batch, End, Outcome};
+use super::decide::{Action, FailedAttempt, Fate, Limits, Reason, SweepState, TrialStatus, after_failure, decide};
+use super::executor::{Executor, Out};
+use super::folder::{SweepPlan, outcome_name};
+use super::journal::Journal;
+use super::lease::MAX_CLOCK_SKEW_S;
+use super::open::OpenStudy;
+use super::record::{Place, Rung, TrialRecord, TrialState};
+use super::talk::Talk;
+use super::time::unix_now_s;
+use super::work::run_facts;
+use crate::local::signals::{Request, Signals};
+use crate::run_folder::{remove_if_there, storage};
+
+/// Failed attempts in a row without a new step, after which a trial has failed.
+const MAX_FRUITLESS_ATTEMPTS: u32 = 3;
+
+/// Wait before the second attempt, in seconds.
+const BACKOFF_S: f64 = 2.0;
+
+/// Longest wait between two attempts, in seconds.
+const BACKOFF_MAX_S: f64 = 120.0;
+
+/// After processes were ended by force, longest wait for them to be gone, in seconds.
+const KILL_WAIT_S: u64 = 10;
+
+/// How a controller's work has ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SweepEnd {
+    /// The records.
+    pub records: Vec<TrialRecord>,
+    /// Somebody asked for an end before everything was done.
+    pub is_interrupted: bool,
+}
+
+/// The controller of one sweep.
+pub struct Controller {
+    journal: Journal,
+    plan: SweepPlan,
+    records: Vec<TrialRecord>,
+    executor: Executor,
+    talk: Talk,
+    next_batch: u32,
+    stop: Stop,
+    /// Hosts whose clocks were already complained of.
+    skewed_hosts: BTreeSet<String>,
+}
+
+/// How far an end has come that somebody asked for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Stop {
+    No,
+    /// What is out saves and leaves.
+    Asked,
+    /// The controller leaves; what is in the queue stays there.
+    Detached,
+    /// What is out on this machine was ended at once.
+    Killed(Instant),
+}
+
+impl Controller {
+    /// The controller of a study that is open.
+    pub fn new(study: OpenStudy, executor: Executor, mut talk: Talk) -> anyhow::Result<Self> {
+        let OpenStudy { journal, plan, records, odd } = study;
+        for text in odd {
+            talk.line(&format!("warning: {text}"));
+        }
+        let next_batch = newest_batch(&journal, &records)? + 1;
+        // What an earlier `cloze sweep cancel` has asked for is done.
+        let path = journal.folder().cancel_path();
+        remove_if_there(&path).map_err(|error| storage("remove a file", &path, &error))?;
+        Ok(Self { journal, plan, records, executor, talk, next_batch, stop: Stop::No, skewed_hosts: BTreeSet::new() })
+    }
+
+    /// Runs until nothing is left to do, or until somebody asks for an end. A first signal asks what is out on this machine to save; a
+    /// second ends it. An error ends the controller; what is out goes on, and the next controller takes it in.
+    pub fn run(mut self) -> anyhow::Result<SweepEnd> {
+        let signals = Signals::listen().context("listen to signals")?;
+        self.tell_found();
+        loop {
+            let now = unix_now_s();
+            self.heed(&signals)?;
+            self.take_in(now)?;
+            self.journal.renew(now)?;
+            let reason = self.act(now)?;
+            if reason.is_over() || self.may_leave() {
+                break;
+            }
+            self.talk.status(&self.records, reason);
+            sleep(self.executor.poll_interval());
+        }
+        self.talk.clear();
+        let is_interrupted = self.stop != Stop::No;
+        self.journal.close()?;
+        Ok(SweepEnd { records: self.records, is_interrupted })
+    }
+
+    /// Takes everything that is out off its machines, without starting anything: for a sweep whose controller is gone.
+    pub fn cancel(mut self) -> anyhow::Result<SweepEnd> {
+        self.take_in(unix_now_s())?;
+        self.stop_all()?;
+        self.run()
+    }
+
+    fn tell_found(&mut self) {
+        let num_out = self.outs().len();
+        if num_out > 0 {
+            self.talk.line(&format!("{num_out} trials of an earlier controller are out; they go on"));
+        }
+    }
+
+    /// Signals and the wishes of `cloze sweep cancel`.
+    fn heed(&mut self, signals: &Signals) -> anyhow::Result<()> {
+        if let Some(signal) = signals.take(Request::Stop).or_else(|| signals.take(Request::EarlyStop)) {
+            match self.stop {
+                Stop::No if self.executor.is_queue() => {
+                    let num_out = self.outs().len();
+                    self.talk.line(&format!("{signal}: the controller leaves; {num_out} trials stay in the queue, and `cloze sweep cancel` ends them"));
+                    self.stop = Stop::Detached;
+                }
+                Stop::No => {
+                    self.talk.line(&format!("{signal}: nothing is started any more; what is out saves and leaves; another signal ends it at once"));
+                    self.stop_all()?;
+                }
+                Stop::Asked => {
+                    self.talk.line(&format!("{signal} again: what is out is ended at once"));
+                    let outs = outs_of(&self.records);
+                    self.executor.stop(&outs)?;
+                    self.stop = Stop::Killed(Instant::now());
+                }
+                Stop::Detached | Stop::Killed(_) => {}
+            }
+        }
+        if self.stop == Stop::No && self.journal.folder().cancel_path().exists() {
+            self.talk.line("`cloze sweep cancel`: nothing is started any more; what is out saves and leaves");
+            self.stop_all()?;
+        }
+        Ok(())
+    }
+
+    fn stop_all(&mut self) -> anyhow::Result<()> {
+        self.stop = Stop::Asked;
+        let outs = outs_of(&self.records);
+        self.executor.stop(&outs)
+    }
+
+    /// Whether the controller leaves although trials are out.
+    fn may_leave(&self) -> bool {
+        match self.stop {
+            Stop::Detached => true,
+            Stop::Killed(since) if since.elapsed() > Duration::from_secs(KILL_WAIT_S) => {
+                self.executor.kill(&self.outs());
+                true
+            }
+            Stop::No | Stop::Asked | Stop::Killed(_) => false,
+        }
+    }
+
+    /// Takes in the attempts that have ended: those with an outcome, and those on which nobody works any more.
+    fn take_in(&mut self, now: f64) -> anyhow::Result<()> {
+        if self.outs().is_empty() {
+            return Ok(());
+        }
+        let written = self.written_outcomes()?;
+        for trial in 0..self.records.len() {
+            let record = &self.records[trial];
+            let is_written = record.state == TrialState::Training && written.contains(&outcome_name(&record.hash, record.attempts));
+            if is_written {
+                self.take_outcome(now, trial)?;
+            }
+        }
+        let outs = outs_of(&self.records);
+        for gone in self.executor.gone(&outs)? {
+            // It may have written its outcome just before it went.
+            if !self.take_outcome(now, gone.trial)? {
+                self.take_loss(now, gone.trial, &gone.how)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn written_outcomes(&self) -> anyhow::Result<BTreeSet<String>> {
+        let path = self.journal.folder().outcomes_path();
+        let failed = |error: &std::io::Error| storage("list the outcomes", &path, error);
+        let mut names = BTreeSet::new();
+        for entry in fs::read_dir(&path).map_err(|error| failed(&error))? {
+            names.insert(entry.map_err(|error| failed(&error))?.file_name().to_string_lossy().into_owned());
+        }
+        Ok(names)
+    }
+
+    /// Takes in the outcome of the newest attempt at a trial; false where there is none.
+    fn take_outcome(&mut self, now: f64, trial: usize) -> anyhow::Result<bool> {
+        let record = &self.records[trial];
+        let Some(outcome) = Outcome::read(self.journal.folder(), &record.hash, record.attempts)? else { return Ok(false) };
+        if outcome.finished > now + MAX_CLOCK_SKEW_S && self.skewed_hosts.insert(outcome.host.clone()) {
+            let ahead_s = outcome.finished - now;
+            self.talk.line(&format!("warning: the clock of {} is {ahead_s:.0} s ahead of this host's; set both by NTP", outcome.host));
+        }
+        if let Some(place) = record.place {
+            self.executor.forget(place.batch);
+        }
+        match outcome.end {
+            End::Done | End::Paused => self.take_success(now, trial, outcome)?,
+            End::FailedInTraining | End::FailedAfterTraining => {
+                let failure = outcome.failure.unwrap_or_else(|| Failure::new(FailureKind::Damaged, "an attempt failed without a word"));
+                let is_trained = outcome.end == End::FailedAfterTraining;
+                self.take_failure(now, trial, Loss { failure, step: outcome.step, is_trained })?;
+            }
+        }
+        Ok(true)
+    }
+
+    fn take_success(&mut self, now: f64, trial: usize, outcome: Outcome) -> anyhow::Result<()> {
+        let record = &mut self.records[trial];
+        record.step = outcome.step;
+        (record.metric, record.evaluation) = (outcome.metric, outcome.evaluation);
+        (record.fruitless_attempts, record.retry_at, record.failure) = (0, None, None);
+        if outcome.end == End::Done {
+            record.state = TrialState::Done;
+        } else {
+            record.state = TrialState::StoppedEarly;
+            if record.rungs.last().is_none_or(|rung| rung.step < outcome.step) {
+                record.rungs.push(Rung { step: outcome.step, metric: outcome.metric });
+            }
+        }
+        self.write(now, trial)?;
+        self.talk.ended(&self.records, trial, &self.plan.metric);
+        Ok(())
+    }
+
+    /// An attempt that ended without a word.
+    fn take_loss(&mut self, now: f64, trial: usize, how: &str) -> anyhow::Result<()> {
+        let record = &self.records[trial];
+        let failure = Failure::new(FailureKind::Run, "what worked on the trial ended without a word")
+            .at(self.journal.folder().log_path(&record.name).display())
+            .found(how);
+        let facts = run_facts(&self.journal.folder().run_path(&record.name))?;
+        self.take_failure(now, trial, Loss { failure, step: facts.saved_step, is_trained: facts.is_finished })
+    }
+
+    fn take_failure(&mut self, now: f64, trial: usize, loss: Loss) -> anyhow::Result<()> {
+        let limits = self.limits(usize::MAX);
+        let is_wished = self.stop != Stop::No;
+        let record = &mut self.records[trial];
+        let attempt = FailedAttempt {
+            kind: loss.failure.kind,
+            made_progress: loss.step > record.step,
+            fruitless_before: record.fruitless_attempts,
+        };
+        record.step = loss.step.max(record.step);
+        let open = if loss.is_trained { TrialState::Trained } else { TrialState::Waiting };
+        if is_wished && super::decide::is_transient(loss.failure.kind) {
+            // It was asked to leave, so that is no fault of its own.
+            (record.state, record.retry_at, record.failure) = (open, None, None);
+            self.write(now, trial)?;
+            self.talk.saved(&self.records[trial]);
+            return Ok(());
+        }
+        let retry_at = match after_failure(now, attempt, &limits) {
+            Fate::Retry { at, fruitless } => {
+                (record.state, record.retry_at, record.fruitless_attempts) = (open, Some(at), fruitless);
+                Some(at)
+            }
+            Fate::Fail => {
+                (record.state, record.retry_at) = (TrialState::Failed, None);
+                None
+            }
+        };
+        record.failure = Some(loss.failure);
+        self.write(now, trial)?;
+        self.talk.failed(&self.records[trial], retry_at.map(|at| at - now));
+        Ok(())
+    }
+
+    /// Decides and acts until nothing more is to be done now.
+    fn act(&mut self, now: f64) -> anyhow::Result<Reason> {
+        loop {
+            let outs = outs_of(&self.records);
+            let num_out = outs.len();
+            let limits = match self.executor.room(&outs) {
+                // A queue takes all that can start, since it runs no more of them at a time than the sweep allows. Early stopping needs
+                // the results of some to choose the next.
+                Some(0) => self.limits(num_out),
+                Some(_) if self.plan.early_stopping.is_none() => self.limits(usize::MAX),
+                Some(_) | None => self.limits(self.plan.concurrency as usize),
+            };
+            let state = SweepState { trials: self.statuses(), is_draining: self.stop != Stop::No };
+            let (actions, reason) = decide(now, &state, &limits);
+            let mut starts = Vec::new();
+            for action in &actions {
+                match *action {
+                    Action::Start { trial, until_step } => starts.push((trial, until_step)),
+                    Action::FailWithParent { trial, parent } => self.fail_with_parent(now, trial, parent)?,
+                }
+            }
+            let num_starts = starts.len();
+            if num_starts > 0 {
+                self.hand_out(now, &starts)?;
+            }
+            if actions.is_empty() || num_starts == actions.len() {
+                return Ok(reason);
+            }
+        }
+    }
+
+    fn fail_with_parent(&mut self, now: f64, trial: usize, parent: usize) -> anyhow::Result<()> {
+        let stage = &self.records[parent];
+        let kind = stage.failure.as_ref().map_or(FailureKind::Run, |failure| failure.kind);
+        let failure = Failure::new(kind, format!("its earlier stage {} has failed", stage.name))
+            .hint(format!("`cloze sweep retry {}` tries both again", self.journal.folder().root().display()));
+        let record = &mut self.records[trial];
+        (record.state, record.failure) = (TrialState::Failed, Some(failure));
+        self.write(now, trial)?;
+        self.talk.failed(&self.records[trial], None);
+        Ok(())
+    }
+
+    /// Hands trials out, in as many batches as it takes.
+    fn hand_out(&mut self, now: f64, starts: &[(usize, Option<u64>)]) -> anyhow::Result<()> {
+        let (pack, max_elements) = (self.executor.pack(), self.executor.max_elements());
+        for chunk in starts.chunks(pack * max_elements) {
+            let number = self.next_batch;
+            self.next_batch += 1;
+            let mut elements = Vec::new();
+            for (element, trials) in (0_u32..).zip(chunk.chunks(pack)) {
+                let assignments = trials.iter().map(|&(trial, until_step)| {
+                    let record = &mut self.records[trial];
+                    record.attempts += 1;
+                    record.place = Some(Place { batch: number, element });
+                    Assignment { trial: record.hash.clone(), attempt: record.attempts, until_step }
+                });
+                elements.push(assignments.collect());
+            }
+            let batch = Batch { number, elements };
+            super::folder::StudyFolder::write_json(&self.journal.folder().batch_path(number), &batch)?;
+            // The intent is on the disk before anything is started.
+            for &(trial, _) in chunk {
+                self.records[trial].state = TrialState::Training;
+                self.write(now, trial)?;
+            }
+            if let Err(error) = self.executor.submit(&batch) {
+                for &(trial, _) in chunk {
+                    self.records[trial].state = TrialState::Waiting;
+                    self.write(now, trial)?;
+                }
+                return Err(error);
+            }
+            for &(trial, until_step) in chunk {
+                self.talk.started(&self.records[trial], until_step, self.executor.is_queue());
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, now: f64, trial: usize) -> anyhow::Result<()> {
+        let record = &mut self.records[trial];
+        record.updated = now;
+        self.journal.write(record)
+    }
+
+    fn limits(&self, concurrency: usize) -> Limits {
+        Limits {
+            concurrency,
+            max_fruitless_attempts: MAX_FRUITLESS_ATTEMPTS,
+            backoff_s: BACKOFF_S,
+            backoff_max_s: BACKOFF_MAX_S,
+            ladder: self.plan.ladder(),
+        }
+    }
+
+    fn statuses(&self) -> Vec<TrialStatus> {
+        let of = |(trial, record): (usize, &TrialRecord)| TrialStatus {
+            parent: self.plan.trials[trial].parent,
+            climbs: self.plan.climbs(trial),
+            state: record.state,
+            fruitless_attempts: record.fruitless_attempts,
+            retry_at: record.retry_at,
+            rungs: record.rungs.clone(),
+        };
+        self.records.iter().enumerate().map(of).collect()
+    }
+
+    fn outs(&self) -> Vec<Out<'_>> {
+        outs_of(&self.records)
+    }
+}
+
+/// What is known of an attempt that failed.
+struct Loss {
+    failure: Failure,
+    /// Steps done of the newest saved state.
+    step: u64,
+    /// All steps of the trial are done.
+    is_trained: bool,
+}
+
+/// The trials that are out.
+fn outs_of(records: &[TrialRecord]) -> Vec<Out<'_>> {
+    let out = |(trial, record): (usize, &'_ TrialRecord)| {
+        let place = record.place.filter(|_| record.state == TrialState::Training)?;
+        Some((trial, place))
+    };
+    let found: Vec<(usize, Place)> = records.iter().enumerate().filter_map(out).collect();
+    found.into_iter().map(|(trial, place)| Out { trial, hash: &records[trial].hash, place }).collect()
+}
+
+/// Number of the newest batch; 0 where there is none.
+fn newest_batch(journal: &Journal, records: &[TrialRecord]) -> anyhow::Result<u32> {
+    let path = journal.folder().job_path("");
+    let mut newest = records.iter().filter_map(|record| record.place).map(|place| place.batch).max().unwrap_or(0);
+    for entry in fs::read_dir(&path).map_err(|error| storage("list the batches", &path, &error))? {
+        let name = entry.map_err(|error| storage("list the batches", &path, &error))?.file_name();
+        let number = name.to_str().and_then(|name| name.strip_prefix("batch-")?.strip_suffix(".json")?.parse().ok());
+        newest = newest.max(number.unwrap_or(0));
+    }
+    Ok(newest)
+}

@@ -1,0 +1,117 @@
+//! Where trials run: on this machine, or as jobs of a batch system.
+
+use std::time::Duration;
+
+use super::batch::Batch;
+use super::local::Local;
+use super::queue::Queue;
+use super::record::Place;
+
+/// A trial that is out.
+#[derive(Clone, Copy, Debug)]
+pub struct Out<'a> {
+    /// The trial.
+    pub trial: usize,
+    /// Its hash.
+    pub hash: &'a str,
+    /// Where it was handed to.
+    pub place: Place,
+}
+
+/// A trial on which nobody works any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gone {
+    /// The trial.
+    pub trial: usize,
+    /// How its process or job ended.
+    pub how: String,
+}
+
+/// Where trials run.
+#[derive(Debug)]
+pub enum Executor {
+    /// Child processes of this machine.
+    Local(Local),
+    /// Jobs of a batch system.
+    Queue(Box<Queue>),
+}
+
+impl Executor {
+    /// Hands a batch out. That the batch is meant to be handed out is on the disk by then.
+    pub fn submit(&mut self, batch: &Batch) -> anyhow::Result<()> {
+        match self {
+            Self::Local(local) => local.submit(batch),
+            Self::Queue(queue) => queue.submit(batch),
+        }
+    }
+
+    /// Trials on which nobody works any more.
+    pub fn gone(&mut self, outs: &[Out<'_>]) -> anyhow::Result<Vec<Gone>> {
+        match self {
+            Self::Local(local) => local.gone(outs),
+            Self::Queue(queue) => queue.gone(outs),
+        }
+    }
+
+    /// A trial of this batch has its outcome.
+    pub fn forget(&mut self, batch: u32) {
+        if let Self::Local(local) = self {
+            local.forget(batch);
+        }
+    }
+
+    /// Asks what is out to save and leave.
+    pub fn stop(&mut self, outs: &[Out<'_>]) -> anyhow::Result<()> {
+        match self {
+            Self::Local(local) => {
+                local.stop(outs);
+                Ok(())
+            }
+            Self::Queue(queue) => queue.cancel(outs),
+        }
+    }
+
+    /// Ends what is out on this machine.
+    pub fn kill(&self, outs: &[Out<'_>]) {
+        if let Self::Local(local) = self {
+            local.kill(outs);
+        }
+    }
+
+    /// Whether trials wait in a queue of their own, so that all of them can be handed out at once and the controller may leave.
+    pub fn is_queue(&self) -> bool {
+        matches!(self, Self::Queue(_))
+    }
+
+    /// Elements that may run beside those that are out; `None` where the sweep's concurrency says it all.
+    pub fn room(&mut self, outs: &[Out<'_>]) -> Option<usize> {
+        match self {
+            Self::Local(_) => None,
+            Self::Queue(queue) => Some(queue.room(outs)),
+        }
+    }
+
+    /// How many trials share an element of a batch.
+    pub fn pack(&self) -> usize {
+        match self {
+            Self::Local(_) => 1,
+            Self::Queue(queue) => queue.pack(),
+        }
+    }
+
+    /// Most elements of a batch.
+    pub fn max_elements(&self) -> usize {
+        match self {
+            Self::Local(_) => 1,
+            Self::Queue(_) => super::queue::MAX_ELEMENTS,
+        }
+    }
+
+    /// How long to wait before the next look.
+    pub fn poll_interval(&self) -> Duration {
+        match self {
+            Self::Local(_) => Local::poll_interval(),
+            Self::Queue(queue) => queue.poll_interval(),
+        }
+    }
+}

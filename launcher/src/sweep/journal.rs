@@ -1,0 +1,196 @@
+//! The records of a sweep's trials: in the study folder, and where `--journal` says so in a bucket too, so that the controller can be
+//! started again on another machine. This process is the one that writes them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::Context as _;
+use cloze_data::store::{self, Store};
+use cloze_recipes::failure::{Failure, FailureKind};
+
+use super::folder::{StudyFolder, StudyInfo, SweepPlan, read_bounded};
+use super::lease::{Lease, MAX_CLOCK_SKEW_S};
+use super::lock::{FileLock, Taken};
+use super::record::{MAX_RECORD_BYTES, TrialRecord};
+use crate::run_folder::{READABLE, write_whole};
+
+/// Largest object with the recipes of all trials, in bytes; one has some three thousand.
+const MAX_RECIPES_BYTES: u64 = 256 << 20;
+
+/// Largest of the other objects, in bytes.
+const MAX_OBJECT_BYTES: u64 = 64 << 20;
+
+/// Object with the recipes of all trials, by hash.
+const RECIPES: &str = "recipes.json";
+
+/// The journal of a sweep, held by this process until the value is dropped.
+pub struct Journal {
+    folder: StudyFolder,
+    remote: Option<Remote>,
+    _lock: FileLock,
+}
+
+struct Remote {
+    store: Store,
+    lease: Lease,
+}
+
+impl Journal {
+    /// Opens the journal of a study folder. Fails with kind `Run` where another live controller has it.
+    pub fn open(folder: &StudyFolder, url: Option<&str>, now: f64) -> anyhow::Result<Self> {
+        let lock = lock(folder)?;
+        let remote = url.map(|url| Remote::open(url, now)).transpose()?;
+        Ok(Self { folder: folder.clone(), remote, _lock: lock })
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &StudyFolder {
+        &self.folder
+    }
+
+    /// Hash of the study whose journal is in the bucket; `None` where there is none.
+    pub fn remote_hash(&self) -> anyhow::Result<Option<String>> {
+        let Some(Remote { store, .. }) = &self.remote else { return Ok(None) };
+        if store::size_of(store, "study.json")?.is_none() {
+            return Ok(None);
+        }
+        let bytes = store::read_all(store, "study.json", MAX_OBJECT_BYTES)?;
+        let info: StudyInfo = serde_json::from_slice(&bytes).map_err(|error| {
+            Failure::new(FailureKind::Damaged, "the study of a journal cannot be read").at(store.url("study.json")).because(error)
+        })?;
+        Ok(Some(info.hash))
+    }
+
+    /// Puts the study itself into the bucket, the part that names it last.
+    pub fn publish(&self, recipes: &BTreeMap<String, String>) -> anyhow::Result<()> {
+        let Some(Remote { store, .. }) = &self.remote else { return Ok(()) };
+        store::put(store, RECIPES, serde_json::to_vec(recipes).context("serialise the recipes")?)?;
+        for name in ["sweep.json", "study.json"] {
+            let bytes = read_bounded(&self.folder.root().join(name))?.context("read back a file of the study")?;
+            store::put(store, name, bytes)?;
+        }
+        Ok(())
+    }
+
+    /// The records that there are, by hash, and what is odd about them. Those of the bucket win.
+    pub fn records(&self, plan: &SweepPlan, now: f64) -> anyhow::Result<(BTreeMap<String, TrialRecord>, Vec<String>)> {
+        let mut records = read_records(&self.folder, plan)?;
+        if let Some(Remote { store, .. }) = &self.remote {
+            for record in remote_records(store)? {
+                write_record(&self.folder, &record)?;
+                records.insert(record.hash.clone(), record);
+            }
+        }
+        let ahead = records.values().filter(|record| record.updated > now + MAX_CLOCK_SKEW_S);
+        let odd = ahead.map(|record| {
+            let ahead_s = record.updated - now;
+            format!("the record of {} is {ahead_s:.0} s from the future; are the clocks of the hosts set?", record.name)
+        });
+        let odd = odd.collect();
+        Ok((records, odd))
+    }
+
+    /// Writes a record: into the bucket first, since whoever takes over believes that one.
+    pub fn write(&mut self, record: &TrialRecord) -> anyhow::Result<()> {
+        if let Some(Remote { store, .. }) = &self.remote {
+            store::put(store, &record_key(&record.hash), serde_json::to_vec_pretty(record).context("serialise a record")?)?;
+        }
+        write_record(&self.folder, record)
+    }
+
+    /// Keeps what others see of this controller alive.
+    pub fn renew(&mut self, now: f64) -> anyhow::Result<()> {
+        self.remote.as_mut().map_or(Ok(()), |remote| remote.lease.renew(now))
+    }
+
+    /// Leaves the journal to the next controller.
+    pub fn close(mut self) -> anyhow::Result<()> {
+        self.remote.take().map_or(Ok(()), |remote| remote.lease.release())
+    }
+}
+
+impl Drop for Journal {
+    /// Also a controller that fails leaves its lease to the next one, if it can.
+    fn drop(&mut self) {
+        if let Some(Err(error)) = self.remote.take().map(|remote| remote.lease.release()) {
+            tracing::warn!(error = format!("{error:#}"), "the lease of the journal could not be given back; it is over by itself");
+        }
+    }
+}
+
+impl Remote {
+    fn open(url: &str, now: f64) -> anyhow::Result<Self> {
+        let store = store::open(url, &BTreeMap::new())?;
+        let lease = Lease::take(&store, now)?;
+        Ok(Self { store, lease })
+    }
+}
+
+/// Takes the lock of a study.
+fn lock(folder: &StudyFolder) -> Result<FileLock, Failure> {
+    match FileLock::take(&folder.lock_path())? {
+        Taken::Ours(lock) => Ok(lock),
+        Taken::Held(holder) => Err(Failure::new(FailureKind::Run, "another live controller has this sweep")
+            .at(folder.root().display())
+            .found(holder)
+            .hint("`cloze sweep status` says how it is; `cloze sweep cancel` or Ctrl-C in its terminal ends it")),
+    }
+}
+
+/// Brings a study from its bucket into a folder; one that is there already stays as it is. Returns the recipes by hash.
+pub fn restore(folder: &StudyFolder, url: &str) -> anyhow::Result<BTreeMap<String, String>> {
+    let store = store::open(url, &BTreeMap::new())?;
+    if store::size_of(&store, "study.json")?.is_none() {
+        return Err(Failure::new(FailureKind::Input, "this place holds no journal of a sweep")
+            .at(&store.display_url)
+            .hint("`cloze sweep run RECIPE --journal URL` makes one")
+            .into());
+    }
+    folder.make()?;
+    let recipes = store::read_all(&store, RECIPES, MAX_RECIPES_BYTES)?;
+    let recipes: BTreeMap<String, String> = serde_json::from_slice(&recipes).map_err(|error| {
+        Failure::new(FailureKind::Damaged, "the recipes of a journal cannot be read").at(store.url(RECIPES)).because(error)
+    })?;
+    for name in ["sweep.json", "study.json"] {
+        let bytes = store::read_all(&store, name, MAX_OBJECT_BYTES)?;
+        write_whole(&folder.root().join(name), &bytes, READABLE)?;
+    }
+    Ok(recipes)
+}
+
+/// The records of a study folder, without controlling it.
+pub fn read_records(folder: &StudyFolder, plan: &SweepPlan) -> anyhow::Result<BTreeMap<String, TrialRecord>> {
+    let mut records = BTreeMap::new();
+    for trial in &plan.trials {
+        let path = folder.record_path(&trial.hash);
+        if let Some(bytes) = read_bounded(&path)? {
+            records.insert(trial.hash.clone(), TrialRecord::parse(&bytes, &trial.hash, &shown(&path))?);
+        }
+    }
+    Ok(records)
+}
+
+fn remote_records(store: &Store) -> anyhow::Result<Vec<TrialRecord>> {
+    let mut records = Vec::new();
+    for info in store::list_below(store, "trials")? {
+        let name = info.key.rsplit('/').next().and_then(|name| name.strip_suffix(".json"));
+        if let Some(hash) = name {
+            let bytes = store::read_all(store, &info.key, MAX_RECORD_BYTES)?;
+            records.push(TrialRecord::parse(&bytes, hash, &store.url(&info.key))?);
+        }
+    }
+    Ok(records)
+}
+
+fn record_key(hash: &str) -> String {
+    format!("trials/{hash}.json")
+}
+
+/// Writes a record into the study folder.
+pub(super) fn write_record(folder: &StudyFolder, record: &TrialRecord) -> anyhow::Result<()> {
+    StudyFolder::write_json(&folder.record_path(&record.hash), record)
+}
+
+fn shown(path: &Path) -> String {
+    path.display().to_string()
+}

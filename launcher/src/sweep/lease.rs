@@ -1,0 +1,209 @@
+//! One live controller for a journal in a bucket, where there are no file locks.
+//!
+//! A lease is an object with a number, made under the condition that there is none of that number yet, so that of two controllers that
+//! want the next one only one gets it. Its holder renews it by writing it again, and leaves when it finds a newer one. Whoever finds the
+//! newest lease too old takes the next number. Times are those of the hosts' clocks, so a lease from the future is named and not judged.
+
+use anyhow::Context as _;
+use cloze_cluster::host::host_name;
+use cloze_data::store::{self, ConditionalPut, Store};
+use cloze_recipes::failure::{Failure, FailureKind};
+use serde::{Deserialize, Serialize};
+
+/// A lease that was not renewed for longer than this is over, in seconds.
+pub const LEASE_S: f64 = 90.0;
+
+/// A lease is renewed when it is this old, in seconds; it leaves four tries before it is over.
+const RENEW_S: f64 = 20.0;
+
+/// Difference of two hosts' clocks that is ignored, in seconds.
+pub const MAX_CLOCK_SKEW_S: f64 = 10.0;
+
+/// Folder of the leases.
+const FOLDER: &str = "leases";
+
+/// Largest lease, in bytes.
+const MAX_LEASE_BYTES: u64 = 4096;
+
+/// What a lease says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Text {
+    /// `process 7 of host`.
+    holder: String,
+    /// Unix time of the last renewal, in seconds.
+    renewed: f64,
+}
+
+/// A lease that this process holds.
+#[derive(Debug)]
+pub struct Lease {
+    store: Store,
+    number: u64,
+    holder: String,
+    renewed: f64,
+}
+
+/// What the newest lease means for somebody who wants the next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Judgement {
+    /// It may be taken.
+    Free,
+    /// Its holder lives, or did this many seconds ago.
+    Held(u64),
+    /// It is from the future, by this many seconds.
+    Future(u64),
+}
+
+fn judge(now: f64, newest: Option<&Text>) -> Judgement {
+    match newest.map(|text| now - text.renewed) {
+        None => Judgement::Free,
+        Some(age_s) if age_s < -MAX_CLOCK_SKEW_S => Judgement::Future((-age_s) as u64),
+        Some(age_s) if age_s <= LEASE_S => Judgement::Held(age_s.max(0.0) as u64),
+        Some(_) => Judgement::Free,
+    }
+}
+
+impl Lease {
+    /// Takes the lease of a journal. Fails with kind `Run` where another controller has it, `Environment` where a clock is wrong, and
+    /// `Storage` where the store cannot promise that only one gets it.
+    pub fn take(store: &Store, now: f64) -> anyhow::Result<Self> {
+        if store::probe_conditional_put(store)? != ConditionalPut::Honoured {
+            return Err(Failure::new(FailureKind::Storage, "this store cannot promise that a journal has one controller")
+                .at(&store.display_url)
+                .expected("a store that refuses to create an object that is there")
+                .hint("put `--journal` into another store, or leave it out on a disk that all hosts share")
+                .into());
+        }
+        let newest = newest(store)?;
+        let text = newest.as_ref().map(|(_, text)| text);
+        match judge(now, text) {
+            Judgement::Free => {}
+            Judgement::Held(age_s) => return Err(held(store, text, age_s).into()),
+            Judgement::Future(ahead_s) => return Err(from_the_future(store, text, ahead_s).into()),
+        }
+        let number = newest.map_or(1, |(number, _)| number + 1);
+        let holder = format!("process {} of {}", std::process::id(), host_name());
+        let lease = Self { store: store.clone(), number, holder, renewed: now };
+        if !store::put_if_absent(store, &key(number), lease.text(now)?)? {
+            return Err(held(store, None, 0).into());
+        }
+        if number > 1 {
+            store::delete(store, &key(number - 1))?;
+        }
+        Ok(lease)
+    }
+
+    /// Renews it where it is due. Fails with kind `Run` where another controller has taken over meanwhile.
+    pub fn renew(&mut self, now: f64) -> anyhow::Result<()> {
+        if (now - self.renewed).abs() < RENEW_S {
+            return Ok(());
+        }
+        match newest(&self.store)? {
+            Some((number, _)) if number == self.number => {}
+            other => return Err(lost(&self.store, other.as_ref().map(|(_, text)| text.holder.as_str())).into()),
+        }
+        store::put(&self.store, &key(self.number), self.text(now)?)?;
+        self.renewed = now;
+        Ok(())
+    }
+
+    /// Gives it back.
+    pub fn release(self) -> anyhow::Result<()> {
+        store::delete(&self.store, &key(self.number))
+    }
+
+    fn text(&self, now: f64) -> anyhow::Result<Vec<u8>> {
+        serde_json::to_vec(&Text { holder: self.holder.clone(), renewed: now }).context("serialise a lease")
+    }
+}
+
+fn key(number: u64) -> String {
+    format!("{FOLDER}/{number:012}.json")
+}
+
+/// The newest lease; `None` where there is none.
+fn newest(store: &Store) -> anyhow::Result<Option<(u64, Text)>> {
+    let numbers = store::list_below(store, FOLDER)?.into_iter().filter_map(|info| {
+        let name = info.key.rsplit('/').next()?.strip_suffix(".json")?;
+        name.parse::<u64>().ok()
+    });
+    let Some(number) = numbers.max() else { return Ok(None) };
+    let bytes = store::read_all(store, &key(number), MAX_LEASE_BYTES)?;
+    let text = serde_json::from_slice(&bytes).map_err(|error| {
+        Failure::new(FailureKind::Damaged, "the lease of a journal cannot be read")
+            .at(store.url(&key(number)))
+            .because(error)
+            .hint("remove it once no controller of this sweep lives")
+    })?;
+    Ok(Some((number, text)))
+}
+
+fn held(store: &Store, text: Option<&Text>, age_s: u64) -> Failure {
+    let holder = text.map_or("another controller, since a moment ago", |text| text.holder.as_str());
+    Failure::new(FailureKind::Run, "another controller has this sweep").at(store.url(FOLDER)).found(format!("{holder}, {age_s} s ago")).hint(
+        format!("stop it with `cloze sweep cancel` or Ctrl-C; after one that was killed, wait until its lease is over ({LEASE_S} s)"),
+    )
+}
+
+fn from_the_future(store: &Store, text: Option<&Text>, ahead_s: u64) -> Failure {
+    Failure::new(FailureKind::Environment, "the lease of this sweep is from the future")
+        .at(store.url(FOLDER))
+        .expected(format!("clocks that differ by at most {MAX_CLOCK_SKEW_S} s"))
+        .found(format!("{ahead_s} s ahead of this host, by {}", text.map_or("another controller", |text| text.holder.as_str())))
+        .hint("set the clocks of both hosts, by NTP for instance; remove the lease once no controller of this sweep lives")
+}
+
+fn lost(store: &Store, holder: Option<&str>) -> Failure {
+    Failure::new(FailureKind::Run, "another controller has taken this sweep over")
+        .at(store.url(FOLDER))
+        .found(holder.unwrap_or("no lease"))
+        .hint("this one could not renew its lease for too long; its jobs go on, and the other one collects them")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn failure(result: anyhow::Result<Lease>) -> Failure {
+        result.unwrap_err().downcast().unwrap()
+    }
+
+    #[test]
+    fn ages_decide() {
+        let of = |renewed| Text { holder: "process 1 of a".to_owned(), renewed };
+        let cases = [
+            (None, Judgement::Free),
+            (Some(of(1000.0)), Judgement::Held(0)),
+            (Some(of(1008.0)), Judgement::Held(0)),
+            (Some(of(911.0)), Judgement::Held(89)),
+            (Some(of(909.0)), Judgement::Free),
+            (Some(of(1020.0)), Judgement::Future(20)),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(judge(1000.0, text.as_ref()), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_journal_has_one_controller() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = store::open(&folder.path().display().to_string(), &BTreeMap::new()).unwrap();
+        let mut first = Lease::take(&store, 1000.0).unwrap();
+        let second = failure(Lease::take(&store, 1050.0));
+        assert_eq!((second.kind, second.what.as_str()), (FailureKind::Run, "another controller has this sweep"));
+        assert_eq!(second.found.unwrap(), format!("process {} of {}, 50 s ago", std::process::id(), host_name()));
+        first.renew(1060.0).unwrap();
+        assert_eq!(failure(Lease::take(&store, 1100.0)).kind, FailureKind::Run);
+        let behind = failure(Lease::take(&store, 900.0));
+        assert_eq!((behind.kind, behind.what.as_str()), (FailureKind::Environment, "the lease of this sweep is from the future"));
+        // The first stays away for too long; the one that takes over is found by it.
+        let other = Lease::take(&store, 1151.0).unwrap();
+        let lost = first.renew(1160.0).unwrap_err().downcast::<Failure>().unwrap();
+        assert_eq!(lost.what, "another controller has taken this sweep over");
+        other.release().unwrap();
+        Lease::take(&store, 1161.0).unwrap();
+    }
+}

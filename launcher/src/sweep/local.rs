@@ -1,0 +1,128 @@
+//! Trials on this machine: each a child process of its own, which outlives a controller that is killed.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use cloze_cluster::host::host_name;
+use cloze_recipes::failure::{Failure, FailureKind};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+
+use super::batch::Batch;
+use super::executor::{Gone, Out};
+use super::folder::StudyFolder;
+use super::lock::{FileLock, holder_process};
+use super::steps::shown;
+use crate::run_folder::storage;
+
+/// Interval at which the processes are looked at.
+const POLL_MS: u64 = 100;
+
+/// The processes of this machine.
+#[derive(Debug)]
+pub struct Local {
+    folder: StudyFolder,
+    program: PathBuf,
+    /// Processes at the same time, at most; each gets its part of the machine.
+    concurrency: u32,
+    /// The children, by batch.
+    children: BTreeMap<u32, (Child, u32)>,
+}
+
+impl Local {
+    /// Nothing runs yet; `program` is the `cloze` program.
+    pub fn new(folder: StudyFolder, program: PathBuf, concurrency: u32) -> Self {
+        Self { folder, program, concurrency: concurrency.max(1), children: BTreeMap::new() }
+    }
+
+    /// Starts a batch, which has one element here.
+    pub fn submit(&mut self, batch: &Batch) -> anyhow::Result<()> {
+        let log_path = self.folder.log_path(&format!("batch-{:06}", batch.number));
+        let opened = OpenOptions::new().create(true).append(true).open(&log_path);
+        let log = opened.map_err(|error| storage("open a log", &log_path, &error))?;
+        let errors = log.try_clone().map_err(|error| storage("open a log", &log_path, &error))?;
+        let taken: Vec<u32> = self.children.values().map(|(_, place)| *place).collect();
+        let place = (0..self.concurrency).find(|place| !taken.contains(place)).unwrap_or(0);
+        let child = Command::new(&self.program)
+            .args(["sweep", "work"])
+            .arg(self.folder.root())
+            .args(["--batch", &batch.number.to_string(), "--element", "0"])
+            .args(["--place", &place.to_string(), "--of", &self.concurrency.to_string()])
+            // Ctrl-C in the terminal must reach the controller only, and the work must outlive a controller that is killed.
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(errors)
+            .spawn();
+        let child = child.map_err(|error| {
+            Failure::new(FailureKind::Environment, "a trial cannot be started").at(self.program.display()).because(error)
+        })?;
+        self.children.insert(batch.number, (child, place));
+        Ok(())
+    }
+
+    /// Trials whose process has ended. One that an earlier controller has started is known by the lock that it holds.
+    pub fn gone(&mut self, outs: &[Out<'_>]) -> anyhow::Result<Vec<Gone>> {
+        let mut gone = Vec::new();
+        for out in outs {
+            let how = match self.children.get_mut(&out.place.batch) {
+                Some((child, _)) => match child.try_wait().map_err(|error| storage("wait for a process", self.folder.root(), &error))? {
+                    Some(status) => Some(shown(status)),
+                    None => None,
+                },
+                None => match FileLock::holder(&self.folder.trial_lock_path(out.hash))? {
+                    Some(_) => None,
+                    None => Some("nobody knows how: its controller was killed".to_owned()),
+                },
+            };
+            if let Some(how) = how {
+                gone.push(Gone { trial: out.trial, how });
+            }
+        }
+        Ok(gone)
+    }
+
+    /// Forgets a batch, whose outcome is there; its process ends by itself.
+    pub fn forget(&mut self, batch: u32) {
+        if let Some((child, _)) = self.children.get_mut(&batch)
+            && child.try_wait().is_ok_and(|status| status.is_some())
+        {
+            self.children.remove(&batch);
+        }
+    }
+
+    /// Asks the processes to save and leave; asked again they end their programs at once.
+    pub fn stop(&self, outs: &[Out<'_>]) {
+        self.each(outs, |pid| kill_process(pid, Signal::TERM));
+    }
+
+    /// Ends the processes.
+    pub fn kill(&self, outs: &[Out<'_>]) {
+        self.each(outs, |pid| kill_process_group(pid, Signal::KILL));
+    }
+
+    /// How long to wait before the next look.
+    pub fn poll_interval() -> Duration {
+        Duration::from_millis(POLL_MS)
+    }
+
+    fn each(&self, outs: &[Out<'_>], send: impl Fn(Pid) -> rustix::io::Result<()>) {
+        for out in outs {
+            let found = match self.children.get(&out.place.batch) {
+                Some((child, _)) => Some(child.id()),
+                // A process of an earlier controller: while it holds its lock the id is its own.
+                None => holder_process(&self.folder.trial_lock_path(out.hash))
+                    .ok()
+                    .flatten()
+                    .and_then(|(process_id, host)| (host == host_name()).then_some(process_id)),
+            };
+            let pid = found.and_then(|process_id| Pid::from_raw(i32::try_from(process_id).ok()?));
+            if let Some(Err(error)) = pid.map(&send) {
+                tracing::debug!(%error, trial = out.hash, "a process had ended before it was told");
+            }
+        }
+    }
+}

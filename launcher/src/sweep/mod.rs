@@ -1,0 +1,32 @@
+//! Many runs of one recipe: trials by content hash, handed to machines, scored, and never done twice.
+//!
+//! | process                | name                        | on error                               | on stop                              |
+//! |------------------------|-----------------------------|----------------------------------------|--------------------------------------|
+//! | the controller         | the caller's thread         | ends; what is out goes on              | asks what is out to save, waits      |
+//! | an element             | `cloze sweep work`          | its outcomes carry the errors          | asks its runs to save, ends the rest |
+//! | a program of a trial   | `cloze train`, `eval`, …    | its failure becomes the outcome        | SIGUSR2 to runs, SIGTERM to others   |
+//!
+//! [`graph`] finds what trials share, [`decide`] and [`ladder`] say what happens next, [`controller`] does it. Records
+//! ([`record`], [`journal`]) are written by the controller alone; an element ([`work`]) leaves outcomes, which the controller takes in.
+
+pub mod graph;
+pub mod ladder;
+pub mod decide;
+pub mod record;
+pub mod folder;
+pub mod lock;
+pub mod lease;
+pub mod journal;
+pub mod batch;
+pub mod share;
+pub mod steps;
+pub mod work;
+pub mod executor;
+pub mod local;
+pub mod queue;
+pub mod talk;
+pub mod text;
+pub mod open;
+pub mod controller;
+
+mod time;

@@ -1,0 +1,210 @@
+//! A study folder, made from a recipe or found again, under the control of this process.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::study::Study;
+
+use super::folder::{StudyFolder, StudyInfo, SweepOptions, SweepPlan, metric_of, study_hash};
+use super::graph::Graph;
+use super::journal::{Journal, restore, write_record};
+use super::record::{TrialRecord, TrialState};
+use super::time::unix_now_s;
+use crate::run_folder::{READABLE, storage, write_whole};
+
+/// A study that this process controls.
+pub struct OpenStudy {
+    /// Its journal.
+    pub journal: Journal,
+    /// How its trials are run.
+    pub plan: SweepPlan,
+    /// The records, in the plan's order.
+    pub records: Vec<TrialRecord>,
+    /// What is odd and does not stop anything.
+    pub odd: Vec<String>,
+}
+
+impl OpenStudy {
+    /// Makes the folder of a study, or goes on with the one that is there. Fails with kind `Mismatch` where the folder is of a study with
+    /// other trials, with `Recipe` where it holds something else, and with `Run` where another live controller has it.
+    pub fn create(study: &Study, root: &Path, options: SweepOptions) -> anyhow::Result<Self> {
+        let root = std::path::absolute(root).context("find the current folder")?;
+        check_is_ours(&root)?;
+        let graph = Graph::new(study.trials(&root)?)?;
+        let plan = SweepPlan::new(study, &graph, options);
+        let hash = study_hash(&plan)?;
+        let folder = StudyFolder::new(root);
+        if folder.info_path().is_file() {
+            check_hash(&hash, &folder.info()?.hash, &folder.root().display().to_string())?;
+        }
+        folder.make()?;
+        let now = unix_now_s();
+        let journal = Journal::open(&folder, plan.journal.as_deref(), now)?;
+        if let Some(found) = journal.remote_hash()? {
+            check_hash(&hash, &found, plan.journal.as_deref().unwrap_or_default())?;
+        }
+        let recipes: BTreeMap<String, String> =
+            graph.nodes.iter().map(|node| (node.trial.hash.clone(), node.trial.recipe.to_yaml())).collect();
+        write_recipes(&folder, &recipes)?;
+        let opened = Self::with_records(journal, plan, now)?;
+        StudyFolder::write_json(&folder.plan_path(), &opened.plan)?;
+        // The study comes last: a folder with it is complete.
+        if !folder.info_path().is_file() {
+            StudyFolder::write_json(&folder.info_path(), &info(study, hash, now))?;
+        }
+        opened.journal.publish(&recipes)?;
+        Ok(opened)
+    }
+
+    /// Opens a study that is there, or brings it from its journal in a bucket. Fails with kind `Input` where there is none.
+    pub fn open(root: &Path, journal: Option<&str>) -> anyhow::Result<Self> {
+        if !root.join("study.json").is_file()
+            && let Some(url) = journal
+        {
+            bring(root, url)?;
+        }
+        let folder = StudyFolder::find(root)?;
+        folder.make()?;
+        let mut plan = folder.plan()?;
+        if let Some(url) = journal {
+            plan.journal = Some(url.to_owned());
+        }
+        let now = unix_now_s();
+        let journal = Journal::open(&folder, plan.journal.as_deref(), now)?;
+        Self::with_records(journal, plan, now)
+    }
+
+    /// Puts failed trials back: those of these names or hashes, or all.
+    pub fn retry(&mut self, wanted: &[String]) -> anyhow::Result<usize> {
+        for name in wanted {
+            let is_meant = |record: &TrialRecord| record.name == *name || (name.len() >= 4 && record.hash.starts_with(name.as_str()));
+            if !self.records.iter().any(is_meant) {
+                return Err(Failure::new(FailureKind::Recipe, "the study has no such trial")
+                    .at(self.journal.folder().root().display())
+                    .found(name)
+                    .hint("`cloze sweep status` lists names and hashes")
+                    .into());
+            }
+        }
+        let mut num_reset = 0;
+        for record in &mut self.records {
+            let is_meant = wanted.is_empty() || wanted.iter().any(|name| record.name == *name || record.hash.starts_with(name.as_str()));
+            if is_meant && record.state == TrialState::Failed {
+                record.reset();
+                self.journal.write(record)?;
+                num_reset += 1;
+            }
+        }
+        Ok(num_reset)
+    }
+
+    fn with_records(journal: Journal, plan: SweepPlan, now: f64) -> anyhow::Result<Self> {
+        let (mut known, odd) = journal.records(&plan, now)?;
+        let mut records = Vec::with_capacity(plan.trials.len());
+        for trial in &plan.trials {
+            match known.remove(&trial.hash) {
+                Some(record) => records.push(record),
+                None => {
+                    let record = TrialRecord::new(trial, plan.parent_hash(trial));
+                    write_record(journal.folder(), &record)?;
+                    records.push(record);
+                }
+            }
+        }
+        let mut opened = Self { journal, plan, records, odd };
+        opened.reopen_lost_stages()?;
+        Ok(opened)
+    }
+
+    /// A stage whose export is not here, as on another machine, is done again where something still starts from it.
+    fn reopen_lost_stages(&mut self) -> anyhow::Result<()> {
+        for stage in (0..self.plan.trials.len()).rev() {
+            let is_needed = self.plan.trials.iter().zip(&self.records).any(|(trial, record)| {
+                trial.parent == Some(stage) && !matches!(record.state, TrialState::Done | TrialState::Failed)
+            });
+            let record = &mut self.records[stage];
+            let is_lost = record.state == TrialState::Done && !self.journal.folder().model_path(&record.hash).exists();
+            if is_needed && is_lost {
+                self.odd.push(format!("the export of {} is not here, so that stage is done again", record.name));
+                record.reset();
+                self.journal.write(&self.records[stage])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Refuses a folder that holds something else.
+fn check_is_ours(root: &Path) -> Result<(), Failure> {
+    fs::create_dir_all(root).map_err(|error| storage("create the study folder", root, &error))?;
+    if root.join("study.json").exists() || root.join("lock").exists() {
+        return Ok(());
+    }
+    let mut entries = fs::read_dir(root).map_err(|error| storage("list the study folder", root, &error))?;
+    match entries.next() {
+        None => Ok(()),
+        Some(entry) => Err(Failure::new(FailureKind::Recipe, "the study folder is not empty")
+            .at(root.display())
+            .expected("an empty or missing folder, or one of this study")
+            .found(entry.map_or_else(|error| error.to_string(), |entry| entry.file_name().display().to_string()))
+            .hint("name another one with `--folder`")),
+    }
+}
+
+fn check_hash(wanted: &str, found: &str, place: &str) -> Result<(), Failure> {
+    if wanted == found {
+        return Ok(());
+    }
+    Err(Failure::new(FailureKind::Mismatch, "this place holds the study of another recipe, or of this one before it was changed")
+        .at(place)
+        .expected(format!("study hash {wanted}"))
+        .found(format!("study hash {found}"))
+        .hint("`--folder OTHER` starts a study of its own; `cloze sweep resume` goes on with the one that is there"))
+}
+
+fn info(study: &Study, hash: String, now: f64) -> StudyInfo {
+    StudyInfo {
+        version: 1,
+        name: study.recipe.name.clone(),
+        file: study.file.clone(),
+        profile: study.profile.clone(),
+        overrides: study.overrides.clone(),
+        hash,
+        expected: study.expected.clone(),
+        metric: metric_of(study),
+        keys: study.sweep.iter().flat_map(|sweep| sweep.keys()).map(str::to_owned).collect(),
+        created: now,
+    }
+}
+
+fn write_recipes(folder: &StudyFolder, recipes: &BTreeMap<String, String>) -> anyhow::Result<()> {
+    for (hash, yaml) in recipes {
+        let path = folder.recipe_path(hash);
+        if !path.is_file() {
+            write_whole(&path, yaml.as_bytes(), READABLE)?;
+        }
+    }
+    Ok(())
+}
+
+/// Brings a study from its bucket, with its places in this folder.
+fn bring(root: &Path, url: &str) -> anyhow::Result<()> {
+    check_is_ours(root)?;
+    let root: PathBuf = fs::canonicalize(root).with_context(|| format!("find {}", root.display()))?;
+    let folder = StudyFolder::new(root);
+    let recipes = restore(&folder, url)?;
+    let plan = folder.plan()?;
+    for trial in &plan.trials {
+        let path = folder.recipe_path(&trial.hash);
+        let missing = || Failure::new(FailureKind::Damaged, "the journal lacks the recipe of a trial").at(url).found(&trial.name);
+        let yaml = recipes.get(&trial.hash).ok_or_else(missing)?;
+        write_whole(&path, yaml.as_bytes(), READABLE)?;
+        let mut recipe = cloze_recipes::load(&path, &[])?;
+        folder.settle(&mut recipe, &trial.data_hash, plan.parent_hash(trial));
+        write_whole(&path, recipe.to_yaml().as_bytes(), READABLE)?;
+    }
+    Ok(())
+}

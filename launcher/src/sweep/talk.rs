@@ -1,0 +1,118 @@
+//! What a sweep says while it runs: a line for each change, and on a terminal one line below them that is rewritten.
+
+use std::io::Write;
+
+use cloze_recipes::study::{Metric, Score};
+
+use super::decide::Reason;
+use super::graph::plain;
+use super::record::{TrialRecord, TrialState};
+
+/// Where a sweep says how it is.
+pub struct Talk {
+    output: Box<dyn Write>,
+    /// A terminal: the last line is rewritten.
+    interactive: bool,
+    quiet: bool,
+    shown: String,
+}
+
+impl Talk {
+    /// Says it there.
+    pub fn new(output: Box<dyn Write>, interactive: bool, quiet: bool) -> Self {
+        Self { output, interactive, quiet, shown: String::new() }
+    }
+
+    /// Says something in a line of its own. That nobody can read it is no reason to stop.
+    pub fn line(&mut self, text: &str) {
+        if self.quiet {
+            return;
+        }
+        let start = if self.interactive && !self.shown.is_empty() { "\r\x1b[2K" } else { "" };
+        drop(writeln!(self.output, "{start}{text}"));
+        self.shown.clear();
+    }
+
+    /// Shows how the whole sweep is.
+    pub fn status(&mut self, records: &[TrialRecord], reason: Reason) {
+        if !self.interactive || self.quiet {
+            return;
+        }
+        let text = format!("{}: {reason}", counts(records));
+        if text != self.shown {
+            drop(write!(self.output, "\r\x1b[2K{text}"));
+            drop(self.output.flush());
+            self.shown = text;
+        }
+    }
+
+    /// Takes the last line away.
+    pub fn clear(&mut self) {
+        if self.interactive && !self.shown.is_empty() {
+            drop(write!(self.output, "\r\x1b[2K"));
+            drop(self.output.flush());
+            self.shown.clear();
+        }
+    }
+
+    /// A trial was handed out.
+    pub fn started(&mut self, record: &TrialRecord, until_step: Option<u64>, is_queued: bool) {
+        let verb = if is_queued { "queued" } else { "starts" };
+        let rung = until_step.map_or_else(String::new, |step| format!(", to step {step}"));
+        let attempt = if record.fruitless_attempts > 0 { format!(", attempt {}", record.attempts) } else { String::new() };
+        self.line(&format!("{} {verb}{rung}{attempt}: {}", record.name, arm_text(record)));
+    }
+
+    /// A trial has ended well.
+    pub fn ended(&mut self, records: &[TrialRecord], trial: usize, metric: &Metric) {
+        let record = &records[trial];
+        let value = record.metric.map_or_else(String::new, |value| format!(", {}", metric_text(metric, value)));
+        let verb = if record.state == TrialState::Done { "done" } else { "waits at its rung" };
+        self.line(&format!("{} {verb} at step {}{value} ({})", record.name, record.step, counts(records)));
+    }
+
+    /// A trial has left because somebody asked.
+    pub fn saved(&mut self, record: &TrialRecord) {
+        self.line(&format!("{} saved at step {}", record.name, record.step));
+    }
+
+    /// A trial has failed, and is tried again after so many seconds, or not.
+    pub fn failed(&mut self, record: &TrialRecord, retry_s: Option<f64>) {
+        let what = record.failure.as_ref().map_or("", |failure| failure.what.as_str());
+        match retry_s {
+            Some(wait_s) => self.line(&format!("{} failed: {what}; tried again in {:.0} s", record.name, wait_s.max(0.0))),
+            None => self.line(&format!("{} failed: {what}", record.name)),
+        }
+    }
+}
+
+/// How many trials of the sweep are how far.
+pub fn counts(records: &[TrialRecord]) -> String {
+    let count = |state| records.iter().filter(|record| record.wanted && record.state == state).count();
+    let total = records.iter().filter(|record| record.wanted).count();
+    let mut text = format!("{} of {total} done", count(TrialState::Done));
+    let others =
+        [(TrialState::Training, "out"), (TrialState::StoppedEarly, "stopped early"), (TrialState::Failed, "failed")];
+    for (number, name) in others.map(|(state, name)| (count(state), name)) {
+        if number > 0 {
+            text += &format!(", {number} {name}");
+        }
+    }
+    text
+}
+
+/// Swept keys and values of a trial, and its seed.
+pub fn arm_text(record: &TrialRecord) -> String {
+    let parts = record.parameters.iter().map(|(key, value)| format!("{key}={}", plain(value)));
+    parts.chain([format!("seed={}", record.seed)]).collect::<Vec<_>>().join(" ")
+}
+
+/// A metric with its name; shares in percent.
+pub fn metric_text(metric: &Metric, value: f64) -> String {
+    let task = metric.task.as_deref().map_or_else(String::new, |task| format!("{task} "));
+    match metric.score {
+        Score::Loss => format!("loss {value:.4}"),
+        Score::Accuracy => format!("{task}accuracy {:.2} %", value * 100.0),
+        Score::MacroF1 => format!("{task}macro-F1 {:.2} %", value * 100.0),
+    }
+}

@@ -1,0 +1,153 @@
+//! A sweep as text: its preview, and the table of its trials.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+
+use cloze_recipes::study::Score;
+
+use super::folder::SweepPlan;
+use super::graph::{Graph, parameters_text, plain};
+use super::record::{TrialRecord, TrialState};
+
+/// Characters of a hash that are shown.
+const HASH_CHARS: usize = 12;
+
+/// What a sweep would do: its trials in the order in which they start, what they share, and how they are run.
+pub fn preview_text(graph: &Graph, plan: &SweepPlan) -> String {
+    let (stages, trials): (Vec<_>, Vec<_>) = graph.nodes.iter().partition(|node| !node.wanted);
+    let mut rows = vec![["", "hash", "data", "after", "what"].map(str::to_owned)];
+    let short = |hash: &str| hash.chars().take(HASH_CHARS).collect::<String>();
+    for node in stages.iter().chain(&trials) {
+        let kind = if node.wanted { "trial" } else { "stage" };
+        let after = node.parent.map_or_else(|| "-".to_owned(), |parent| short(&graph.nodes[parent].trial.hash));
+        rows.push([kind.to_owned(), short(&node.trial.hash), short(&node.trial.data_hash), after, parameters_text(&node.trial)]);
+    }
+    let mut text = table(&rows);
+    let _ = writeln!(
+        text,
+        "{} trials, {} earlier stages, {} data preparations; at most {} at the same time{}{}",
+        trials.len(),
+        stages.len(),
+        graph.num_preparations(),
+        plan.concurrency,
+        if plan.pack > 1 { format!(", {} to an allocation", plan.pack) } else { String::new() },
+        plan.early_stopping.map_or_else(String::new, |(first_step, factor)| {
+            format!(", early stopping from step {first_step} by a factor of {factor}")
+        }),
+    );
+    text
+}
+
+/// The trials that the sweep asks for, and the earlier stages that are not done, as a table.
+pub fn status_table(plan: &SweepPlan, records: &[TrialRecord]) -> String {
+    let shown: Vec<&TrialRecord> = records.iter().filter(|record| record.wanted || record.state != TrialState::Done).collect();
+    let mut keys: Vec<&String> = Vec::new();
+    let mut seen = BTreeSet::new();
+    for key in shown.iter().filter(|record| record.wanted).flat_map(|record| record.parameters.keys()) {
+        if seen.insert(key) {
+            keys.push(key);
+        }
+    }
+    let metric = match (&plan.metric.task, plan.metric.score) {
+        (_, Score::Loss) => "loss".to_owned(),
+        (task, Score::Accuracy) => named(task.as_deref(), "accuracy"),
+        (task, Score::MacroF1) => named(task.as_deref(), "macro-F1"),
+    };
+    let mut header = vec!["trial".to_owned()];
+    header.extend(keys.iter().map(|key| (*key).clone()));
+    header.extend(["seed", "state", "step"].map(str::to_owned));
+    header.push(metric);
+    let mut rows = vec![header];
+    for record in shown {
+        let mut row = vec![record.name.clone()];
+        row.extend(keys.iter().map(|key| record.parameters.get(*key).filter(|_| record.wanted).map_or_else(|| "-".to_owned(), plain)));
+        row.extend([record.seed.to_string(), record.state.name().replace('_', " "), record.step.to_string()]);
+        row.push(record.metric.map_or_else(|| "-".to_owned(), |value| number(plan.metric.score, value)));
+        rows.push(row);
+    }
+    table(&rows)
+}
+
+fn named(task: Option<&str>, score: &str) -> String {
+    task.map_or_else(|| score.to_owned(), |task| format!("{task} {score}"))
+}
+
+/// A metric as the table shows it; shares in percent.
+fn number(score: Score, value: f64) -> String {
+    if score == Score::Loss { format!("{value:.4}") } else { format!("{:.2}", value * 100.0) }
+}
+
+/// Rows in columns as wide as their widest cell.
+fn table<R: AsRef<[String]>>(rows: &[R]) -> String {
+    let num_columns = rows.iter().map(|row| row.as_ref().len()).max().unwrap_or(0);
+    let width = |column: usize| rows.iter().filter_map(|row| row.as_ref().get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..num_columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells: Vec<String> = row.as_ref().iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}")).collect();
+        let _ = writeln!(text, "{}", cells.join("  ").trim_end());
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use cloze_recipes::study::{Metric, Resources};
+    use serde_json::json;
+
+    use super::super::folder::PlannedTrial;
+    use super::*;
+
+    fn plan() -> SweepPlan {
+        let trial = |hash: &str, seed, wanted| PlannedTrial {
+            hash: hash.to_owned(),
+            name: format!("demo-{hash}"),
+            parameters: if wanted { json!({"train.steps": 10}).as_object().unwrap().clone() } else { serde_json::Map::new() },
+            seed,
+            data_hash: "d".to_owned(),
+            data_seed: 1,
+            parent: None,
+            wanted,
+            is_stage: !wanted,
+        };
+        let resources = Resources {
+            nodes: 1,
+            workers_per_node: 1,
+            gpus_per_node: 0,
+            cpus_per_worker: None,
+            memory_per_node_mib: None,
+            time_limit_minutes: None,
+            container: None,
+            modules: Vec::new(),
+            environment: std::collections::BTreeMap::new(),
+            setup: Vec::new(),
+        };
+        SweepPlan {
+            version: 1,
+            concurrency: 2,
+            pack: 1,
+            early_stopping: None,
+            metric: Metric { task: Some("mmlu".to_owned()), score: Score::Accuracy },
+            resources,
+            site: None,
+            journal: None,
+            trials: vec![trial("aaaa", 1, false), trial("bbbb", 1, true), trial("cccc", 2, true)],
+        }
+    }
+
+    #[test]
+    fn the_table_shows_trials_and_open_stages() {
+        let plan = plan();
+        let mut records: Vec<TrialRecord> = plan.trials.iter().map(|trial| TrialRecord::new(trial, None)).collect();
+        (records[1].state, records[1].step, records[1].metric) = (TrialState::StoppedEarly, 10, Some(0.256));
+        let expected = "\
+trial      train.steps  seed  state          step  mmlu accuracy
+demo-aaaa  -            1     waiting        0     -
+demo-bbbb  10           1     stopped early  10    25.60
+demo-cccc  10           2     waiting        0     -
+";
+        assert_eq!(status_table(&plan, &records), expected);
+        records[0].state = TrialState::Done;
+        assert!(!status_table(&plan, &records).contains("demo-aaaa"));
+    }
+}

@@ -1,0 +1,408 @@
+//! What `cloze sweep work` does: the attempts of one element of a batch, at the same time, each from its data to its outcome.
+//!
+//! Everything here can be done twice. Data and exports that are there are used, a run goes on from its newest state, and an attempt whose
+//! outcome is written is over; so an element that a batch system starts again on another node goes on where it was.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::{self, sleep};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use cloze_cluster::host::host_name;
+use cloze_data::manifest::Manifest;
+use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::recipe::Recipe;
+use cloze_recipes::study::{Metric, Score};
+use serde_json::Value;
+
+use super::batch::{Assignment, Batch, End, Outcome};
+use super::folder::{PlannedTrial, StudyFolder, SweepPlan, read_json};
+use super::lock::{FileLock, Taken};
+use super::share::Part;
+use super::steps::{Manners, StopLevel, interrupted, run};
+use super::time::unix_now_s;
+use crate::local::signals::{Request, Signals};
+use crate::view::{EventLog, RunState, controller_lives};
+
+/// Interval at which signals, locks and a run's controller are looked at, in milliseconds.
+const POLL_MS: u64 = 100;
+
+/// Longest wait for another process that works on the same trial, in seconds. One whose node is gone may hold its lock for as long as
+/// the file server believes in it.
+const TRIAL_LOCK_WAIT_S: u64 = 180;
+
+/// How often a run is gone on with in one attempt, where it pauses before the step at which it should: its workers were found under an
+/// earlier order.
+const MAX_CONTINUATIONS: u32 = 4;
+
+/// Environment variable with the cores that the workers of one run share.
+const CORES_VARIABLE: &str = "CLOZE_CORES";
+
+/// Environment variable with the GPUs that a process may see.
+const GPUS_VARIABLE: &str = "CUDA_VISIBLE_DEVICES";
+
+/// What `cloze sweep work` was told.
+#[derive(Clone, Debug)]
+pub struct WorkOptions {
+    /// The study folder.
+    pub folder: PathBuf,
+    /// Number of the batch.
+    pub batch: u32,
+    /// Element of the batch.
+    pub element: u32,
+    /// The part of the machine that this element has.
+    pub part: Part,
+    /// The `cloze` program.
+    pub program: PathBuf,
+    /// GPUs that this process may see, where somebody has chosen some; otherwise as many as the study's resources say.
+    pub gpus: Option<String>,
+    /// Cores that this process may use; `None` is all.
+    pub cores: Option<u32>,
+}
+
+/// Works on one element; the failure is that of the first trial that has one, and a stop that was asked for. Outcomes are in the study
+/// folder either way.
+pub fn work(options: &WorkOptions) -> anyhow::Result<()> {
+    let folder = StudyFolder::find(&options.folder)?;
+    let plan = folder.plan()?;
+    let batch = Batch::read(&folder, options.batch)?;
+    let assignments = batch.element(options.element)?;
+    let signals = Signals::listen().context("listen to signals")?;
+    let stop = StopLevel::default();
+    let workshop = Workshop { folder: &folder, plan: &plan, options, stop: &stop };
+    let results: Vec<anyhow::Result<Outcome>> = thread::scope(|scope| {
+        let of = assignments.len() as u32;
+        let attempts: Vec<_> = (0_u32..)
+            .zip(assignments)
+            .map(|(place, assignment)| {
+                let part = options.part.within(Part { place, of });
+                scope.spawn(move || workshop.attempt(assignment, part))
+            })
+            .collect();
+        while attempts.iter().any(|attempt| !attempt.is_finished()) {
+            heed(&signals, &stop);
+            sleep(Duration::from_millis(POLL_MS));
+        }
+        attempts.into_iter().map(|attempt| attempt.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread of the work panicked")))).collect()
+    });
+    let outcomes: Vec<Outcome> = results.into_iter().collect::<anyhow::Result<_>>()?;
+    match outcomes.into_iter().find_map(|outcome| outcome.failure) {
+        None => Ok(()),
+        Some(failure) => Err(failure.into()),
+    }
+}
+
+/// A first signal asks for the saving of what there is; another SIGTERM, SIGINT or SIGHUP ends everything at once.
+fn heed(signals: &Signals, stop: &StopLevel) {
+    if signals.take(Request::EarlyStop).is_some() {
+        stop.ask();
+    }
+    if signals.take(Request::Stop).is_some() {
+        if stop.is_firmly_asked() {
+            stop.force();
+        }
+        stop.ask_firmly();
+    }
+}
+
+/// What all attempts of an element share.
+#[derive(Clone, Copy)]
+struct Workshop<'a> {
+    folder: &'a StudyFolder,
+    plan: &'a SweepPlan,
+    options: &'a WorkOptions,
+    stop: &'a StopLevel,
+}
+
+/// One attempt at one trial.
+struct Attempt<'a> {
+    shop: Workshop<'a>,
+    trial: &'a PlannedTrial,
+    recipe: Recipe,
+    until_step: Option<u64>,
+    part: Part,
+}
+
+/// How far the run of a trial is.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct RunFacts {
+    /// Steps done of its newest saved state.
+    pub saved_step: u64,
+    /// All its steps are done and saved.
+    pub is_finished: bool,
+    /// Training loss of its last step.
+    loss: Option<f64>,
+}
+
+/// What a trial has come to.
+struct Product {
+    end: End,
+    metric: Option<f64>,
+    evaluation: Option<Value>,
+}
+
+impl Workshop<'_> {
+    /// Makes an attempt, unless its outcome is there, and writes the outcome.
+    fn attempt(self, assignment: &Assignment, part: Part) -> anyhow::Result<Outcome> {
+        let Assignment { trial, attempt, until_step } = assignment;
+        let planned = self.plan.trials.iter().find(|planned| planned.hash == *trial).ok_or_else(|| {
+            Failure::new(FailureKind::Mismatch, "the batch names a trial that the study does not have").at(self.folder.root().display()).found(trial)
+        })?;
+        let _lock = self.lock_trial(trial)?;
+        if let Some(outcome) = Outcome::read(self.folder, trial, *attempt)? {
+            return Ok(outcome);
+        }
+        let recipe = cloze_recipes::load(&self.folder.recipe_path(trial), &[])?;
+        let attempt_of = Attempt { shop: self, trial: planned, recipe, until_step: *until_step, part };
+        let result = attempt_of.go();
+        let facts = attempt_of.run_facts()?;
+        let outcome = |end, metric, evaluation, failure| Outcome {
+            trial: trial.clone(),
+            attempt: *attempt,
+            end,
+            step: facts.saved_step,
+            metric,
+            evaluation,
+            failure,
+            host: host_name(),
+            finished: unix_now_s(),
+        };
+        let outcome = match result {
+            Ok(Product { end, metric, evaluation }) => outcome(end, metric, evaluation, None),
+            Err(error) => {
+                let end = if facts.is_finished { End::FailedAfterTraining } else { End::FailedInTraining };
+                outcome(end, None, None, Some(as_failure(&error)))
+            }
+        };
+        outcome.write(self.folder)?;
+        Ok(outcome)
+    }
+
+    /// Waits until nobody else works on the trial, such as the same element on a node that is being given up.
+    fn lock_trial(self, trial: &str) -> anyhow::Result<FileLock> {
+        let path = self.folder.trial_lock_path(trial);
+        let deadline = Instant::now() + Duration::from_secs(TRIAL_LOCK_WAIT_S);
+        loop {
+            match FileLock::take(&path)? {
+                Taken::Ours(lock) => return Ok(lock),
+                Taken::Held(_) if self.stop.is_asked() => return Err(interrupted().into()),
+                Taken::Held(holder) if Instant::now() >= deadline => {
+                    return Err(Failure::new(FailureKind::Run, "another process works on this trial")
+                        .at(path.display())
+                        .expected(format!("its end within {TRIAL_LOCK_WAIT_S} s"))
+                        .found(holder)
+                        .into());
+                }
+                Taken::Held(_) => sleep(Duration::from_millis(POLL_MS)),
+            }
+        }
+    }
+}
+
+impl Attempt<'_> {
+    /// Data, training, scores, export.
+    fn go(&self) -> anyhow::Result<Product> {
+        self.prepare_data()?;
+        let facts = self.train()?;
+        let end = if facts.is_finished { End::Done } else { End::Paused };
+        let evaluation = if self.is_scored(end) { self.evaluate()? } else { None };
+        if end == End::Done && self.trial.is_stage {
+            self.export()?;
+        }
+        let metric = metric(&self.shop.plan.metric, evaluation.as_ref(), facts.loss);
+        Ok(Product { end, metric, evaluation })
+    }
+
+    /// Prepares the data where nobody has; whoever comes second waits for the first.
+    fn prepare_data(&self) -> anyhow::Result<()> {
+        let output = &self.recipe.data.output;
+        if Manifest::find(output)?.is_some() {
+            return Ok(());
+        }
+        let path = self.shop.folder.root().join("data").join(format!("{}.lock", self.trial.data_hash));
+        let _lock = loop {
+            match FileLock::take(&path)? {
+                Taken::Ours(lock) => break lock,
+                Taken::Held(_) if self.shop.stop.is_asked() => return Err(interrupted().into()),
+                Taken::Held(_) => sleep(Duration::from_millis(POLL_MS)),
+            }
+        };
+        if Manifest::find(output)?.is_some() {
+            return Ok(());
+        }
+        let mut command = self.program(&["data", "prepare"]);
+        // Trials of several seeds share their data, so the seed of the one that comes first must not decide what is in it.
+        command.arg(self.shop.folder.recipe_path(&self.trial.hash)).args(["--set", &format!("seed={}", self.trial.data_seed)]);
+        self.run(command, Manners::Ends)
+    }
+
+    /// Trains to the end, or to the step at which the trial is to pause.
+    fn train(&self) -> anyhow::Result<RunFacts> {
+        let run_path = self.run_path();
+        let mut facts = self.run_facts()?;
+        for _ in 0..MAX_CONTINUATIONS {
+            if facts.is_finished || self.until_step.is_some_and(|until_step| facts.saved_step >= until_step) {
+                return Ok(facts);
+            }
+            self.await_controller()?;
+            let is_there = run_path.join("run.json").is_file();
+            let mut command = self.program(&[if is_there { "resume" } else { "train" }]);
+            if is_there {
+                command.arg(&run_path);
+            } else {
+                command.arg(self.shop.folder.recipe_path(&self.trial.hash)).arg("--run").arg(&run_path);
+            }
+            command.args(["--workers", &self.shop.plan.resources.workers_per_node.to_string(), "--quiet", "--dashboard", "off"]);
+            if let Some(until_step) = self.until_step {
+                command.args(["--until-step", &until_step.to_string()]);
+            }
+            self.run(command, Manners::Saves)?;
+            facts = self.run_facts()?;
+        }
+        if facts.is_finished || self.until_step.is_some_and(|until_step| facts.saved_step >= until_step) {
+            return Ok(facts);
+        }
+        Err(Failure::new(FailureKind::Run, "the run ends well and does not get to its step")
+            .at(run_path.display())
+            .found(format!("step {}", facts.saved_step))
+            .into())
+    }
+
+    /// A controller that an earlier attempt has left behind still has the run: it is waited for, and its steps count.
+    fn await_controller(&self) -> anyhow::Result<()> {
+        let run_path = self.run_path();
+        while controller_lives(&run_path).with_context(|| format!("look at the lock of {}", run_path.display()))? {
+            if self.shop.stop.is_asked() {
+                return Err(interrupted().into());
+            }
+            sleep(Duration::from_millis(POLL_MS));
+        }
+        Ok(())
+    }
+
+    /// At a rung only what the metric needs is computed; an earlier stage that nobody asks for is not scored.
+    fn is_scored(&self, end: End) -> bool {
+        let is_needed = end == End::Done || self.shop.plan.metric.score != Score::Loss;
+        self.trial.wanted && is_needed && !self.recipe.evaluation.is_empty()
+    }
+
+    fn evaluate(&self) -> anyhow::Result<Option<Value>> {
+        let mut command = self.program(&["eval"]);
+        command.arg(self.run_path());
+        self.run(command, Manners::Ends)?;
+        let path = self.run_path().join("eval").join("eval.json");
+        let missing = || Failure::new(FailureKind::Input, "the scores of a trial are not there").at(path.display());
+        Ok(Some(read_json(&path)?.ok_or_else(missing)?))
+    }
+
+    /// Exports the model under its final name last, so that a folder of that name is whole.
+    fn export(&self) -> anyhow::Result<()> {
+        let path = self.shop.folder.model_path(&self.trial.hash);
+        if path.exists() {
+            return Ok(());
+        }
+        let partial = path.with_extension("partial");
+        if partial.exists() {
+            std::fs::remove_dir_all(&partial).with_context(|| format!("remove {}", partial.display()))?;
+        }
+        let mut command = self.program(&["export"]);
+        command.arg(self.run_path()).arg("--output").arg(&partial);
+        self.run(command, Manners::Ends)?;
+        std::fs::rename(&partial, &path).with_context(|| format!("give {} its name", path.display()))
+    }
+
+    fn run(&self, command: Command, manners: Manners) -> anyhow::Result<()> {
+        run(command, &self.shop.folder.log_path(&self.recipe.name), manners, self.shop.stop)
+    }
+
+    /// A subcommand of this program, in its part of the machine.
+    fn program(&self, subcommand: &[&str]) -> Command {
+        let WorkOptions { program, gpus, cores, .. } = self.shop.options;
+        let resources = &self.shop.plan.resources;
+        let mut command = Command::new(program);
+        command.args(subcommand);
+        let all_cores = thread::available_parallelism().map_or(1, usize::from) as u32;
+        let all_cores = cores.map_or(all_cores, |cores| cores.min(all_cores));
+        if self.part.of > 1 || cores.is_some() {
+            command.env(CORES_VARIABLE, self.part.cores(all_cores).to_string());
+        }
+        if resources.gpus_per_node > 0 && self.part.of > 1 {
+            let seen: Vec<String> = match gpus {
+                Some(list) => list.split(',').filter(|gpu| !gpu.is_empty()).map(str::to_owned).collect(),
+                None => (0..resources.gpus_per_node).map(|gpu| gpu.to_string()).collect(),
+            };
+            command.env(GPUS_VARIABLE, self.part.gpus(&seen, resources.workers_per_node).join(","));
+        }
+        command
+    }
+
+    fn run_path(&self) -> PathBuf {
+        self.shop.folder.run_path(&self.recipe.name)
+    }
+
+    fn run_facts(&self) -> Result<RunFacts, Failure> {
+        run_facts(&self.run_path())
+    }
+}
+
+/// How far the run of a folder is; nothing is done where there is none.
+pub(super) fn run_facts(run: &Path) -> Result<RunFacts, Failure> {
+    if !run.join("events.jsonl").is_file() {
+        return Ok(RunFacts::default());
+    }
+    let mut log = EventLog::of_run(run);
+    log.read_new()?;
+    let view = log.view();
+    let is_finished = view.state == RunState::Finished;
+    let newest = view.checkpoints.iter().map(|checkpoint| checkpoint.step).max().unwrap_or(0);
+    let saved_step = if is_finished { newest.max(view.progress.step) } else { newest };
+    Ok(RunFacts { saved_step, is_finished, loss: view.progress.loss })
+}
+
+/// The number that a sweep compares its trials by; `None` where there is none.
+pub fn metric(metric: &Metric, evaluation: Option<&Value>, loss: Option<f64>) -> Option<f64> {
+    let (of_task, of_all) = match metric.score {
+        Score::Loss => return loss.filter(|loss| loss.is_finite()),
+        Score::Accuracy => ("accuracy", "mean_accuracy"),
+        Score::MacroF1 => ("macro_f1", "mean_macro_f1"),
+    };
+    let evaluation = evaluation?;
+    let value = match &metric.task {
+        None => &evaluation[of_all],
+        Some(name) => {
+            let tasks = evaluation["tasks"].as_array()?;
+            &tasks.iter().find(|task| task["name"] == name.as_str())?["scores"][of_task]
+        }
+    };
+    value.as_f64().filter(|value| value.is_finite())
+}
+
+/// The failure inside an error, or one made of its causes.
+pub(super) fn as_failure(error: &anyhow::Error) -> Failure {
+    error.downcast_ref::<Failure>().cloned().unwrap_or_else(|| Failure::new(FailureKind::Run, format!("{error:#}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_metric_is_what_the_sweep_names() {
+        let evaluation = json!({
+            "mean_accuracy": 0.5, "mean_macro_f1": 0.4,
+            "tasks": [{"name": "mmlu", "scores": {"accuracy": 0.25, "macro_f1": 0.2}}],
+        });
+        let of = |task: Option<&str>, score| metric(&Metric { task: task.map(str::to_owned), score }, Some(&evaluation), Some(1.5));
+        assert_eq!(of(None, Score::Accuracy), Some(0.5));
+        assert_eq!(of(None, Score::MacroF1), Some(0.4));
+        assert_eq!(of(Some("mmlu"), Score::Accuracy), Some(0.25));
+        assert_eq!(of(Some("mmlu"), Score::MacroF1), Some(0.2));
+        assert_eq!(of(Some("other"), Score::Accuracy), None);
+        assert_eq!(of(None, Score::Loss), Some(1.5));
+        let loss = Metric { task: None, score: Score::Loss };
+        assert_eq!((metric(&loss, None, Some(f64::NAN)), metric(&loss, None, None)), (None, None));
+    }
+}

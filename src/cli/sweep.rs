@@ -1,0 +1,374 @@
+//! `cloze sweep`: many runs of one recipe, from a preview to a table.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand};
+use cloze_launcher::sweep::controller::{Controller, SweepEnd};
+use cloze_launcher::sweep::executor::Executor;
+use cloze_launcher::sweep::folder::{StudyFolder, SweepOptions, SweepPlan};
+use cloze_launcher::sweep::graph::Graph;
+use cloze_launcher::sweep::journal::read_records;
+use cloze_launcher::sweep::local::Local;
+use cloze_launcher::sweep::lock::FileLock;
+use cloze_launcher::sweep::open::OpenStudy;
+use cloze_launcher::sweep::queue::{Queue, QueueOptions};
+use cloze_launcher::sweep::record::{TrialRecord, TrialState};
+use cloze_launcher::sweep::share::Part;
+use cloze_launcher::sweep::talk::{Talk, counts};
+use cloze_launcher::sweep::text::{preview_text, status_table};
+use cloze_launcher::sweep::work::{WorkOptions, work as work_on};
+use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::site::{Site, SiteKind};
+use cloze_recipes::study::Study;
+use serde_json::json;
+
+use super::reproduce::report_study;
+use super::run::write_last_line;
+
+/// Folder of studies that are given no folder.
+pub(super) const STUDIES_FOLDER: &str = "studies";
+
+/// Longest wait of `cloze sweep cancel` for the controller to leave, in seconds; its trials save first.
+const CANCEL_WAIT_S: u64 = 600;
+
+/// Interval at which `cloze sweep cancel` looks for the end of the controller.
+const CANCEL_POLL_MS: u64 = 200;
+
+/// Environment variable with the GPUs that a process may see.
+const GPUS_VARIABLE: &str = "CUDA_VISIBLE_DEVICES";
+
+/// Subcommands of `cloze sweep`.
+#[derive(Subcommand)]
+pub enum SweepCommand {
+    /// Run every trial of a recipe's sweep, or go on with those of a study folder
+    Run(RunArguments),
+    /// Say how the trials of a study are
+    Status(StatusArguments),
+    /// Go on with a study, after its controller was stopped or killed
+    Resume(ResumeArguments),
+    /// Try failed trials again, and go on with the study
+    Retry(RetryArguments),
+    /// Let the trials of a study save and leave, and start no more
+    Cancel(FolderArguments),
+    /// Write the report of a study, and print its table
+    Report(FolderArguments),
+    /// Work on one element of a batch; the controller starts it
+    #[command(hide = true)]
+    Work(WorkArguments),
+}
+
+/// Arguments of `cloze sweep run`.
+#[derive(Args)]
+pub struct RunArguments {
+    /// Recipe file
+    pub recipe: PathBuf,
+    /// What is asked for.
+    #[command(flatten)]
+    pub wish: WishArguments,
+    /// Change a value, as in `--set train.learning_rate=1e-4`; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// List the trials and what they share, and start nothing
+    #[arg(long)]
+    pub preview: bool,
+}
+
+/// What a study is asked for, shared by `sweep run` and `reproduce`.
+#[derive(Args)]
+pub struct WishArguments {
+    /// Profile of the recipe, such as `toy`
+    #[arg(long)]
+    pub profile: Option<String>,
+    /// Cluster file: where trials run [default: on this machine]
+    #[arg(long, value_name = "FILE")]
+    pub cluster: Option<PathBuf>,
+    /// Study folder [default: studies/ and the recipe's name, in the cluster file's folder]
+    #[arg(long, value_name = "DIR")]
+    pub folder: Option<PathBuf>,
+    /// Bucket or folder that holds the trials' records too, so that another machine can go on; `s3://`, `gs://`, `az://`, `file://`
+    #[arg(long, value_name = "URL")]
+    pub journal: Option<String>,
+    /// Print no progress
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// Arguments of `cloze sweep status`.
+#[derive(Args)]
+pub struct StatusArguments {
+    /// Study folder
+    pub folder: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `cloze sweep resume`.
+#[derive(Args)]
+pub struct ResumeArguments {
+    /// Study folder
+    pub folder: PathBuf,
+    /// Bucket with the study's records; brings the study into a folder that does not have it
+    #[arg(long, value_name = "URL")]
+    pub journal: Option<String>,
+    /// Print no progress
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// Arguments of `cloze sweep retry`.
+#[derive(Args)]
+pub struct RetryArguments {
+    /// Study folder
+    pub folder: PathBuf,
+    /// Names or hashes of failed trials [default: all that failed]
+    pub trials: Vec<String>,
+    /// Try all failed trials again
+    #[arg(long, conflicts_with = "trials")]
+    pub failed: bool,
+    /// Print no progress
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// Arguments of `cloze sweep cancel` and `cloze sweep report`.
+#[derive(Args)]
+pub struct FolderArguments {
+    /// Study folder
+    pub folder: PathBuf,
+}
+
+/// Arguments of `cloze sweep work`.
+#[derive(Args)]
+pub struct WorkArguments {
+    /// Study folder
+    pub folder: PathBuf,
+    /// Number of the batch
+    #[arg(long)]
+    pub batch: u32,
+    /// Element of the batch [default: that of the array job that this is]
+    #[arg(long)]
+    pub element: Option<u32>,
+    /// Place among the elements of this machine
+    #[arg(long, default_value_t = 0)]
+    pub place: u32,
+    /// Number of elements that share this machine
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub of: u32,
+    /// Cores that it may use
+    #[arg(long)]
+    pub cores: Option<u32>,
+}
+
+/// `cloze sweep`
+pub fn sweep(command: &SweepCommand, stdout: &mut dyn Write) -> Result<ExitCode> {
+    match command {
+        SweepCommand::Run(arguments) => start(arguments, stdout),
+        SweepCommand::Status(arguments) => status(arguments, stdout),
+        SweepCommand::Resume(arguments) => {
+            let journal = arguments.journal.as_deref().map(absolute_url).transpose()?;
+            let study = OpenStudy::open(&arguments.folder, journal.as_deref())?;
+            finish(&drive(study, arguments.quiet)?, stdout)
+        }
+        SweepCommand::Retry(arguments) => {
+            let mut study = OpenStudy::open(&arguments.folder, None)?;
+            let num_reset = study.retry(&arguments.trials)?;
+            write_last_line(&mut std::io::stderr(), &format!("{num_reset} trials are tried again"))?;
+            finish(&drive(study, arguments.quiet)?, stdout)
+        }
+        SweepCommand::Cancel(arguments) => cancel(&arguments.folder),
+        SweepCommand::Report(arguments) => {
+            let folder = StudyFolder::find(&arguments.folder)?;
+            report_study(folder.root(), stdout)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        SweepCommand::Work(arguments) => work(arguments),
+    }
+}
+
+fn start(arguments: &RunArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
+    let wish = &arguments.wish;
+    let study = cloze_recipes::load_study(&arguments.recipe, &arguments.overrides, wish.profile.as_deref())?;
+    let site = wish.site()?;
+    let folder = wish.folder_of(&study.recipe.name, site.as_ref());
+    if arguments.preview {
+        preview(&study, &folder, stdout)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    finish(&run_study(&study, &folder, site, wish)?, stdout)
+}
+
+/// What a sweep has come to, and where.
+pub(super) struct Driven {
+    end: SweepEnd,
+    plan: SweepPlan,
+    /// The study folder.
+    pub folder: PathBuf,
+}
+
+/// Runs a study to its end, or goes on with it.
+pub(super) fn run_study(study: &Study, folder: &Path, site: Option<Site>, wish: &WishArguments) -> Result<Driven> {
+    let options = SweepOptions { site, journal: wish.journal.as_deref().map(absolute_url).transpose()? };
+    drive(OpenStudy::create(study, folder, options)?, wish.quiet)
+}
+
+/// A journal's place by a name that holds in every folder.
+fn absolute_url(url: &str) -> Result<String> {
+    if url.contains("://") {
+        return Ok(url.to_owned());
+    }
+    Ok(std::path::absolute(url).context("find the current folder")?.display().to_string())
+}
+
+fn drive(study: OpenStudy, quiet: bool) -> Result<Driven> {
+    let (plan, folder) = (study.plan.clone(), study.journal.folder().root().to_owned());
+    let end = controller(study, quiet)?.run()?;
+    Ok(Driven { end, plan, folder })
+}
+
+fn controller(study: OpenStudy, quiet: bool) -> Result<Controller> {
+    let program = std::env::current_exe().context("find this program")?;
+    let folder = study.journal.folder().clone();
+    let executor = match &study.plan.site {
+        Some(site) if !matches!(site.kind, SiteKind::Local) => Executor::Queue(Box::new(Queue::new(QueueOptions {
+            study: folder.info().map(|info| (info.name, info.hash))?,
+            folder,
+            program,
+            resources: study.plan.resources.clone(),
+            site: site.clone(),
+            concurrency: (study.plan.concurrency, study.plan.pack),
+        })?)),
+        _ => Executor::Local(Local::new(folder, program, study.plan.concurrency)),
+    };
+    let interactive = std::io::stderr().is_terminal();
+    Controller::new(study, executor, Talk::new(Box::new(std::io::stderr()), interactive, quiet))
+}
+
+/// The table, and how the sweep ended as an exit code.
+fn finish(driven: &Driven, stdout: &mut dyn Write) -> Result<ExitCode> {
+    driven.check()?;
+    write_table(&driven.plan, &driven.end.records, stdout)?;
+    let shown = driven.folder.display();
+    write_last_line(&mut std::io::stderr(), &format!("{}; study folder: {shown}", counts(&driven.end.records)))?;
+    driven.check_trials()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Driven {
+    /// Fails with kind `Interrupted` where somebody asked for an end.
+    pub(super) fn check(&self) -> Result<(), Failure> {
+        if !self.end.is_interrupted {
+            return Ok(());
+        }
+        let shown = self.folder.display();
+        let what = format!("the sweep was left: {}", counts(&self.end.records));
+        Err(Failure::new(FailureKind::Interrupted, what).at(shown).hint(format!("go on with: cloze sweep resume {shown}")))
+    }
+
+    /// Fails with kind `Run` where trials have failed.
+    pub(super) fn check_trials(&self) -> Result<(), Failure> {
+        let failed: Vec<&TrialRecord> = self.end.records.iter().filter(|record| record.state == TrialState::Failed).collect();
+        let Some(first) = failed.first() else { return Ok(()) };
+        let shown = self.folder.display();
+        let what = format!("{} of {} trials failed", failed.len(), self.end.records.len());
+        let cause = first.failure.as_ref().map_or_else(String::new, |failure| format!("{}: {}", first.name, failure.what));
+        Err(Failure::new(FailureKind::Run, what).at(shown).because(cause).hint(format!(
+            "look at {shown}/jobs/{}.log; `cloze sweep retry {shown}` tries them again",
+            first.name
+        )))
+    }
+}
+
+impl WishArguments {
+    /// The site of the cluster file.
+    pub(super) fn site(&self) -> Result<Option<Site>> {
+        self.cluster.as_deref().map(cloze_recipes::load_site).transpose()
+    }
+
+    /// The study folder: what was asked for, or one by the name of the study and the profile.
+    pub(super) fn folder_of(&self, name: &str, site: Option<&Site>) -> PathBuf {
+        if let Some(folder) = &self.folder {
+            return folder.clone();
+        }
+        let profile = self.profile.as_ref().map_or_else(String::new, |profile| format!("-{profile}"));
+        let root = site.and_then(|site| site.folder.clone()).unwrap_or_default();
+        root.join(STUDIES_FOLDER).join(format!("{name}{profile}"))
+    }
+}
+
+fn preview(study: &Study, folder: &Path, stdout: &mut dyn Write) -> Result<()> {
+    let root = std::path::absolute(folder).context("find the current folder")?;
+    let graph = Graph::new(study.trials(&root)?)?;
+    let plan = SweepPlan::new(study, &graph, SweepOptions::default());
+    write!(stdout, "{}", preview_text(&graph, &plan)).context("print the preview")
+}
+
+fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
+    let folder = StudyFolder::find(&arguments.folder)?;
+    let (info, plan) = (folder.info()?, folder.plan()?);
+    let mut known = read_records(&folder, &plan)?;
+    let records: Vec<TrialRecord> = plan
+        .trials
+        .iter()
+        .map(|trial| known.remove(&trial.hash).unwrap_or_else(|| TrialRecord::new(trial, plan.parent_hash(trial))))
+        .collect();
+    let controller = FileLock::holder(&folder.lock_path())?;
+    if arguments.json {
+        let trials: Vec<_> = records.iter().map(|record| TrialRecord { evaluation: None, ..record.clone() }).collect();
+        let text = json!({"name": info.name, "hash": info.hash, "controller": controller, "trials": trials});
+        serde_json::to_writer_pretty(&mut *stdout, &text).context("print the status")?;
+        writeln!(stdout).context("print the status")?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    write_table(&plan, &records, stdout)?;
+    let controller = controller.map_or_else(|| "no controller lives".to_owned(), |holder| format!("controlled by {holder}"));
+    writeln!(stdout, "{}; {controller}", counts(&records)).context("print the status")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn write_table(plan: &SweepPlan, records: &[TrialRecord], stdout: &mut dyn Write) -> Result<()> {
+    write!(stdout, "{}", status_table(plan, records)).context("print the table")
+}
+
+/// Asks the live controller, or does it in its place.
+fn cancel(folder: &Path) -> Result<ExitCode> {
+    let folder = StudyFolder::find(folder)?;
+    let shown = folder.root().display().to_string();
+    if let Some(holder) = FileLock::holder(&folder.lock_path())? {
+        std::fs::write(folder.cancel_path(), "").with_context(|| format!("write {}", folder.cancel_path().display()))?;
+        write_last_line(&mut std::io::stderr(), &format!("asked {holder}; its trials save and leave"))?;
+        let deadline = Instant::now() + Duration::from_secs(CANCEL_WAIT_S);
+        while FileLock::holder(&folder.lock_path())?.is_some() {
+            if Instant::now() >= deadline {
+                return Err(Failure::new(FailureKind::Run, "the controller does not leave").at(shown).found(holder).into());
+            }
+            sleep(Duration::from_millis(CANCEL_POLL_MS));
+        }
+    } else {
+        controller(OpenStudy::open(folder.root(), None)?, false)?.cancel()?;
+    }
+    write_last_line(&mut std::io::stderr(), &format!("cancelled; go on with: cloze sweep resume {shown}"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn work(arguments: &WorkArguments) -> Result<ExitCode> {
+    let element = match arguments.element {
+        Some(element) => element,
+        None => cloze_launcher::slurm::array_element()?,
+    };
+    work_on(&WorkOptions {
+        folder: arguments.folder.clone(),
+        batch: arguments.batch,
+        element,
+        part: Part { place: arguments.place, of: arguments.of },
+        program: std::env::current_exe().context("find this program")?,
+        gpus: std::env::var(GPUS_VARIABLE).ok(),
+        cores: arguments.cores,
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,295 @@
+//! A sweep ends with every trial done once, whatever happens to its controller.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::sandbox::{CLOZE, Process, RECIPE_TEXT, World, send_signal, wait_until};
+
+/// Longest wait for something of a sweep to happen.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A study folder as a test sees it.
+struct Study<'a> {
+    world: &'a World,
+    name: &'a str,
+}
+
+impl<'a> Study<'a> {
+    /// Writes a recipe with a sweep into a world; its study folder has the recipe's name.
+    fn new(world: &'a World, name: &'a str, around: &str) -> Self {
+        let recipe = RECIPE_TEXT.replace("name: small", &format!("name: {name}")).replace("steps: 40", "steps: 20");
+        world.write(&format!("{name}.yaml"), recipe + around);
+        Self { world, name }
+    }
+
+    fn recipe(&self) -> String {
+        format!("{}.yaml", self.name)
+    }
+
+    fn folder(&self) -> String {
+        format!("studies/{}", self.name)
+    }
+
+    fn start(&self, arguments: &[&str]) -> Process {
+        let recipe = self.recipe();
+        Process::start(&mut self.world.command(&[["sweep", "run", &recipe].as_slice(), arguments].concat()), "")
+    }
+
+    /// Records by name.
+    fn records(&self) -> BTreeMap<String, Value> {
+        let folder = self.world.path(&self.folder()).join("trials");
+        let Ok(entries) = fs::read_dir(folder) else { return BTreeMap::new() };
+        let paths = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.extension().is_some_and(|e| e == "json"));
+        paths
+            .map(|path| {
+                let record: Value = serde_json::from_slice(&fs::read(path).expect("read a record")).expect("a record is whole");
+                (record["name"].as_str().expect("a name").to_owned(), record)
+            })
+            .collect()
+    }
+
+    fn states(&self) -> Vec<String> {
+        self.records().values().map(|record| record["state"].as_str().expect("a state").to_owned()).collect()
+    }
+
+    fn count(&self, state: &str) -> usize {
+        self.states().iter().filter(|found| *found == state).count()
+    }
+
+    /// How often each run was started: once, and once more for each time it was gone on with.
+    fn starts(&self, run: &str) -> usize {
+        let path = self.world.path(&self.folder()).join("runs").join(run).join("events.jsonl");
+        let text = fs::read_to_string(path).unwrap_or_default();
+        text.lines().filter(|line| line.contains("\"run_started\"")).count()
+    }
+
+    fn steps(&self, run: &str) -> Vec<u64> {
+        let path = self.world.path(&self.folder()).join("runs").join(run).join("events.jsonl");
+        let text = fs::read_to_string(path).unwrap_or_default();
+        let events = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        events.filter(|event| event["event"] == "step").filter_map(|event| event["step"].as_u64()).collect()
+    }
+}
+
+/// Hashes as `#1`, `#2`, in the order in which they appear: they depend on the folder of the world.
+fn without_hashes(text: &str) -> String {
+    let mut names: Vec<String> = Vec::new();
+    let mut lines = Vec::new();
+    for line in text.lines() {
+        let words = line.split_whitespace().map(|word| {
+            if word.len() != 12 || !word.chars().all(|character| character.is_ascii_hexdigit()) {
+                return word.to_owned();
+            }
+            let place = names.iter().position(|name| name == word).unwrap_or_else(|| {
+                names.push(word.to_owned());
+                names.len() - 1
+            });
+            format!("#{}", place + 1)
+        });
+        lines.push(words.collect::<Vec<_>>().join(" "));
+    }
+    lines.join("\n") + "\n"
+}
+
+#[test]
+fn stages_are_done_once_and_so_is_every_trial() {
+    let world = World::with_corpus(2000);
+    let first = RECIPE_TEXT.replace("name: small", "name: first").replace("steps: 40", "steps: 10");
+    world.write("first.yaml", first);
+    let around = "\
+after: {recipe: first.yaml}
+sweep:
+  grid: {train.learning_rate: [0.001, 0.002]}
+  seeds: [1, 2]
+  concurrency: 2
+";
+    let study = Study::new(&world, "staged", around);
+    let recipe = study.recipe();
+    // The size of the model is that of the earlier stage.
+    let text = String::from_utf8(world.read(&recipe)).unwrap();
+    let shape = text.lines().find(|line| line.contains("shape:")).unwrap().to_owned() + "\n";
+    world.write(&recipe, text.replace(&shape, ""));
+
+    let preview = world.done(&["sweep", "run", &recipe, "--preview"]).stdout;
+    let expected = "\
+hash data after what
+stage #1 #2 - seed=42
+trial #3 #2 #1 train.learning_rate=0.001 seed=1
+trial #4 #2 #1 train.learning_rate=0.001 seed=2
+trial #5 #2 #1 train.learning_rate=0.002 seed=1
+trial #6 #2 #1 train.learning_rate=0.002 seed=2
+4 trials, 1 earlier stages, 1 data preparations; at most 2 at the same time
+";
+    assert_eq!(without_hashes(&preview), expected);
+    assert!(!world.path("studies").exists(), "a preview makes nothing");
+
+    let outcome = world.done(&["sweep", "run", &recipe]).expect_words(&["4 of 4 done"]);
+    assert_eq!(outcome.stdout.lines().count(), 5, "{}", outcome.stdout);
+    assert_eq!(study.states(), vec!["done"; 5]);
+    for (name, record) in study.records() {
+        assert_eq!((study.starts(&name), record["attempts"].as_u64()), (1, Some(1)), "{name}");
+        assert_eq!(record["wanted"].as_bool().unwrap(), record["metric"].is_number(), "{name}");
+    }
+    let count = |folder: &str| fs::read_dir(world.path(&study.folder()).join(folder)).unwrap().filter(|e| e.as_ref().unwrap().path().is_dir()).count();
+    assert_eq!((count("data"), count("models"), count("runs")), (1, 1, 5));
+
+    // Once more: nothing is left to do.
+    world.done(&["sweep", "run", &recipe]).expect_words(&["4 of 4 done"]);
+    assert!(study.records().keys().all(|name| study.starts(name) == 1));
+    // The same folder is not another study's.
+    let folder = study.folder();
+    let other = ["sweep", "run", &recipe, "--folder", &folder, "--set", "train.learning_rate=0.003", "--set", "sweep.grid=null"];
+    world.cloze(&other).expect_code(8).expect_words(&["the study of another recipe"]);
+    let status: Value = serde_json::from_str(&world.done(&["sweep", "status", &folder, "--json"]).stdout).unwrap();
+    assert_eq!((status["trials"].as_array().unwrap().len(), status["controller"].is_null()), (5, true));
+}
+
+#[test]
+fn a_sweep_goes_on_after_its_controller_was_killed() {
+    let world = World::with_corpus(2000);
+    let around = "\
+sweep:
+  seeds: [1, 2, 3, 4]
+  concurrency: 2
+";
+    let study = Study::new(&world, "killed", around);
+    let process = study.start(&["--set", "train.steps=400", "--set", "checkpoint.every_steps=20"]);
+    wait_until("two trials train", PATIENCE, || {
+        study.records().iter().filter(|(name, record)| record["state"] == "training" && study.steps(name).len() > 5).count() == 2
+    });
+    // A second controller is refused by name.
+    let folder = study.folder();
+    world.cloze(&["sweep", "resume", &folder]).expect_code(9).expect_words(&["another live controller has this sweep", "process "]);
+    process.kill();
+    let out: Vec<String> =
+        study.records().into_iter().filter(|(_, record)| record["state"] == "training").map(|(name, _)| name).collect();
+    let before: Vec<usize> = out.iter().map(|name| study.steps(name).len()).collect();
+    wait_until("what is out goes on without a controller", PATIENCE, || {
+        out.iter().zip(&before).all(|(name, &before)| study.steps(name).len() > before)
+    });
+
+    world.done(&["sweep", "resume", &folder]).expect_words(&["2 trials of an earlier controller are out", "4 of 4 done"]);
+    for (name, record) in study.records() {
+        assert_eq!((record["state"].as_str(), record["attempts"].as_u64()), (Some("done"), Some(1)), "{name}");
+        let steps = study.steps(&name);
+        assert_eq!((study.starts(&name), steps.len(), steps.last()), (1, 400, Some(&400)), "{name}");
+    }
+}
+
+#[test]
+fn a_sweep_that_is_stopped_saves_and_goes_on_elsewhere() {
+    let world = World::with_corpus(2000);
+    let study = Study::new(&world, "stopped", "sweep: {seeds: [1, 2, 3], concurrency: 2, metric: {score: loss}}\n");
+    let arguments = ["--set", "train.steps=400", "--set", "checkpoint.every_steps=1000", "--journal", "journal"];
+    let process = study.start(&arguments);
+    wait_until("two trials train", PATIENCE, || {
+        study.records().iter().filter(|(name, record)| record["state"] == "training" && study.steps(name).len() > 5).count() == 2
+    });
+    process.terminate();
+    let outcome = process.wait().expect_code(130).expect_words(&["what is out saves and leaves", "cloze sweep resume"]);
+    assert!(outcome.stderr.matches(" saved at step ").count() == 2, "{}", outcome.stderr);
+    assert_eq!(study.count("waiting"), 3);
+    let saved: Vec<u64> = study.records().values().filter_map(|record| record["step"].as_u64()).filter(|&step| step > 0).collect();
+    assert_eq!(saved.len(), 2, "{saved:?}");
+
+    // The folder is lost; the journal still has the study.
+    fs::remove_dir_all(world.path(&study.folder())).unwrap();
+    world.done(&["sweep", "resume", "moved", "--journal", "journal"]).expect_words(&["3 of 3 done"]);
+    let status: Value = serde_json::from_str(&world.done(&["sweep", "status", "moved", "--json"]).stdout).unwrap();
+    let trials = status["trials"].as_array().unwrap();
+    assert!(trials.iter().all(|trial| trial["state"] == "done" && trial["metric"].as_f64().is_some_and(|loss| loss > 0.0)), "{status}");
+    assert!(world.path("moved/runs").read_dir().unwrap().count() == 3);
+}
+
+#[test]
+fn early_stopping_lets_the_best_go_on_from_where_they_were() {
+    let world = World::with_corpus(2000);
+    let around = "\
+sweep:
+  grid: {train.learning_rate: [0.0001, 0.002, 0.00001]}
+  concurrency: 3
+  metric: {score: loss}
+  early_stopping: {first_step: 7, factor: 3}
+";
+    let study = Study::new(&world, "halved", around);
+    world.done(&["sweep", "run", &study.recipe()]).expect_words(&["1 of 3 done, 2 stopped early", "waits at its rung at step 7"]);
+    let records = study.records();
+    let of = |rate: f64| records.values().find(|record| record["parameters"]["train.learning_rate"] == rate).unwrap();
+    // The highest rate is the fastest at first, and the only one that trains to the end.
+    let best = of(0.002);
+    assert_eq!((best["state"].as_str(), best["step"].as_u64()), (Some("done"), Some(20)));
+    for rate in [0.0001, 0.00001] {
+        assert_eq!((of(rate)["state"].as_str(), of(rate)["step"].as_u64()), (Some("stopped_early"), Some(7)), "{rate}");
+        assert_eq!(study.steps(of(rate)["name"].as_str().unwrap()), (1..=7).collect::<Vec<u64>>());
+    }
+    // It computes what it would have computed without the pause.
+    let name = best["name"].as_str().unwrap();
+    assert_eq!((study.starts(name), study.steps(name)), (2, (1..=20).collect()));
+    let run = world.run(&format!("{}/runs/{name}", study.folder()));
+    let recipe = format!("{}/trials/{}.yaml", study.folder(), best["hash"].as_str().unwrap());
+    world.done(&["train", &recipe, "--run", "whole", "--quiet"]);
+    assert_eq!(run.loss_bits(), world.run("whole").loss_bits());
+    assert!(run.checkpoint_tensors(20) == world.run("whole").checkpoint_tensors(20), "the state at the end differs");
+}
+
+#[test]
+fn a_failed_trial_is_named_and_tried_again_when_asked() {
+    let world = World::with_corpus(2000);
+    let around = "sweep: {list: [{model.tokenizer: corpus/tokenizer.json}, {model.tokenizer: other.json}], concurrency: 1}\n";
+    let study = Study::new(&world, "failing", around);
+    let recipe = study.recipe();
+    world.cloze(&["sweep", "run", &recipe]).expect_code(9).expect_words(&["1 of 2 trials failed", "cloze sweep retry"]);
+    let records = study.records();
+    let failed = records.values().find(|record| record["state"] == "failed").unwrap();
+    // A missing file does not come by itself: no second attempt.
+    assert_eq!((failed["attempts"].as_u64(), failed["failure"]["kind"].as_str()), (Some(1), Some("input")), "{failed}");
+    let name = failed["name"].as_str().unwrap().to_owned();
+    let folder = study.folder();
+    world.cloze(&["sweep", "retry", &folder, "nobody"]).expect_code(3).expect_words(&["no such trial"]);
+    fs::copy(world.path("corpus/tokenizer.json"), world.path("other.json")).unwrap();
+    world.done(&["sweep", "retry", &folder, &name]).expect_words(&["1 trials are tried again", "2 of 2 done"]);
+    assert_eq!(study.records()[&name]["attempts"], 2);
+    // A damaged record is named.
+    let path = format!("{folder}/trials/{}.json", failed["hash"].as_str().unwrap());
+    world.write(&path, "{");
+    world.cloze(&["sweep", "resume", &folder]).expect_code(7).expect_words(&["the record of a trial cannot be read", &path]);
+}
+
+#[test]
+fn what_cannot_begin_starts_nothing() {
+    let world = World::with_corpus(500);
+    let study = Study::new(&world, "odd", "sweep: {list: [{train.steps: 20}, {train.steps: 20}]}\n");
+    let recipe = study.recipe();
+    world.cloze(&["sweep", "run", &recipe]).expect_code(3).expect_words(&["twice"]);
+    let alone = Study::new(&world, "alone", "");
+    let recipe = alone.recipe();
+    world.write("cluster.yaml", "version: 1\nname: here\nkind: slurm\nslurm: {partition: main}\n");
+    let mut command = world.command(&["sweep", "run", &recipe, "--cluster", "cluster.yaml"]);
+    command.env("PATH", "/nowhere");
+    crate::sandbox::run_command(&mut command).expect_code(5).expect_words(&["sbatch"]);
+    assert_eq!(alone.states(), ["waiting"]);
+    fs::create_dir_all(world.path("full")).unwrap();
+    world.write("full/thesis.tex", "x");
+    world.cloze(&["sweep", "run", &recipe, "--folder", "full"]).expect_code(3).expect_words(&["not empty", "thesis.tex"]);
+    world.cloze(&["sweep", "status", "full"]).expect_code(4).expect_words(&["this folder holds no study"]);
+    world.cloze(&["reproduce", "no/table", "--recipes", "."]).expect_code(3).expect_words(&["there is no such table"]);
+}
+
+impl Drop for Study<'_> {
+    /// Processes that work on trials outlive their controller, but never the world in which they run.
+    fn drop(&mut self) {
+        let folder = self.world.path("").display().to_string();
+        let processes = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
+        for entry in processes {
+            let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let command = String::from_utf8_lossy(&command).into_owned();
+            let is_ours = command.starts_with(CLOZE) && command.contains(folder.trim_end_matches('/'));
+            if let (true, Ok(process_id)) = (is_ours, entry.file_name().to_string_lossy().parse()) {
+                send_signal(process_id, "KILL");
+            }
+        }
+    }
+}
