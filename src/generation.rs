@@ -60,7 +60,7 @@ pub struct Belongings {
 pub fn run(worker: &Arc<Worker>, assignment: Assignment, belongings: &mut Belongings) -> Result<TrainEnd> {
     let facts = GenerationFacts {
         generation: assignment.generation,
-        total_steps: total_steps(&worker.recipe.train, worker.dataset.num_samples()),
+        total_steps: total_steps(&worker.recipe.train, worker.dataset.manifest().epoch_samples(worker.recipe.data.mixing_cap)),
         interrupt: Arc::clone(&assignment.interrupt),
     };
     worker.client.progress(facts.generation, belongings.held.steps_done().unwrap_or(0), Phase::Building);
@@ -176,7 +176,7 @@ fn feed_plan(worker: &Worker, trainer: &Trainer, from_step: u64, total_steps: u6
     };
     FeedPlan {
         dataset: Arc::clone(&worker.dataset),
-        spec: BatchSpec::new(&worker.recipe, facts, worker.dataset.num_samples()),
+        spec: BatchSpec::new(&worker.recipe, facts, worker.dataset.as_ref()),
         from_step,
         total_steps,
         rank: trainer.collective.rank(),

@@ -99,7 +99,7 @@ fn model_in(folder: &Path) -> Result<(ModelShape, u64), Failure> {
 /// What is known of the run, by name.
 fn facts(recipe: &Recipe, parameters: u64, data: Option<&Manifest>, workers: u32) -> Vec<(&'static str, String)> {
     let steps = match (data, recipe.train.steps) {
-        (Some(data), _) => grouped(total_steps(&recipe.train, data.samples)),
+        (Some(data), _) => grouped(total_steps(&recipe.train, data.epoch_samples(recipe.data.mixing_cap))),
         (None, Some(steps)) => grouped(steps),
         (None, None) => "known when the data is prepared".to_owned(),
     };

@@ -33,7 +33,7 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
     for (who, address) in [("coordinator", arguments.watch.listen), ("dashboard", arguments.watch.dashboard.0)] {
         address.map_or(Ok(()), |address| check_port(who, address))?;
     }
-    let total = total_steps(&recipe.train, dataset.num_samples());
+    let total = total_steps(&recipe.train, dataset.manifest().epoch_samples(recipe.data.mixing_cap));
     let plan = plan(Slots::of(&arguments.workers, 1), &arguments.watch, recipe.clone(), total)?;
     let folder = arguments.run.clone().unwrap_or_else(|| Path::new(RUNS_FOLDER).join(&recipe.name));
     let (root, name) = split(&folder)?;
@@ -60,7 +60,7 @@ pub fn resume(arguments: &ResumeArguments) -> Result<ExitCode> {
             .hint("bring the old data back, or start a new run")
             .into());
     }
-    let total = total_steps(&recipe.train, dataset.num_samples());
+    let total = total_steps(&recipe.train, dataset.manifest().epoch_samples(recipe.data.mixing_cap));
     let before = last_workers(run.paths())?.unwrap_or(1);
     let plan = plan(Slots::of(&arguments.workers, before), &arguments.watch, recipe, total)?;
     go(run, LaunchPlan { resumed: true, ..plan }, arguments.watch.quiet)
