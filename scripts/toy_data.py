@@ -8,7 +8,7 @@ FOLDER holds the real data:
 
 OUTPUT, the same from both:
     tokenizer/tokenizer.json
-    flan/*.jsonl.gz                     instruction records
+    flan/*.jsonl.gz                     instruction records; in more.jsonl.gz those of one template for each of two tasks
     mmlu/*.csv                          question, A, B, C, D, answer; no header
     mmlu_pro.jsonl                      question, options (five), answer (A to E)
     raft/{ade,nis,ose}.csv              with RAFT's columns and labels
@@ -41,6 +41,7 @@ def main():
     output.mkdir(parents=True)
     try:
         (real if sys.argv[1] == "real" else generated)(source, output)
+        more_instructions(output)
     except FileNotFoundError as error:
         sys.exit(f"error: no {error.filename}\n\n  hint: the layout of the folder stands at the top of scripts/toy_data.py")
 
@@ -264,6 +265,24 @@ def generated_finetune(train, output):
 
 
 # Both
+
+
+# What a small model learns in a minute: one template, many rows.
+MORE_ROWS = 12_000
+MORE = {
+    "sst2": ("sst2", "{}\nIs this review positive or negative?", ["negative", "positive"]),
+    "yahoo": ("trec", "{}\nWhich kind is it, A to F?", list("ABCDEF")),
+}
+
+
+def more_instructions(output):
+    """Fine-tuning rows as instructions: FLAN's own are too few and too many-sided for a model that starts from scratch."""
+    with gzip.open(output / "flan" / "more.jsonl.gz", "wt", encoding="utf-8") as out:
+        for name, (task, template, words) in MORE.items():
+            for row in rows(output / "finetune" / name / "train.jsonl")[:MORE_ROWS]:
+                record = {"inputs": template.format(row["inputs"].strip()), "targets": words[LETTERS.index(row["targets"])],
+                          "task_source": "Toy", "task_name": f"{task}_more", "template_type": "zs_more"}
+                out.write(json.dumps(record) + "\n")
 
 
 def pair(inputs, targets):
