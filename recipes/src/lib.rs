@@ -21,6 +21,8 @@ pub mod study;
 mod check;
 mod compose;
 mod load;
+mod load_site;
+mod load_study;
 mod paths;
 mod problem;
 mod render;
@@ -28,5 +30,7 @@ mod schema;
 mod tree;
 mod validate;
 
-pub use load::load;
-pub use schema::schema_json;
+pub use load::{load, load_with_profile};
+pub use load_site::load_site;
+pub use load_study::{CheckedFile, check_file, load_study};
+pub use schema::{schema_json, site_schema_json};

@@ -21,4 +21,5 @@ mod reference;
 mod resume;
 mod sharding;
 mod stop;
+mod studies;
 mod world_size;
