@@ -62,7 +62,7 @@ pub struct Belongings {
 pub fn run(worker: &Arc<Worker>, assignment: Assignment, belongings: &mut Belongings) -> Result<TrainEnd> {
     let facts = GenerationFacts {
         generation: assignment.generation,
-        total_steps: total_steps(&worker.recipe.train, worker.dataset.num_samples()),
+        total_steps: total_steps(&worker.recipe.train, worker.dataset.manifest().epoch_samples(worker.recipe.data.mixing_cap)),
         until_step: assignment.until_step,
         interrupt: Arc::clone(&assignment.interrupt),
     };
@@ -179,7 +179,7 @@ fn feed_plan(worker: &Worker, trainer: &Trainer, from_step: u64, total_steps: u6
     };
     FeedPlan {
         dataset: Arc::clone(&worker.dataset),
-        spec: BatchSpec::new(&worker.recipe, facts, worker.dataset.num_samples()),
+        spec: BatchSpec::new(&worker.recipe, facts, worker.dataset.as_ref()),
         from_step,
         total_steps,
         rank: trainer.collective.rank(),

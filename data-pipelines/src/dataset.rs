@@ -64,6 +64,12 @@ impl Dataset {
         shard.length(row)
     }
 
+    /// Task of a sample, an index into the manifest's list; panics past the end.
+    pub fn task(&self, sample: u64) -> u32 {
+        let (shard, row) = self.locate(sample);
+        shard.task(row)
+    }
+
     /// Reads a sample; panics past the end. Fails when it is damaged, naming shard and row.
     pub fn read(&self, sample: u64) -> anyhow::Result<Sample> {
         let (shard, row) = self.locate(sample);
@@ -139,6 +145,7 @@ mod tests {
         for (number, sample) in (0..).zip(&samples) {
             assert_eq!(&dataset.read(number).unwrap(), sample);
             assert_eq!(dataset.length(number) as usize, sample.tokens.len());
+            assert_eq!(dataset.task(number), sample.task);
         }
         dataset.verify().unwrap();
     }

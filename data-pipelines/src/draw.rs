@@ -19,6 +19,8 @@ pub enum Stream {
     SyntheticTraining = 6,
     /// Generated evaluation rows: (row, number of the draw, number of the file).
     SyntheticEvaluation = 7,
+    /// Key of the order in which a task's samples are taken where epochs take only some: (task, pass, 0).
+    TaskOrder = 8,
 }
 
 /// Odd constants that keep the places of the inputs apart: (1, 0) and (0, 1) must not meet.
@@ -69,7 +71,7 @@ mod tests {
 
     use super::*;
 
-    const STREAMS: [Stream; 7] = [
+    const STREAMS: [Stream; 8] = [
         Stream::Order,
         Stream::Objective,
         Stream::MaskToken,
@@ -77,6 +79,7 @@ mod tests {
         Stream::RandomToken,
         Stream::SyntheticTraining,
         Stream::SyntheticEvaluation,
+        Stream::TaskOrder,
     ];
 
     /// Chi-square statistic of counts against equal shares.

@@ -137,9 +137,13 @@ pub(crate) fn recipe(tokenizer: &Path, output: &Path, sources: &[&Path]) -> Reci
         data: DataRecipe {
             sources,
             output: output.to_path_buf(),
+            only: Vec::new(),
             hold_out: Vec::new(),
+            max_tasks: None,
             cap_per_task: None,
             wanted_total: None,
+            fraction: 1.0,
+            mixing_cap: None,
             max_length: 64,
             truncate: Truncation::PromptKeepAnswer,
             template: "{inputs}\nAnswer: {anchor} {target}".into(),

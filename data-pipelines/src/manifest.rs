@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::files;
+use crate::select::capped_total;
 
 /// Version of the manifest and of the shards; others are refused.
 pub const MANIFEST_VERSION: u32 = 1;
@@ -84,7 +85,7 @@ pub struct Counts {
     pub too_long: u64,
     /// Samples whose text was cut; they go on.
     pub truncated: u64,
-    /// Samples left out by the cap per task.
+    /// Samples left out by the number of tasks, the cap per task, or the share that is wanted of them.
     pub capped: u64,
     /// Samples in the shards.
     pub kept: u64,
@@ -188,6 +189,13 @@ impl Manifest {
         Ok(())
     }
 
+    /// Samples of one epoch of a run whose recipe has this `data.mixing_cap`.
+    pub fn epoch_samples(&self, mixing_cap: Option<u64>) -> u64 {
+        let Some(cap) = mixing_cap else { return self.samples };
+        let counts: Vec<u64> = self.tasks.iter().map(|task| task.counts.kept).collect();
+        capped_total(&counts, cap)
+    }
+
     /// Hash (blake3, hex) over what a run sees: samples in their order, tasks, tokenizer. The same wherever the files came from.
     pub fn fingerprint(&self) -> String {
         let mut hasher = blake3::Hasher::new();
@@ -249,6 +257,12 @@ mod tests {
         assert_eq!(kind(), FailureKind::Damaged);
         fs::write(folder.path().join(MANIFEST_FILE), "{\"version\": 2, \"new\": 0}").unwrap();
         assert_eq!(kind(), FailureKind::Mismatch);
+    }
+
+    #[test]
+    fn an_epoch_takes_all_samples_or_some_of_each_task() {
+        let manifest = manifest();
+        assert_eq!([None, Some(1), Some(5)].map(|cap| manifest.epoch_samples(cap)), [2, 1, 2]);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Which samples of a task are kept: the cap per task, and a uniform draw that does not depend on the order of the samples.
+//! Which tasks are kept, and which samples of a task: caps, shares, and a uniform draw that does not depend on the order of the
+//! samples.
 
 use std::collections::BinaryHeap;
 
@@ -24,6 +25,21 @@ pub fn find_cap(counts: &[u64], wanted: u64) -> u64 {
         }
     }
     fits
+}
+
+/// Number of samples that a share of `count` is: rounded, and at least one of a task that has any. Never less for a larger share.
+pub fn share_of(count: u64, fraction: f64) -> u64 {
+    ((count as f64 * fraction).round() as u64).clamp(count.min(1), count)
+}
+
+/// Which names are among the `limit` that are drawn, in the order of `names`: those with the smallest numbers for this seed. The
+/// draw of a smaller limit, and of fewer names, lies within that of a larger one.
+pub fn drawn_names(seed: u64, names: &[&str], limit: u64) -> Vec<bool> {
+    let mut order: Vec<usize> = (0..names.len()).collect();
+    order.sort_unstable_by_key(|&index| (name_key(seed, names[index]), names[index]));
+    let mut drawn = vec![false; names.len()];
+    order.iter().take(usize::try_from(limit).unwrap_or(usize::MAX)).for_each(|&index| drawn[index] = true);
+    drawn
 }
 
 /// A number drawn for a name, such as a task or the content hash of a file.
@@ -125,7 +141,42 @@ mod tests {
         assert_eq!(rows, drawn(1, "task"));
     }
 
+    #[test]
+    fn a_share_is_rounded_and_leaves_no_task_empty() {
+        let cases = [(0, 0.5, 0), (1, 0.01, 1), (10, 0.06, 1), (100, 0.07, 7), (100, 0.25, 25), (3, 0.5, 2), (7, 1.0, 7), (1 << 60, 1.0, 1 << 60)];
+        for (count, fraction, share) in cases {
+            assert_eq!(share_of(count, fraction), share, "{fraction} of {count}");
+        }
+    }
+
+    #[test]
+    fn more_names_hold_the_fewer_and_every_name_is_as_likely() {
+        let names: Vec<String> = (0..40).map(|number| format!("task{number}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let mut times = vec![0; names.len()];
+        for seed in 0..1000 {
+            let mut before = vec![false; names.len()];
+            for limit in [0, 1, 10, 39, 40, 100] {
+                let drawn = drawn_names(seed, &names, limit);
+                assert_eq!(drawn.iter().filter(|is_drawn| **is_drawn).count() as u64, limit.min(40));
+                assert!(before.iter().zip(&drawn).all(|(before, now)| *now || !before), "seed {seed}, limit {limit}");
+                before.clone_from(&drawn);
+                if limit == 10 {
+                    times.iter_mut().zip(drawn).for_each(|(times, is_drawn)| *times += u32::from(is_drawn));
+                }
+            }
+        }
+        // A quarter of 1,000 draws: 250 with a standard deviation of 14.
+        assert!(times.iter().all(|times| (180..320).contains(times)), "{times:?}");
+    }
+
     proptest! {
+        #[test]
+        fn a_larger_share_is_never_smaller(count in 0_u64..1_000_000, first in 0.0_f64..1.0, second in 0.0_f64..1.0) {
+            let (low, high) = (first.min(second), first.max(second));
+            prop_assert!(share_of(count, low) <= share_of(count, high) && share_of(count, high) <= count);
+        }
+
         #[test]
         fn one_more_would_exceed(counts in prop::collection::vec(0_u64..1000, 0..30), wanted in 0_u64..20_000) {
             let cap = find_cap(&counts, wanted);

@@ -217,6 +217,11 @@ impl ShardReader {
         self.offsets[row + 1] - self.offsets[row]
     }
 
+    /// Task of the sample in a row; panics past the end.
+    pub fn task(&self, row: usize) -> u32 {
+        self.tasks[row]
+    }
+
     /// Reads the sample in a row and checks it; panics past the end. Fails when its checksum is wrong.
     pub fn read(&self, row: usize) -> anyhow::Result<Sample> {
         let mut bytes = vec![0; self.length(row) as usize * VALUE_BYTES];

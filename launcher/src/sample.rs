@@ -92,9 +92,13 @@ fn data() -> DataRecipe {
     DataRecipe {
         sources: vec![DataSource { url: "/nowhere/train".to_owned(), task: None, options: BTreeMap::new() }],
         output: PathBuf::from("/nowhere/data"),
+        only: Vec::new(),
         hold_out: Vec::new(),
+        max_tasks: None,
         cap_per_task: None,
         wanted_total: None,
+        fraction: 1.0,
+        mixing_cap: None,
         max_length: 128,
         truncate: Truncation::Drop,
         template: "{inputs}{anchor}{target}".to_owned(),

@@ -168,6 +168,10 @@ pub struct DataRaw {
     /// Folder of the prepared shards, relative to the current folder.
     #[schemars(length(min = 1))]
     pub output: String,
+    /// Regular expressions on task names; a task that matches none is dropped. Empty keeps every task.
+    #[serde(default)]
+    #[schemars(inner(length(min = 1)))]
+    pub only: Vec<String>,
     /// Regular expressions on task names; a task that matches any is dropped.
     #[serde(default)]
     #[schemars(inner(length(min = 1)))]
@@ -176,12 +180,22 @@ pub struct DataRaw {
     #[serde(default)]
     #[schemars(inner(length(min = 1)))]
     pub hold_out_templates: Vec<String>,
+    /// At most this many tasks, drawn by the hash of seed and name: those of a smaller number are among those of a larger one.
+    #[schemars(range(min = 1))]
+    pub max_tasks: Option<u64>,
     /// At most this many samples of a task. Not together with `wanted_total`.
     #[schemars(range(min = 1))]
     pub cap_per_task: Option<u64>,
     /// Wanted number of samples; the cap per task is found by bisection.
     #[schemars(range(min = 1))]
     pub wanted_total: Option<u64>,
+    /// Share of each task's samples that is left of them after the cap; a smaller share lies within a larger one.
+    #[serde(default = "defaults::fraction")]
+    #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0.0))]
+    pub fraction: f64,
+    /// At most this many samples of a task in one epoch, other ones in each; all of them where unset.
+    #[schemars(range(min = 1))]
+    pub mixing_cap: Option<u64>,
     /// Longest sample, in tokens, special tokens included.
     #[serde(default = "defaults::max_length")]
     #[schemars(range(min = 8, max = 1_048_576))]
@@ -396,6 +410,10 @@ pub(crate) mod defaults {
 
     pub(crate) fn anchor_token() -> String {
         "[unused0]".to_owned()
+    }
+
+    pub(crate) fn fraction() -> f64 {
+        1.0
     }
 
     pub(crate) fn max_length() -> u32 {

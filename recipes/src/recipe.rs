@@ -77,12 +77,24 @@ pub struct DataRecipe {
     pub sources: Vec<DataSource>,
     /// Folder of the prepared shards.
     pub output: PathBuf,
+    /// Regular expressions on task names; a task that matches none is dropped. Empty keeps every task.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub only: Vec<String>,
     /// Regular expressions on task names; a task that matches any is dropped.
     pub hold_out: Vec<String>,
+    /// At most this many tasks, drawn by the hash of seed and name: those of a smaller number are among those of a larger one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_tasks: Option<u64>,
     /// At most this many samples of a task. Not together with `wanted_total`.
     pub cap_per_task: Option<u64>,
     /// Wanted number of samples; the cap per task is found by bisection.
     pub wanted_total: Option<u64>,
+    /// Share of each task's samples that is left of them after the cap, above 0, at most 1; a smaller share lies within a larger one.
+    #[serde(skip_serializing_if = "is_whole")]
+    pub fraction: f64,
+    /// At most this many samples of a task in one epoch, other ones in each; `None` takes every sample once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mixing_cap: Option<u64>,
     /// Longest sample, in tokens, special tokens included.
     pub max_length: u32,
     /// What happens to a longer one.
@@ -91,6 +103,12 @@ pub struct DataRecipe {
     pub template: String,
     /// Part of the tasks' templates kept away from training: rows whose template type matches any of these regular expressions are dropped.
     pub hold_out_templates: Vec<String>,
+}
+
+/// A key that came later than the hash of recipes is left out where it changes nothing, so that their hashes stay.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
+fn is_whole(fraction: &f64) -> bool {
+    *fraction >= 1.0
 }
 
 /// One input of the data preparation.

@@ -43,7 +43,7 @@ pub fn inspect(arguments: &InspectArguments, stdout: &mut dyn Write) -> Result<E
     let (tokenizer, anchor_id) = Tokenizer::load_with_anchor(&recipe.model.tokenizer, &recipe.model.anchor_token)?;
     let facts =
         TokenFacts { mask_id: tokenizer.mask_id, special_ids: tokenizer.special_ids(), vocab_size: tokenizer.vocab_size(), anchor_id };
-    let spec = BatchSpec::new(&recipe, facts, dataset.num_samples());
+    let spec = BatchSpec::new(&recipe, facts, &dataset);
     write_inspection(&dataset, &tokenizer, &Inspection { spec: &spec, step: arguments.step, count: arguments.count }, stdout)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -84,7 +84,7 @@ fn summary(manifest: &Manifest) -> String {
         (counts.held_out_template, "of held-out templates".to_owned()),
         (counts.not_single_token, "whose answer is not one token".to_owned()),
         (counts.too_long, "too long".to_owned()),
-        (counts.capped, format!("over the cap ({cap})")),
+        (counts.capped, format!("left out by number ({cap})")),
         (
             counts.kept,
             format!("samples kept, {} tokens, {} tasks, {} shards", manifest.tokens, manifest.tasks.len(), manifest.shards.len()),

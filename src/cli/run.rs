@@ -30,7 +30,7 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
     for (who, address) in [("coordinator", arguments.watch.listen), ("dashboard", arguments.watch.dashboard.0)] {
         address.map_or(Ok(()), |address| check_port(who, address))?;
     }
-    let total = total_steps(&recipe.train, dataset.num_samples());
+    let total = total_steps(&recipe.train, dataset.manifest().epoch_samples(recipe.data.mixing_cap));
     let hosts = Hosts::of(&arguments.hosts, || {
         let changes = &arguments.recipe.changes;
         Ok(cloze_recipes::load_study(&arguments.recipe.recipe, &changes.overrides, changes.profile.as_deref())?.resources)
@@ -93,7 +93,7 @@ pub(super) fn open_to_resume(folder: &Path) -> Result<(RunFolder, Recipe, u64)> 
             .hint("bring the old data back, or start a new run")
             .into());
     }
-    let total = total_steps(&recipe.train, dataset.num_samples());
+    let total = total_steps(&recipe.train, dataset.manifest().epoch_samples(recipe.data.mixing_cap));
     Ok((run, recipe, total))
 }
 

@@ -47,6 +47,10 @@ impl SampleSource for VecSource {
         self.samples[sample as usize].tokens.len() as u32
     }
 
+    fn task(&self, sample: u64) -> u32 {
+        self.samples[sample as usize].task
+    }
+
     fn read(&self, sample: u64) -> anyhow::Result<Sample> {
         self.reads.borrow_mut().insert(sample);
         let sample = &self.samples[sample as usize];
@@ -61,7 +65,7 @@ impl SampleSource for VecSource {
 /// 80 % answers, 20 % dummy MLM at 30 %, over a source as [`VecSource::generated`] makes them.
 pub(crate) fn batch_spec(source: &VecSource, samples_per_step: u32, micro_batch_tokens: u32) -> BatchSpec {
     BatchSpec {
-        plan: BatchPlan { samples_per_step, micro_batch_tokens, seed: 42, num_samples: source.num_samples() },
+        plan: BatchPlan { samples_per_step, micro_batch_tokens, seed: 42, num_samples: source.num_samples(), mixture: None },
         mask: MaskSpec {
             seed: 42,
             objective: ObjectiveRecipe {

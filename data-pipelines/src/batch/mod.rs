@@ -6,11 +6,13 @@
 mod build;
 #[cfg(test)]
 pub(crate) mod fixture;
+mod mixture;
 mod pack;
 mod plan;
 mod source;
 
 pub use build::{Pack, batch, worker_batch};
+pub use mixture::Mixture;
 pub use pack::{assign, pack};
 pub use plan::{BatchPlan, BatchSpec, Slot, slots, total_steps};
 pub use source::SampleSource;

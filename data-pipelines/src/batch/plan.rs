@@ -1,7 +1,11 @@
 //! Which samples belong to a step.
 
+use std::sync::Arc;
+
 use cloze_recipes::recipe::{Recipe, TrainRecipe};
 
+use super::mixture::Mixture;
+use super::source::SampleSource;
 use crate::draw::{Stream, draw_u64};
 use crate::mask::{MaskSpec, TokenFacts};
 use crate::permutation::permute;
@@ -17,6 +21,15 @@ pub struct BatchPlan {
     pub seed: u64,
     /// Samples of the dataset.
     pub num_samples: u64,
+    /// What an epoch takes of each task; `None` takes every sample once.
+    pub mixture: Option<Arc<Mixture>>,
+}
+
+impl BatchPlan {
+    /// Samples of one epoch.
+    fn epoch_samples(&self) -> u64 {
+        self.mixture.as_ref().map_or(self.num_samples, |mixture| mixture.epoch_samples())
+    }
 }
 
 /// Everything that the batches of a run depend on, besides the samples themselves.
@@ -29,14 +42,16 @@ pub struct BatchSpec {
 }
 
 impl BatchSpec {
-    /// The batches of a recipe over `num_samples` prepared samples.
-    pub fn new(recipe: &Recipe, tokens: TokenFacts, num_samples: u64) -> Self {
+    /// The batches of a recipe over prepared samples.
+    pub fn new<S: SampleSource>(recipe: &Recipe, tokens: TokenFacts, source: &S) -> Self {
+        let mixture = recipe.data.mixing_cap.map(|cap| Arc::new(Mixture::new(source, cap)));
         Self {
             plan: BatchPlan {
                 samples_per_step: recipe.train.batch_examples,
                 micro_batch_tokens: recipe.train.micro_batch_tokens,
                 seed: recipe.seed,
-                num_samples,
+                num_samples: source.num_samples(),
+                mixture,
             },
             mask: MaskSpec { seed: recipe.seed, objective: recipe.objective.clone(), tokens },
         }
@@ -54,21 +69,24 @@ pub struct Slot {
     pub sample: u64,
 }
 
-/// The slots of a step, steps counted from 0. Each epoch is a permutation of all samples; a step may span two epochs.
+/// The slots of a step, steps counted from 0. Each epoch is a permutation of all samples, or of those that the mixture takes; a
+/// step may span two epochs.
 ///
 /// # Panics
 /// If the plan has no samples.
 pub fn slots(plan: &BatchPlan, step: u64) -> Vec<Slot> {
     assert!(plan.num_samples > 0, "a plan without samples has no slots");
     let first = step * u64::from(plan.samples_per_step);
-    let mut epoch = first / plan.num_samples;
+    let epoch_samples = plan.epoch_samples();
+    let mut epoch = first / epoch_samples;
     let mut key = epoch_key(plan, epoch);
     let slot_at = |index: u64| {
-        if index / plan.num_samples != epoch {
-            epoch = index / plan.num_samples;
+        if index / epoch_samples != epoch {
+            epoch = index / epoch_samples;
             key = epoch_key(plan, epoch);
         }
-        Slot { index, epoch, sample: permute(key, plan.num_samples, index % plan.num_samples) }
+        let place = permute(key, epoch_samples, index % epoch_samples);
+        Slot { index, epoch, sample: plan.mixture.as_ref().map_or(place, |mixture| mixture.sample(plan.seed, epoch, place)) }
     };
     (first..first + u64::from(plan.samples_per_step)).map(slot_at).collect()
 }
@@ -77,12 +95,12 @@ fn epoch_key(plan: &BatchPlan, epoch: u64) -> u64 {
     draw_u64(plan.seed, Stream::Order, epoch, 0, 0)
 }
 
-/// Optimizer steps of a run: the recipe's own, or as many as its epochs need, the last one rounded up; at least 1.
-pub fn total_steps(train: &TrainRecipe, num_samples: u64) -> u64 {
+/// Optimizer steps of a run: the recipe's own, or as many as its epochs of `epoch_samples` need, the last one rounded up; at least 1.
+pub fn total_steps(train: &TrainRecipe, epoch_samples: u64) -> u64 {
     if let Some(steps) = train.steps {
         return steps;
     }
-    let exact = train.epochs.unwrap_or(1.0) * num_samples as f64 / f64::from(train.batch_examples);
+    let exact = train.epochs.unwrap_or(1.0) * epoch_samples as f64 / f64::from(train.batch_examples);
     // 0.1 epochs are not exactly a tenth in binary; a rounding error of 1e-16 upwards must not make one more step.
     ((exact * (1.0 - 1e-12)).ceil() as u64).max(1)
 }
@@ -97,7 +115,7 @@ mod tests {
     use crate::batch::fixture::train_recipe;
 
     fn plan(samples_per_step: u32, seed: u64, num_samples: u64) -> BatchPlan {
-        BatchPlan { samples_per_step, micro_batch_tokens: 1, seed, num_samples }
+        BatchPlan { samples_per_step, micro_batch_tokens: 1, seed, num_samples, mixture: None }
     }
 
     proptest! {

@@ -10,6 +10,9 @@ pub trait SampleSource {
     /// Length of a sample in tokens, special tokens included. Does not read the sample.
     fn length(&self, sample: u64) -> u32;
 
+    /// Number of a sample's task. Does not read the sample.
+    fn task(&self, sample: u64) -> u32;
+
     /// Reads a sample. Fails where its storage is damaged.
     fn read(&self, sample: u64) -> anyhow::Result<Sample>;
 
@@ -24,6 +27,10 @@ impl SampleSource for Dataset {
 
     fn length(&self, sample: u64) -> u32 {
         Dataset::length(self, sample)
+    }
+
+    fn task(&self, sample: u64) -> u32 {
+        Dataset::task(self, sample)
     }
 
     fn read(&self, sample: u64) -> anyhow::Result<Sample> {

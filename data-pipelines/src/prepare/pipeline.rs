@@ -33,6 +33,7 @@ const TICKETS_PER_WORKER: usize = 2;
 
 /// Which records are kept away, by name.
 pub(super) struct HoldOut {
+    only: RegexSet,
     tasks: RegexSet,
     templates: RegexSet,
 }
@@ -41,9 +42,15 @@ impl HoldOut {
     /// Compiles the patterns of a recipe.
     pub(super) fn new(data: &DataRecipe) -> Result<Self, Failure> {
         Ok(Self {
+            only: patterns("data.only", &data.only)?,
             tasks: patterns("data.hold_out", &data.hold_out)?,
             templates: patterns("data.hold_out_templates", &data.hold_out_templates)?,
         })
+    }
+
+    /// Whether a task is kept away: held out, or not among the only ones.
+    fn task(&self, name: &str) -> bool {
+        self.tasks.is_match(name) || (!self.only.is_empty() && !self.only.is_match(name))
     }
 }
 
@@ -223,7 +230,7 @@ fn samples_of(job: &Job<'_>, input: &Input, chunk: &Chunk, memory: &mut TailMemo
         let name = record.task.as_deref().unwrap_or(&input.default_task);
         let task = samples.tasks.id(name, record.source.as_deref());
         if task as usize == held_out.len() {
-            held_out.push(job.hold_out.tasks.is_match(name));
+            held_out.push(job.hold_out.task(name));
         }
         add(job, &mut samples, (task, held_out[task as usize]), record, memory)
     })?;

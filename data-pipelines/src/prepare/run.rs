@@ -258,6 +258,7 @@ mod tests {
 
     use tempfile::TempDir;
 
+    use super::super::settings::check_prepared;
     use super::*;
     use crate::dataset::Dataset;
     use crate::fixtures;
@@ -365,6 +366,54 @@ mod tests {
         let tasks: Vec<u32> = (0..dataset.num_samples()).map(|sample| dataset.read(sample).unwrap().task).collect();
         let from_b = tasks.iter().rev().take_while(|task| **task == 2).count();
         assert!((30..=70).contains(&from_b), "{from_b}");
+    }
+
+    #[test]
+    fn only_some_tasks_and_shares_are_kept_and_more_of_them_hold_the_fewer() {
+        let files = [("a.jsonl", lines(&["a", "b", "c", "d", "mmlu"], 100))];
+        let kept = |change: &dyn Fn(&mut Recipe)| {
+            let mut place = Place::new(&files);
+            place.recipe.data.only = vec!["^[a-d]$".into()];
+            change(&mut place.recipe);
+            let manifest = place.prepared();
+            check_prepared(&place.recipe, &manifest).unwrap();
+            let dataset = Dataset::open(place.output()).unwrap();
+            let samples: HashSet<(u32, Vec<u32>)> =
+                (0..dataset.num_samples()).map(|sample| dataset.read(sample).unwrap()).map(|sample| (sample.task, sample.tokens)).collect();
+            (manifest, samples)
+        };
+        let (all, _) = kept(&|_| ());
+        assert_eq!((all.counts.held_out, all.counts.kept, all.counts.capped), (100, 400, 0));
+        let num_kept = |manifest: &Manifest| manifest.tasks.iter().filter(|task| task.counts.kept > 0).count();
+        let (three, of_three) = kept(&|recipe| recipe.data.max_tasks = Some(3));
+        let (two, of_two) = kept(&|recipe| recipe.data.max_tasks = Some(2));
+        assert_eq!((num_kept(&three), num_kept(&two), two.counts.kept, two.counts.capped), (3, 2, 200, 200));
+        assert!(of_two.is_subset(&of_three));
+        let capped = |fraction| {
+            kept(&|recipe| {
+                recipe.data.cap_per_task = Some(40);
+                recipe.data.fraction = fraction;
+            })
+        };
+        let ((quarter, of_quarter), (half, of_half)) = (capped(0.25), capped(0.5));
+        assert_eq!((quarter.samples, half.samples, quarter.cap_per_task), (40, 80, Some(40)));
+        assert!(of_quarter.is_subset(&of_half));
+    }
+
+    #[test]
+    fn what_a_recipe_without_the_later_keys_prepared_still_fits() {
+        let mut place = Place::new(&[("a.jsonl", lines(&["x"], 5))]);
+        let manifest = place.prepared();
+        for key in ["data.only", "data.max_tasks", "data.fraction"] {
+            assert!(!manifest.settings.contains_key(key), "{key}");
+        }
+        place.recipe.data.mixing_cap = Some(2);
+        assert!(place.is_up_to_date(), "the batches change, not the shards");
+        place.recipe.data.max_tasks = Some(3);
+        place.recipe.data.fraction = 0.5;
+        place.recipe.data.only = vec!["x".into()];
+        let found = check_prepared(&place.recipe, &manifest).unwrap_err().found.unwrap();
+        assert_eq!(found, "data.fraction was null, is 0.5; data.max_tasks was null, is 3; data.only was null, is [\"x\"]");
     }
 
     #[test]

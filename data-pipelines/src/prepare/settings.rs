@@ -138,6 +138,13 @@ pub(super) fn settings(recipe: &Recipe) -> BTreeMap<String, Value> {
     settings.insert("data.wanted_total".to_owned(), json!(recipe.data.wanted_total));
     let tasks: Vec<&Option<String>> = recipe.data.sources.iter().map(|source| &source.task).collect();
     settings.insert("data.sources.task".to_owned(), json!(tasks));
+    // Keys that came later are there only where they change something, so that what was prepared before still fits.
+    if let Some(max_tasks) = recipe.data.max_tasks {
+        settings.insert("data.max_tasks".to_owned(), json!(max_tasks));
+    }
+    if recipe.data.fraction < 1.0 {
+        settings.insert("data.fraction".to_owned(), json!(recipe.data.fraction));
+    }
     settings
 }
 
@@ -167,5 +174,6 @@ fn sample_settings(recipe: &Recipe) -> BTreeMap<String, Value> {
         ("data.truncate", json!(data.truncate)),
         ("data.template", json!(data.template)),
     ];
-    settings.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+    let only = (!data.only.is_empty()).then(|| ("data.only", json!(data.only)));
+    settings.into_iter().chain(only).map(|(key, value)| (key.to_owned(), value)).collect()
 }

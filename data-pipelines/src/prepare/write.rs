@@ -11,7 +11,7 @@ use super::run::ProgressLine;
 use super::tasks::TaskTable;
 use crate::files;
 use crate::manifest::{Counts, MANIFEST_FILE, ShardEntry, TaskEntry};
-use crate::select::{Smallest, capped_total, find_cap, name_key, priority};
+use crate::select::{Smallest, capped_total, drawn_names, find_cap, name_key, priority, share_of};
 use crate::shard::{ShardBuilder, shard_name};
 
 /// Which cap was applied.
@@ -55,11 +55,11 @@ pub(super) fn write_shards(
     progress: &mut dyn FnMut(ProgressLine),
 ) -> anyhow::Result<Written> {
     let mut tasks = sorted_tasks(parts);
-    let counts: Vec<u64> = tasks.entries.iter().map(|task| task.counts.kept).collect();
+    let counts = available(data, &tasks.entries, seed);
     let cap = choose_cap(data, &counts)?;
-    for task in &mut tasks.entries {
+    for (task, available) in tasks.entries.iter_mut().zip(counts) {
         let candidates = task.counts.kept;
-        task.counts.kept = cap.per_task.map_or(candidates, |cap| candidates.min(cap));
+        task.counts.kept = share_of(cap.per_task.map_or(available, |cap| available.min(cap)), data.fraction);
         task.counts.capped = candidates - task.counts.kept;
     }
     check_not_empty(output, &tasks.entries)?;
@@ -69,6 +69,13 @@ pub(super) fn write_shards(
     remove_old(output)?;
     let shards = copy_samples(output, &sources, draw, progress)?;
     Ok(Written { cap, tasks: tasks.entries, shards })
+}
+
+/// Samples of each task before the cap: none where the task is not among those that are drawn. One without samples takes no place.
+fn available(data: &DataRecipe, tasks: &[TaskEntry], seed: u64) -> Vec<u64> {
+    let names: Vec<&str> = tasks.iter().filter(|task| task.counts.kept > 0).map(|task| task.name.as_str()).collect();
+    let mut drawn = drawn_names(seed, &names, data.max_tasks.unwrap_or(u64::MAX)).into_iter();
+    tasks.iter().map(|task| if task.counts.kept > 0 && drawn.next() == Some(true) { task.counts.kept } else { 0 }).collect()
 }
 
 /// All tasks by name, so that their numbers do not depend on the order of the inputs.

@@ -9,6 +9,7 @@ pub(super) fn check(context: &mut Context<'_>, raw: DataRaw) -> DataRecipe {
         let message = "found both `cap_per_task` and `wanted_total`, expected at most one of them; unset the other with `null`";
         context.problem("data.wanted_total", message);
     }
+    context.regexes("data.only", &raw.only);
     context.regexes("data.hold_out", &raw.hold_out);
     context.regexes("data.hold_out_templates", &raw.hold_out_templates);
     template::check_training(context, "data.template", &raw.template);
@@ -16,9 +17,13 @@ pub(super) fn check(context: &mut Context<'_>, raw: DataRaw) -> DataRecipe {
     DataRecipe {
         output: context.path_in("data.output", &raw.output, current_folder),
         sources: raw.sources.into_iter().enumerate().map(|(index, source)| checked_source(context, index, source)).collect(),
+        only: raw.only,
         hold_out: raw.hold_out,
+        max_tasks: raw.max_tasks,
         cap_per_task: raw.cap_per_task,
         wanted_total: raw.wanted_total,
+        fraction: raw.fraction,
+        mixing_cap: raw.mixing_cap,
         max_length: raw.max_length,
         truncate: raw.truncate,
         template: raw.template,
