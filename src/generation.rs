@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use cloze_cluster::client::Client;
-use cloze_cluster::protocol::{Phase, StateSource, WorkerMessage};
+use cloze_cluster::protocol::{Phase, StateSource, Unreported, WorkerMessage};
 use cloze_data::batch::{BatchSpec, total_steps};
 use cloze_data::mask::TokenFacts;
 use cloze_recipes::recipe::Shard;
@@ -16,7 +16,7 @@ use crate::batch_feed::{BatchFeed, FeedPlan};
 use crate::checkpointer::Checkpointer;
 use crate::collective::local::{Ring, RingOptions};
 use crate::collective::nccl::{Nccl, NcclOptions};
-use crate::collective::{Collective, is_leader};
+use crate::collective::{AbortHandle, Collective, is_leader};
 use crate::drill::Drills;
 use crate::optim::schedule::Schedule;
 use crate::restore::{Held, Restored, restore};
@@ -54,6 +54,8 @@ pub struct Belongings {
     pub checkpointer: Checkpointer,
     /// Failures that are still to be practised.
     pub drills: Drills,
+    /// Steps since the last one that was due for a report.
+    pub unreported: Unreported,
 }
 
 /// Builds, restores and trains; ends with the run or with the generation. Whatever happens, a state that is whole is kept.
@@ -66,7 +68,7 @@ pub fn run(worker: &Arc<Worker>, assignment: Assignment, belongings: &mut Belong
     worker.client.progress(facts.generation, belongings.held.steps_done().unwrap_or(0), Phase::Building);
     let (source, members) = (assignment.source.clone(), assignment.members.clone());
     let collective = connect(worker, assignment)?;
-    watch_for_abort(&worker.client, &facts, collective.as_ref());
+    watch_for_abort(&worker.client, facts.generation, &facts.interrupt, collective.abort_handle());
     // A snapshot of the old generation may still read the buffers that a restore overwrites.
     belongings.checkpointer.wait_for_copy();
     let (state, mut steps_done) = belongings.held.take(worker, collective.as_ref())?;
@@ -110,8 +112,8 @@ fn restore_and_train(
         worker.client.send(&WorkerMessage::Restored { generation, step: steps_done, source, skipped, seconds })?;
     }
     let mut feed = BatchFeed::start(feed_plan(worker, trainer, steps_done, total_steps))?;
-    let Belongings { checkpointer, drills, .. } = belongings;
-    let mut watcher = RunWatcher::new(worker, trainer, facts, checkpointer)?;
+    let Belongings { checkpointer, drills, unreported, .. } = belongings;
+    let mut watcher = RunWatcher::new(worker, trainer, facts, checkpointer, unreported)?;
     let result = train(trainer, &mut feed, &mut watcher, drills, &mut steps_done);
     *origin.steps_done = if loses_state(result.as_ref()) { None } else { Some(steps_done) };
     let end = result?;
@@ -142,10 +144,12 @@ fn connect(worker: &Worker, assignment: Assignment) -> Result<Box<dyn Collective
         timeout: Duration::from_millis(worker.recipe.cluster.collective_timeout_ms),
         interrupt: assignment.interrupt,
     };
-    let (timeout, interrupt) = (options.timeout, Arc::clone(&options.interrupt));
+    let (generation, timeout, interrupt) = (options.generation, options.timeout, Arc::clone(&options.interrupt));
     let ring = Ring::connect(options)?;
     let mut collective: Box<dyn Collective> = match worker.device {
         Device::Cuda(device) if ring.world_size() > 1 => {
+            // The ring carries NCCL's identifier, and must not be waited for longer than the generation lives.
+            watch_for_abort(&worker.client, generation, &interrupt, ring.abort_handle());
             Box::new(Nccl::connect(NcclOptions { ring, device, compute_stream: DEFAULT_STREAM, timeout, interrupt })?)
         }
         _ => Box::new(ring),
@@ -156,9 +160,8 @@ fn connect(worker: &Worker, assignment: Assignment) -> Result<Box<dyn Collective
 }
 
 /// From now on an abort of the coordinator ends the operation in progress at once.
-fn watch_for_abort(client: &Client, facts: &GenerationFacts, collective: &dyn Collective) {
-    let handle = collective.abort_handle();
-    let (generation, interrupt) = (facts.generation, Arc::clone(&facts.interrupt));
+fn watch_for_abort(client: &Client, generation: u64, interrupt: &Arc<AtomicBool>, handle: AbortHandle) {
+    let interrupt = Arc::clone(interrupt);
     client.on_abort(Box::new(move |aborted, reason| {
         if aborted >= generation {
             interrupt.store(true, Ordering::SeqCst);

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use cloze_cluster::client::{Client, JoinOptions};
-use cloze_cluster::protocol::{CoordinatorMessage, FailureClass, WorkerMessage};
+use cloze_cluster::protocol::{CoordinatorMessage, FailureClass, Unreported, WorkerMessage};
 use cloze_cluster::secret::Secret;
 use cloze_data::dataset::Dataset;
 use cloze_data::tokenizer::Tokenizer;
@@ -181,7 +181,7 @@ fn prepare(options: WorkerOptions, recipe: Recipe, listener: TcpListener, client
 fn belongings_of(worker: &Worker, drills: Drills) -> Belongings {
     let upload_timeout = Duration::from_secs(worker.recipe.checkpoint.upload_timeout_s);
     let checkpointer = Checkpointer::new(Arc::clone(&worker.store), Arc::clone(&worker.client), upload_timeout);
-    Belongings { held: Held::default(), checkpointer, drills }
+    Belongings { held: Held::default(), checkpointer, drills, unreported: Unreported::default() }
 }
 
 /// Takes part in generations until the run is over.

@@ -354,6 +354,34 @@ pub struct StepReport {
     pub examples_per_s: f64,
     /// Tokens per second.
     pub tokens_per_s: f64,
+    /// The steps before it that have no report of their own.
+    #[serde(default, skip_serializing_if = "Unreported::is_nothing")]
+    pub before: Unreported,
+}
+
+/// Steps since the last report that `train.log_every_steps` leaves out; sums over all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Unreported {
+    /// Their number.
+    pub steps: u64,
+    /// Tokens.
+    pub tokens: u64,
+    /// Seconds that they took.
+    pub seconds: f64,
+}
+
+impl Unreported {
+    /// Whether there are none.
+    pub fn is_nothing(&self) -> bool {
+        self.steps == 0
+    }
+
+    /// Adds a step that is not reported.
+    pub fn add(&mut self, report: &StepReport) {
+        self.steps += 1;
+        self.tokens += report.tokens;
+        self.seconds += report.seconds;
+    }
 }
 
 /// JSON has no NaN: `serde_json` writes null for it, which is read back here.

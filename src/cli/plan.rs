@@ -122,9 +122,14 @@ fn text(facts: &[(&'static str, String)], memory: &MemoryPlan) -> String {
     let lines: String = facts.iter().map(|(name, value)| format!("{name}: {value}\n")).collect();
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN).set_header(["memory of a worker", "MiB"]);
-    for (name, bytes) in memory.parts.iter().copied().chain([("total", memory.total)]) {
-        table.add_row([name.to_owned(), mebibytes(bytes)]);
+    let mut total = 0;
+    for (name, bytes) in &memory.parts {
+        let mebibytes = mebibytes(*bytes);
+        total += mebibytes;
+        table.add_row([(*name).to_owned(), grouped(mebibytes)]);
     }
+    // What a reader would add up, at most a mebibyte a part above the exact sum.
+    table.add_row(["total".to_owned(), grouped(total)]);
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
@@ -132,8 +137,8 @@ fn text(facts: &[(&'static str, String)], memory: &MemoryPlan) -> String {
 }
 
 /// Rounded up, so that what needs memory never shows as zero.
-fn mebibytes(bytes: u64) -> String {
-    grouped(bytes.div_ceil(1 << 20))
+fn mebibytes(bytes: u64) -> u64 {
+    bytes.div_ceil(1 << 20)
 }
 
 /// A number with its digits in groups of three.
@@ -162,7 +167,7 @@ mod tests {
 
     #[test]
     fn the_plan_is_read_at_a_glance() {
-        let memory = MemoryPlan { parts: vec![("parameters", 4 << 20), ("activations", 1)], total: (4 << 20) + 1 };
+        let memory = MemoryPlan { parts: vec![("parameters", (4 << 20) - 5), ("activations", 1)], total: (4 << 20) - 4 };
         let expected = "\
 parameters: 149 014 272
 steps: 10

@@ -11,6 +11,7 @@ use cloze_cluster::protocol::build_name;
 use cloze_data::batch::total_steps;
 use cloze_data::dataset::Dataset;
 use cloze_data::prepare::check_prepared;
+use cloze_data::store;
 use cloze_data::tokenizer::Tokenizer;
 use cloze_launcher::{Drill, LaunchOptions, LaunchPlan, NewRun, RunEnd, RunFolder, TerminalStyle, last_workers, launch};
 use cloze_recipes::failure::{Failure, FailureKind};
@@ -21,6 +22,9 @@ use super::worker_process::worker_binary;
 
 /// Folder of runs that are given no folder.
 const RUNS_FOLDER: &str = "runs";
+
+/// A folder below a bucket's prefix that holds nothing; it is listed to see whether the bucket lets us in.
+const ACCESS_FOLDER: &str = "access";
 
 /// Starts a new run.
 pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
@@ -35,6 +39,7 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
     }
     let total = total_steps(&recipe.train, dataset.num_samples());
     let plan = plan(Slots::of(&arguments.workers, 1), &arguments.watch, recipe.clone(), total)?;
+    check_checkpoint_place(&recipe, plan.local_workers)?;
     let folder = arguments.run.clone().unwrap_or_else(|| Path::new(RUNS_FOLDER).join(&recipe.name));
     let (root, name) = split(&folder)?;
     let new = NewRun {
@@ -180,6 +185,17 @@ fn check_model_folder(recipe: &Recipe) -> Result<(), Failure> {
             .at(path.display())
             .expected("a folder with config.json, model.safetensors and tokenizer.json")),
     }
+}
+
+/// Finds settings that do not open a bucket, and credentials that it does not take, before a run folder is made. Where no worker is
+/// started here, this host may lack the credentials.
+fn check_checkpoint_place(recipe: &Recipe, local_workers: u32) -> Result<()> {
+    let Some(url) = &recipe.checkpoint.url else { return Ok(()) };
+    let place = store::open(url, &recipe.checkpoint.options)?;
+    if !place.is_local() && local_workers > 0 {
+        store::list_below(&place, ACCESS_FOLDER)?;
+    }
+    Ok(())
 }
 
 fn split(folder: &Path) -> Result<(PathBuf, String)> {

@@ -19,6 +19,7 @@ fn report() -> StepReport {
         seconds: 0.25,
         examples_per_s: 128.0,
         tokens_per_s: 16_384.0,
+        before: Unreported::default(),
     }
 }
 

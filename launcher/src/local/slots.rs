@@ -2,6 +2,7 @@
 //!
 //! What the coordinator says of the workers is read from the run's event log, which all hosts see.
 
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -95,6 +96,8 @@ struct Outpost<'a> {
     unread_since: Option<Instant>,
     /// Why this ends with a failure.
     failure: Option<Failure>,
+    /// Keep another `cloze join` from filling the same slots; the operating system lets go of them with this process.
+    _locks: Vec<File>,
 }
 
 impl<'a> Outpost<'a> {
@@ -109,6 +112,7 @@ impl<'a> Outpost<'a> {
             let expected = format!("slots below {workers}");
             return Err(Failure::new(FailureKind::Recipe, "the run has no such slot").expected(expected).found(slot).into());
         }
+        let locks = slots.iter().map(|&slot| lock_slot(&paths, slot)).collect::<anyhow::Result<Vec<_>>>()?;
         let local_workers = slots.len() as u32;
         let binary = worker_binary;
         let command = WorkerCommand { binary, paths, coordinator, token, slots: workers, local_workers, by_join: true };
@@ -127,6 +131,7 @@ impl<'a> Outpost<'a> {
             away_since: None,
             unread_since: None,
             failure: None,
+            _locks: locks,
         };
         outpost.fill(&slots)?;
         Ok(outpost)
@@ -296,6 +301,23 @@ impl<'a> Outpost<'a> {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             result => result.context("write progress to standard error"),
         }
+    }
+}
+
+/// Takes a slot for this process. The file stays: who removed it could take it from under another's lock.
+fn lock_slot(paths: &RunPaths, slot: u32) -> anyhow::Result<File> {
+    let path = paths.slot_lock(slot);
+    let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+    let file = opened.map_err(|error| storage("open a slot's lock", &path, &error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Failure::new(FailureKind::Recipe, "another live `cloze join` fills the slot")
+            .at(path.display())
+            .expected("a slot that nobody fills")
+            .found(format!("slot {slot}"))
+            .hint("name other slots with `--slots`, or end the other one first")
+            .into()),
+        Err(TryLockError::Error(error)) => Err(storage("lock a slot", &path, &error).into()),
     }
 }
 

@@ -74,6 +74,11 @@ impl RunPaths {
         self.processes().join(format!("worker-{worker}.json"))
     }
 
+    /// Held by whoever may start processes for a slot beside the controller.
+    pub fn slot_lock(&self, worker: u32) -> PathBuf {
+        self.processes().join(format!("worker-{worker}.lock"))
+    }
+
     /// The folder of the process files.
     pub fn processes(&self) -> PathBuf {
         self.root.join("processes")

@@ -159,6 +159,29 @@ async fn a_log_that_is_away_for_a_while_ends_nothing() {
     outpost.crew.end(Duration::ZERO).await;
 }
 
+#[tokio::test]
+async fn a_slot_is_filled_by_one_join_at_a_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let signals = Signals::listen().unwrap();
+    let (first, _screen) = options(folder.path(), "kill -STOP $$");
+    control(&first, &listener);
+    let first = SlotsOptions { slots: vec![2], ..first };
+    let mut first = Box::pin(Outpost::open(first, &signals)).await.unwrap();
+    let process = living(&first.crew.command().paths).unwrap();
+    let (second, screen) = options(folder.path(), "kill -STOP $$");
+    let Err(error) = Box::pin(Outpost::open(second, &signals)).await else { panic!("two of them fill slot 2") };
+    let failure = error.downcast::<Failure>().unwrap();
+    assert_eq!((failure.kind, failure.found.as_deref()), (FailureKind::Recipe, Some("slot 2")));
+    assert_eq!((living(&first.crew.command().paths).unwrap(), text(&screen).as_str()), (process, ""), "nothing was started or changed");
+    first.crew.end(Duration::ZERO).await;
+    drop(first);
+    // After one that ended, however it ended, the slot is free.
+    let (third, _screen) = options(folder.path(), "kill -STOP $$");
+    let mut third = Box::pin(Outpost::open(third, &signals)).await.unwrap();
+    third.crew.end(Duration::ZERO).await;
+}
+
 #[test]
 fn a_slot_of_the_controller_is_left_alone() {
     let folder = tempfile::tempdir().unwrap();
