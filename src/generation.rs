@@ -21,7 +21,7 @@ use crate::drill::Drills;
 use crate::optim::schedule::Schedule;
 use crate::restore::{Held, Restored, restore};
 use crate::step::Trainer;
-use crate::train::{EndReason, TrainEnd, train};
+use crate::train::{EndReason, SavePoint, TrainEnd, Watcher as _, train};
 use crate::watcher::{GenerationFacts, RunWatcher};
 use crate::worker::Worker;
 
@@ -42,6 +42,8 @@ pub struct Assignment {
     pub key: String,
     /// Where the state comes from.
     pub source: StateSource,
+    /// The state in memory is saved, and nothing else is done.
+    pub saves_only: bool,
     /// Set when the generation is over.
     pub interrupt: Arc<AtomicBool>,
 }
@@ -66,7 +68,7 @@ pub fn run(worker: &Arc<Worker>, assignment: Assignment, belongings: &mut Belong
         interrupt: Arc::clone(&assignment.interrupt),
     };
     worker.client.progress(facts.generation, belongings.held.steps_done().unwrap_or(0), Phase::Building);
-    let (source, members) = (assignment.source.clone(), assignment.members.clone());
+    let (source, members, saves_only) = (assignment.source.clone(), assignment.members.clone(), assignment.saves_only);
     let collective = connect(worker, assignment)?;
     watch_for_abort(&worker.client, facts.generation, &facts.interrupt, collective.abort_handle());
     // A snapshot of the old generation may still read the buffers that a restore overwrites.
@@ -74,7 +76,8 @@ pub fn run(worker: &Arc<Worker>, assignment: Assignment, belongings: &mut Belong
     let (state, mut steps_done) = belongings.held.take(worker, collective.as_ref())?;
     let schedule = Schedule::new(&worker.recipe.train.schedule, worker.recipe.train.learning_rate, facts.total_steps);
     let mut trainer = Trainer::new(&worker.recipe, state, schedule, collective)?;
-    let result = restore_and_train(worker, &mut trainer, facts, belongings, &mut Origin { source, members, steps_done: &mut steps_done });
+    let result = restore_and_train(worker, &mut trainer, facts, belongings, &mut Origin { source, members, saves_only, steps_done: &mut steps_done });
+    trainer.log_overlap();
     // The step that the copy waits for does not come any more.
     belongings.checkpointer.wait_for_copy();
     let is_kept = worker.recipe.train.shard == Shard::None && trainer.state_is_whole();
@@ -89,6 +92,8 @@ pub fn run(worker: &Arc<Worker>, assignment: Assignment, belongings: &mut Belong
 struct Origin<'a> {
     source: StateSource,
     members: Vec<u32>,
+    /// It is saved, and nothing else is done.
+    saves_only: bool,
     /// Steps done of the state in memory; `None` while it is not whole.
     steps_done: &'a mut Option<u64>,
 }
@@ -111,10 +116,14 @@ fn restore_and_train(
         let seconds = started.elapsed().as_secs_f64();
         worker.client.send(&WorkerMessage::Restored { generation, step: steps_done, source, skipped, seconds })?;
     }
-    let mut feed = BatchFeed::start(feed_plan(worker, trainer, steps_done, total_steps))?;
+    let plan = feed_plan(worker, trainer, steps_done, total_steps);
     let Belongings { checkpointer, drills, unreported, .. } = belongings;
     let mut watcher = RunWatcher::new(worker, trainer, facts, checkpointer, unreported)?;
-    let result = train(trainer, &mut feed, &mut watcher, drills, &mut steps_done);
+    let result = if origin.saves_only {
+        save_only(trainer, &mut watcher, steps_done, total_steps)
+    } else {
+        train(trainer, &mut BatchFeed::start(plan)?, &mut watcher, drills, &mut steps_done)
+    };
     *origin.steps_done = if loses_state(result.as_ref()) { None } else { Some(steps_done) };
     let end = result?;
     // Nobody reports the run as finished before everybody is past the last collective and the last checkpoint is written.
@@ -126,6 +135,13 @@ fn restore_and_train(
         worker.client.progress(generation, end.steps_done, Phase::Leaving);
     }
     Ok(end)
+}
+
+/// Saves the state that a stop would lose.
+fn save_only(trainer: &mut Trainer, watcher: &mut RunWatcher, steps_done: u64, total_steps: u64) -> Result<TrainEnd> {
+    watcher.save(trainer, SavePoint { steps_done, is_last: true, is_temporary: false, loss: f64::NAN })?;
+    let reason = if steps_done == total_steps { EndReason::Complete } else { EndReason::Stopped };
+    Ok(TrainEnd { steps_done, reason })
 }
 
 /// Whether an error came after the state had gone past the step that it belongs to.

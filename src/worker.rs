@@ -187,13 +187,14 @@ fn belongings_of(worker: &Worker, drills: Drills) -> Belongings {
 /// Takes part in generations until the run is over.
 fn serve(worker: &Arc<Worker>, belongings: &mut Belongings) -> Result<()> {
     worker.client.ready(0, None)?;
+    let mut is_asked_to_stop = false;
     loop {
         match worker.client.next(IDLE_WAIT)? {
-            Some(CoordinatorMessage::Start { generation, rank, members, peers, collective_key, source }) => {
+            Some(CoordinatorMessage::Start { generation, rank, members, peers, collective_key, source, saves_only }) => {
                 let interrupt = Arc::new(AtomicBool::new(false));
                 let key = collective_key.expose().to_owned();
-                let assignment =
-                    Assignment { generation, rank: rank as usize, members, peers, key, source, interrupt: Arc::clone(&interrupt) };
+                let rank = rank as usize;
+                let assignment = Assignment { generation, rank, members, peers, key, source, saves_only, interrupt: Arc::clone(&interrupt) };
                 worker.client.on_abort(Box::new(move |aborted, _reason| {
                     if aborted >= generation {
                         interrupt.store(true, Ordering::SeqCst);
@@ -206,7 +207,9 @@ fn serve(worker: &Arc<Worker>, belongings: &mut Belongings) -> Result<()> {
                 }
                 worker.client.ready(generation, belongings.held.steps_done())?;
             }
-            Some(CoordinatorMessage::Stop { .. }) => return Ok(()),
+            // A state in memory may be newer than the newest checkpoint. Its holder waits to be told to save it, or a second time to stop.
+            Some(CoordinatorMessage::Stop { .. }) if belongings.held.steps_done().is_none() || is_asked_to_stop => return Ok(()),
+            Some(CoordinatorMessage::Stop { .. }) => is_asked_to_stop = true,
             Some(CoordinatorMessage::Refused { failure }) => return Err(failure.into()),
             Some(_) | None => {}
         }

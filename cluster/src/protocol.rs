@@ -211,6 +211,8 @@ pub enum CoordinatorMessage {
         collective_key: Secret,
         /// Where the state comes from.
         source: StateSource,
+        /// A stop was asked for while no generation ran: the receiver saves the state in its memory and leaves.
+        saves_only: bool,
     },
     /// The generation is over; leave its collective at once and wait for the next start.
     Abort {

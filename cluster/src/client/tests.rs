@@ -67,6 +67,7 @@ fn start(generation: u64) -> CoordinatorMessage {
         peers: vec!["127.0.0.1:9000".to_owned()],
         collective_key: Secret::new("k"),
         source: protocol::StateSource::Checkpoint,
+        saves_only: false,
     }
 }
 

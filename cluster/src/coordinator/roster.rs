@@ -219,7 +219,9 @@ impl Roster {
         let seats = members.iter().filter_map(|&slot| self.seats[slot as usize].as_ref());
         let peers: Vec<String> = seats.map(|seat| seat.collective_address.clone()).collect();
         anyhow::ensure!(peers.len() == members.len(), "a member of generation {generation} has no seat");
-        let frames = StartFrames::new(generation, (members, &peers), &Secret::random()?, source)?;
+        // After a request to stop, a generation is made for nothing else than to save.
+        let saves_only = self.state.stop.is_some();
+        let frames = StartFrames::new(generation, (members, &peers), &Secret::random()?, source, saves_only)?;
         self.record(Entry::Generation { generation, members: members.to_vec(), addresses: peers.clone() })?;
         self.state.generation = generation;
         self.forget_reports();

@@ -330,6 +330,7 @@ mod tests {
             peers: (0..num_workers).map(|worker| format!("10.0.0.1:{worker}")).collect(),
             collective_key: Secret::new("key"),
             source: StateSource::Checkpoint,
+            saves_only: false,
         })
         .unwrap()
     }

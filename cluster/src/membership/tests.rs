@@ -432,6 +432,22 @@ fn a_stop_ends_a_wait_at_the_saved_step() {
     let waiting = State { stop: stop.clone(), saved_step: 50, ..gathering(0.0, vec![ready(0.5, None), absent("x")]) };
     let (decision, reason) = decide(at(1.0), &waiting, &limits());
     assert_eq!((decision, reason.to_string().as_str()), (Decision::Finish { step: 50, stopped: true }, "stop requested: SIGINT"));
+    let cases = [
+        ("memory is newer", vec![ready(0.5, Some(57)), absent("x")], start(&[0], StateSource::Peer { rank: 0, step: 57 })),
+        (
+            "the newest memory, by its lowest slot",
+            vec![ready(0.5, Some(56)), ready(0.5, Some(57)), ready(0.5, Some(57)), absent("x")],
+            start(&[1], StateSource::Peer { rank: 0, step: 57 }),
+        ),
+        ("a survivor may hold more", vec![ready(0.5, Some(57)), waiting(0.5, 0.5), absent("x")], Decision::Wait),
+        ("the checkpoint has it", vec![ready(0.5, Some(50)), absent("x")], Decision::Finish { step: 50, stopped: true }),
+    ];
+    for (name, workers, wanted) in cases {
+        let state = State { stop: stop.clone(), saved_step: 50, ..gathering(0.0, workers) };
+        assert_eq!(decide(at(1.0), &state, &limits()).0, wanted, "{name}");
+        let sharded = Limits { state_is_replicated: false, ..limits() };
+        assert_eq!(decide(at(1.0), &state, &sharded).0, Decision::Finish { step: 50, stopped: true }, "{name}");
+    }
     let training = State { stop, ..running(vec![training(0.5)]) };
     assert_eq!(decide(at(1.0), &training, &limits()).0, Decision::Wait, "workers stop on their own");
 }

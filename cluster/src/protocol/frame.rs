@@ -148,6 +148,7 @@ struct SharedStart<'a> {
     peers: &'a [String],
     collective_key: &'a Secret,
     source: &'a StateSource,
+    saves_only: bool,
 }
 
 impl StartFrames {
@@ -157,8 +158,9 @@ impl StartFrames {
         (members, peers): (&[u32], &[String]),
         collective_key: &Secret,
         source: &StateSource,
+        saves_only: bool,
     ) -> Result<Self, FrameError> {
-        let body = serde_json::to_vec(&SharedStart { generation, members, peers, collective_key, source })?;
+        let body = serde_json::to_vec(&SharedStart { generation, members, peers, collective_key, source, saves_only })?;
         checked_length(body.len() as u64)?;
         // The brace that opens the object belongs to the head.
         Ok(Self { shared: body[1..].into() })

@@ -134,7 +134,7 @@ async fn both_framings_are_the_same() {
 fn a_start_that_is_encoded_once_is_each_ranks_own() {
     let peers = ["127.0.0.1:1".to_owned(), "127.0.0.1:2".to_owned()];
     for source in [StateSource::Checkpoint, StateSource::Peer { rank: 1, step: 17 }] {
-        let frames = StartFrames::new(4, (&[0, 2], &peers), &Secret::new("k"), &source).unwrap();
+        let frames = StartFrames::new(4, (&[0, 2], &peers), &Secret::new("k"), &source, true).unwrap();
         for wanted_rank in [0, 1, 12_345] {
             let wire = frames.for_rank(wanted_rank).unwrap().parts().concat();
             let body = read_frame_blocking(&mut wire.as_slice()).unwrap().unwrap();
@@ -156,7 +156,7 @@ fn a_start_for_ten_thousand_fits_and_one_that_is_too_long_does_not() {
     let frames = |num_workers: u32| {
         let members: Vec<u32> = (0..num_workers).collect();
         let peers: Vec<String> = members.iter().map(|&worker| address(worker)).collect();
-        StartFrames::new(1, (&members, &peers), &Secret::new("k"), &StateSource::Checkpoint)
+        StartFrames::new(1, (&members, &peers), &Secret::new("k"), &StateSource::Checkpoint, false)
     };
     assert!(frames(10_000).unwrap().for_rank(9_999).is_ok());
     assert!(frames(200_000).is_err_and(|error| matches!(error, FrameError::TooLong { .. })));

@@ -318,6 +318,24 @@ fn the_end_of_a_generation_names_who_is_to_blame_and_the_last_step_done() {
 }
 
 #[test]
+fn a_stop_between_generations_saves_what_is_in_memory() {
+    let (mut roster, mut inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    heartbeat(&mut roster, 0, at(1), 20);
+    roster.closed(1, 1, at(1), "connection closed");
+    settle(&mut roster, at(1));
+    roster.control(Control::Stop { reason: "SIGINT".to_owned() });
+    assert!(settle(&mut roster, at(2)).is_empty(), "the survivor may hold more than is saved");
+    ready(&mut roster, 0, at(2), 1, Some(21));
+    settle(&mut roster, at(2));
+    let told = heard(&mut inboxes[0]);
+    let Some(CoordinatorMessage::Start { generation: 2, saves_only: true, members, .. }) = told.last() else { panic!("{told:?}") };
+    assert_eq!(members, &[0]);
+    say(&mut roster, 0, at(3), WorkerMessage::Finished { generation: 2, step: 21, stopped: true });
+    assert_eq!(roster.settle(at(3)).unwrap(), Some(RunEnd::Stopped { step: 21 }));
+}
+
+#[test]
 fn a_run_shrinks_and_grows_again() {
     let (mut roster, mut inboxes) = roster_of(2, elastic());
     settle(&mut roster, at(0));
