@@ -16,7 +16,7 @@ use crate::optim::adamw::{AdamW, LossSums};
 use crate::optim::schedule::Schedule;
 use crate::sharding::buckets::BUCKET_FLOATS_MIN;
 use crate::sharding::exchange::Exchange;
-use crate::sharding::pass::{Buffers, pass};
+use crate::sharding::pass::{Buffers, Overlap, pass};
 use crate::sharding::{state, update};
 use crate::torch::memory::{self, Readback};
 

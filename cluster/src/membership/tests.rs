@@ -429,8 +429,8 @@ fn breaking_without_end_ends() {
 #[test]
 fn a_stop_ends_a_wait_at_the_saved_step() {
     let stop = Some("SIGINT".to_owned());
-    let waiting = State { stop: stop.clone(), saved_step: 50, ..gathering(0.0, vec![ready(0.5, None), absent("x")]) };
-    let (decision, reason) = decide(at(1.0), &waiting, &limits());
+    let empty = State { stop: stop.clone(), saved_step: 50, ..gathering(0.0, vec![ready(0.5, None), absent("x")]) };
+    let (decision, reason) = decide(at(1.0), &empty, &limits());
     assert_eq!((decision, reason.to_string().as_str()), (Decision::Finish { step: 50, stopped: true }, "stop requested: SIGINT"));
     let cases = [
         ("memory is newer", vec![ready(0.5, Some(57)), absent("x")], start(&[0], StateSource::Peer { rank: 0, step: 57 })),

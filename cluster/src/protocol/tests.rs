@@ -91,6 +91,7 @@ fn start(rank: u32) -> CoordinatorMessage {
         peers: vec!["127.0.0.1:1".to_owned(), "127.0.0.1:2".to_owned()],
         collective_key: Secret::new("k"),
         source: StateSource::Peer { rank: 1, step: 17 },
+        saves_only: false,
     }
 }
 
@@ -139,12 +140,12 @@ fn a_start_that_is_encoded_once_is_each_ranks_own() {
             let wire = frames.for_rank(wanted_rank).unwrap().parts().concat();
             let body = read_frame_blocking(&mut wire.as_slice()).unwrap().unwrap();
             assert_eq!(body.len() + LENGTH_BYTES, wire.len());
-            let CoordinatorMessage::Start { generation, rank, members, peers: told, collective_key, source: told_source } =
+            let CoordinatorMessage::Start { generation, rank, members, peers: told, collective_key, source: told_source, saves_only } =
                 decode(&body).unwrap()
             else {
                 panic!("a start")
             };
-            assert_eq!((generation, rank, members), (4, wanted_rank, vec![0, 2]));
+            assert_eq!((generation, rank, members, saves_only), (4, wanted_rank, vec![0, 2], true));
             assert_eq!((told.as_slice(), &collective_key, &told_source), (peers.as_slice(), &Secret::new("k"), &source));
         }
     }

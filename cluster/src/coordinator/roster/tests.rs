@@ -362,6 +362,32 @@ fn a_run_shrinks_and_grows_again() {
 }
 
 #[test]
+fn a_loss_in_the_midst_of_a_regroup_is_an_abort() {
+    let (mut roster, mut inboxes) = roster_of(3, elastic());
+    // Worker 2 is late, and lets the others begin.
+    roster.closed(2, 2, at(0), "connection closed");
+    roster.control(Control::NoReplacement { worker: 2 });
+    settle(&mut roster, at(0));
+    let _newcomer = join(&mut roster, 2, 2, at(1));
+    ready(&mut roster, 2, at(1), 0, None);
+    settle(&mut roster, at(1));
+    assert!(heard(&mut inboxes[0]).iter().any(|message| matches!(message, CoordinatorMessage::Regroup { .. })));
+    // Worker 0 has left as asked, and worker 1 dies before it has.
+    ready(&mut roster, 0, at(2), 1, Some(9));
+    roster.closed(1, 1, at(2), "connection closed");
+    let events = settle(&mut roster, at(2));
+    assert!(events.iter().any(|event| matches!(event, Event::GenerationAborted { generation: 1, worker: Some(1), .. })), "{events:?}");
+    assert!(!events.iter().any(|event| matches!(event, Event::GenerationRegrouped { .. })), "{events:?}");
+    // Who left before is not asked again, and the newcomer gets its state.
+    roster.control(Control::NoReplacement { worker: 1 });
+    let events = settle(&mut roster, at(3));
+    assert!(matches!(&events[..], [Event::GenerationStarted { generation: 2, workers, .. }] if workers == &[0, 2]), "{events:?}");
+    let told = heard(&mut inboxes[0]);
+    let Some(CoordinatorMessage::Start { source, .. }) = told.last() else { panic!("{told:?}") };
+    assert_eq!(*source, StateSource::Peer { rank: 0, step: 9 });
+}
+
+#[test]
 fn a_host_that_fails_too_often_is_used_no_more() {
     let (mut roster, mut inboxes) = roster_of(3, Limits { exclude_host_after: 2, ..elastic() });
     settle(&mut roster, at(0));
