@@ -11,7 +11,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
 use crate::checkpoint::{
-    CheckpointState, CheckpointStore, Difference, Loaded, Overview, StorePolicy, Verification, difference, step_of_folder,
+    CheckpointState, CheckpointStore, Difference, Loaded, MIN_KEPT_GOOD, Overview, StorePolicy, Verification, difference, step_of_folder,
 };
 use crate::export::write_folder;
 use crate::worker::{checkpoint_url, store_policy};
@@ -205,16 +205,25 @@ fn difference_text(found: &Difference) -> String {
 
 fn prune(arguments: &PruneArguments, out: &mut dyn Write) -> Result<()> {
     let place = Place::open(&arguments.target, &arguments.options, Some(arguments))?;
-    let verdicts = place.store.prune_now(arguments.dry_run)?;
+    let verdicts = place.store.prune_now(arguments.dry_run, place.recipe_hash.as_deref())?;
     if verdicts.is_empty() {
         return Err(place.nothing_there().into());
     }
     for (step, verdict) in &verdicts {
         writeln!(out, "{}: {verdict}", place.store.step_url(*step)).context("print what was deleted")?;
     }
+    if let Some(note) = note_of(arguments.keep_last) {
+        writeln!(std::io::stderr(), "{note}").context("report what is kept")?;
+    }
     let num_deleted = verdicts.iter().filter(|(_, verdict)| verdict.is_deletion()).count();
     let verb = if arguments.dry_run { "would be deleted" } else { "deleted" };
     writeln!(std::io::stderr(), "{num_deleted} of {} {verb}", verdicts.len()).context("report the deletion")
+}
+
+/// Says that more is kept than was asked for.
+fn note_of(keep_last: Option<u32>) -> Option<String> {
+    let few = keep_last.filter(|&keep_last| (keep_last as usize) < MIN_KEPT_GOOD)?;
+    Some(format!("note: the {MIN_KEPT_GOOD} newest are kept, not {few}: a damaged newest checkpoint must have a predecessor"))
 }
 
 fn export(arguments: &ExportArguments) -> Result<()> {
@@ -229,6 +238,8 @@ fn export(arguments: &ExportArguments) -> Result<()> {
 struct Place {
     store: CheckpointStore,
     step: Option<u64>,
+    /// Hash of the run's recipe, where a run folder was named.
+    recipe_hash: Option<String>,
 }
 
 impl Place {
@@ -237,9 +248,11 @@ impl Place {
         let (target, step) = split_step(target);
         let given = parse_options(options)?;
         let recipe_file = Path::new(target).join("recipe.yaml");
+        let mut recipe_hash = None;
         let (url, mut options, policy) = if recipe_file.is_file() {
             let recipe = cloze_recipes::load(&recipe_file, &[])?;
             let policy = store_policy(&recipe);
+            recipe_hash = Some(recipe.hash());
             (checkpoint_url(&recipe, Path::new(target)), recipe.checkpoint.options, policy)
         } else {
             let has_policy = wanted.is_none_or(|wanted| wanted.keep_last.is_some());
@@ -252,7 +265,7 @@ impl Place {
             (target.to_owned(), BTreeMap::new(), StorePolicy::default())
         };
         options.extend(given);
-        Ok(Self { store: CheckpointStore::open(&url, &options, policy_of(&policy, wanted))?, step })
+        Ok(Self { store: CheckpointStore::open(&url, &options, policy_of(&policy, wanted))?, step, recipe_hash })
     }
 
     /// The checkpoint that was named, or the newest good one.
@@ -350,8 +363,14 @@ mod tests {
     /// A folder with checkpoints of these steps; the weight is the step.
     fn checkpoints(steps: &[u64]) -> TempDir {
         let folder = tempfile::tempdir().unwrap();
+        save(folder.path(), steps, "r");
+        folder
+    }
+
+    /// Saves checkpoints of a recipe.
+    fn save(folder: &Path, steps: &[u64], recipe_hash: &str) {
         let policy = StorePolicy { keep_last: 9, ..StorePolicy::default() };
-        let store = CheckpointStore::open(&folder.path().display().to_string(), &BTreeMap::new(), policy).unwrap();
+        let store = CheckpointStore::open(&folder.display().to_string(), &BTreeMap::new(), policy).unwrap();
         for step in steps {
             let data = Bytes::copy_from_slice(&(*step as f32).to_le_bytes());
             let share = Share {
@@ -363,7 +382,7 @@ mod tests {
             };
             let state = CheckpointState {
                 step: *step,
-                recipe_hash: "r".to_owned(),
+                recipe_hash: recipe_hash.to_owned(),
                 data_fingerprint: "d".to_owned(),
                 world_size: 1,
                 adam_step: *step,
@@ -373,7 +392,6 @@ mod tests {
             };
             store.commit(&state, store.save_share(*step, &share).unwrap()).unwrap();
         }
-        folder
     }
 
     #[derive(clap::Parser)]
@@ -470,6 +488,21 @@ mod tests {
         assert_eq!(dry.matches("deleted: no longer needed").count(), 2);
         let left: Vec<bool> = (1..=5).map(|step| folder.path().join(format!("step-{step:012}")).exists()).collect();
         assert_eq!(left, [false, true, false, true, true]);
+    }
+
+    #[test]
+    fn the_checkpoints_of_several_runs_are_not_pruned_without_a_name() {
+        let folder = checkpoints(&[1, 2]);
+        save(folder.path(), &[3], "s");
+        let found = failure(&["prune", folder.path().to_str().unwrap(), "--keep-last", "2"]);
+        assert_eq!((found.kind, found.found.as_deref()), (FailureKind::Mismatch, Some("those of r, s")));
+    }
+
+    #[test]
+    fn who_keeps_more_than_was_asked_for_says_so() {
+        for (keep_last, is_told) in [(None, false), (Some(0), true), (Some(1), true), (Some(2), false)] {
+            assert_eq!(note_of(keep_last).is_some(), is_told, "{keep_last:?}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use cloze_cluster::client::Client;
-use cloze_cluster::protocol::{Phase, StateSource, WorkerMessage};
+use cloze_cluster::protocol::{Phase, StateSource, Unreported, WorkerMessage};
 use cloze_data::batch::{BatchSpec, total_steps};
 use cloze_data::mask::TokenFacts;
 use cloze_recipes::recipe::Shard;
@@ -16,12 +16,12 @@ use crate::batch_feed::{BatchFeed, FeedPlan};
 use crate::checkpointer::Checkpointer;
 use crate::collective::local::{Ring, RingOptions};
 use crate::collective::nccl::{Nccl, NcclOptions};
-use crate::collective::{Collective, is_leader};
+use crate::collective::{AbortHandle, Collective, is_leader};
 use crate::drill::Drills;
 use crate::optim::schedule::Schedule;
 use crate::restore::{Held, Restored, restore};
 use crate::step::Trainer;
-use crate::train::{EndReason, TrainEnd, train};
+use crate::train::{EndReason, SavePoint, TrainEnd, Watcher as _, train};
 use crate::watcher::{GenerationFacts, RunWatcher};
 use crate::worker::Worker;
 
@@ -44,6 +44,8 @@ pub struct Assignment {
     pub source: StateSource,
     /// Step after which all workers save and leave.
     pub until_step: Option<u64>,
+    /// The state in memory is saved, and nothing else is done.
+    pub saves_only: bool,
     /// Set when the generation is over.
     pub interrupt: Arc<AtomicBool>,
 }
@@ -56,6 +58,8 @@ pub struct Belongings {
     pub checkpointer: Checkpointer,
     /// Failures that are still to be practised.
     pub drills: Drills,
+    /// Steps since the last one that was due for a report.
+    pub unreported: Unreported,
 }
 
 /// Builds, restores and trains; ends with the run or with the generation. Whatever happens, a state that is whole is kept.
@@ -67,15 +71,16 @@ pub fn run(worker: &Arc<Worker>, assignment: Assignment, belongings: &mut Belong
         interrupt: Arc::clone(&assignment.interrupt),
     };
     worker.client.progress(facts.generation, belongings.held.steps_done().unwrap_or(0), Phase::Building);
-    let (source, members) = (assignment.source.clone(), assignment.members.clone());
+    let (source, members, saves_only) = (assignment.source.clone(), assignment.members.clone(), assignment.saves_only);
     let collective = connect(worker, assignment)?;
-    watch_for_abort(&worker.client, &facts, collective.as_ref());
+    watch_for_abort(&worker.client, facts.generation, &facts.interrupt, collective.abort_handle());
     // A snapshot of the old generation may still read the buffers that a restore overwrites.
     belongings.checkpointer.wait_for_copy();
     let (state, mut steps_done) = belongings.held.take(worker, collective.as_ref())?;
     let schedule = Schedule::new(&worker.recipe.train.schedule, worker.recipe.train.learning_rate, facts.total_steps);
     let mut trainer = Trainer::new(&worker.recipe, state, schedule, collective)?;
-    let result = restore_and_train(worker, &mut trainer, facts, belongings, &mut Origin { source, members, steps_done: &mut steps_done });
+    let result = restore_and_train(worker, &mut trainer, facts, belongings, &mut Origin { source, members, saves_only, steps_done: &mut steps_done });
+    trainer.log_overlap();
     // The step that the copy waits for does not come any more.
     belongings.checkpointer.wait_for_copy();
     let is_kept = worker.recipe.train.shard == Shard::None && trainer.state_is_whole();
@@ -90,6 +95,8 @@ pub fn run(worker: &Arc<Worker>, assignment: Assignment, belongings: &mut Belong
 struct Origin<'a> {
     source: StateSource,
     members: Vec<u32>,
+    /// It is saved, and nothing else is done.
+    saves_only: bool,
     /// Steps done of the state in memory; `None` while it is not whole.
     steps_done: &'a mut Option<u64>,
 }
@@ -112,10 +119,14 @@ fn restore_and_train(
         let seconds = started.elapsed().as_secs_f64();
         worker.client.send(&WorkerMessage::Restored { generation, step: steps_done, source, skipped, seconds })?;
     }
-    let mut feed = BatchFeed::start(feed_plan(worker, trainer, steps_done, total_steps))?;
-    let Belongings { checkpointer, drills, .. } = belongings;
-    let mut watcher = RunWatcher::new(worker, trainer, facts, checkpointer)?;
-    let result = train(trainer, &mut feed, &mut watcher, drills, &mut steps_done);
+    let plan = feed_plan(worker, trainer, steps_done, total_steps);
+    let Belongings { checkpointer, drills, unreported, .. } = belongings;
+    let mut watcher = RunWatcher::new(worker, trainer, facts, checkpointer, unreported)?;
+    let result = if origin.saves_only {
+        save_only(trainer, &mut watcher, steps_done, total_steps)
+    } else {
+        train(trainer, &mut BatchFeed::start(plan)?, &mut watcher, drills, &mut steps_done)
+    };
     *origin.steps_done = if loses_state(result.as_ref()) { None } else { Some(steps_done) };
     let end = result?;
     // Nobody reports the run as finished before everybody is past the last collective and the last checkpoint is written.
@@ -127,6 +138,13 @@ fn restore_and_train(
         worker.client.progress(generation, end.steps_done, Phase::Leaving);
     }
     Ok(end)
+}
+
+/// Saves the state that a stop would lose.
+fn save_only(trainer: &mut Trainer, watcher: &mut RunWatcher, steps_done: u64, total_steps: u64) -> Result<TrainEnd> {
+    watcher.save(trainer, SavePoint { steps_done, is_last: true, is_temporary: false, loss: f64::NAN })?;
+    let reason = if steps_done == total_steps { EndReason::Complete } else { EndReason::Stopped };
+    Ok(TrainEnd { steps_done, reason })
 }
 
 /// Whether an error came after the state had gone past the step that it belongs to.
@@ -145,10 +163,12 @@ fn connect(worker: &Worker, assignment: Assignment) -> Result<Box<dyn Collective
         timeout: Duration::from_millis(worker.recipe.cluster.collective_timeout_ms),
         interrupt: assignment.interrupt,
     };
-    let (timeout, interrupt) = (options.timeout, Arc::clone(&options.interrupt));
+    let (generation, timeout, interrupt) = (options.generation, options.timeout, Arc::clone(&options.interrupt));
     let ring = Ring::connect(options)?;
     let mut collective: Box<dyn Collective> = match worker.device {
         Device::Cuda(device) if ring.world_size() > 1 => {
+            // The ring carries NCCL's identifier, and must not be waited for longer than the generation lives.
+            watch_for_abort(&worker.client, generation, &interrupt, ring.abort_handle());
             Box::new(Nccl::connect(NcclOptions { ring, device, compute_stream: DEFAULT_STREAM, timeout, interrupt })?)
         }
         _ => Box::new(ring),
@@ -159,9 +179,8 @@ fn connect(worker: &Worker, assignment: Assignment) -> Result<Box<dyn Collective
 }
 
 /// From now on an abort of the coordinator ends the operation in progress at once.
-fn watch_for_abort(client: &Client, facts: &GenerationFacts, collective: &dyn Collective) {
-    let handle = collective.abort_handle();
-    let (generation, interrupt) = (facts.generation, Arc::clone(&facts.interrupt));
+fn watch_for_abort(client: &Client, generation: u64, interrupt: &Arc<AtomicBool>, handle: AbortHandle) {
+    let interrupt = Arc::clone(interrupt);
     client.on_abort(Box::new(move |aborted, reason| {
         if aborted >= generation {
             interrupt.store(true, Ordering::SeqCst);

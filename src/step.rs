@@ -16,7 +16,7 @@ use crate::optim::adamw::{AdamW, LossSums};
 use crate::optim::schedule::Schedule;
 use crate::sharding::buckets::BUCKET_FLOATS_MIN;
 use crate::sharding::exchange::Exchange;
-use crate::sharding::pass::{Buffers, pass};
+use crate::sharding::pass::{Buffers, Overlap, pass};
 use crate::sharding::{state, update};
 use crate::torch::memory::{self, Readback};
 
@@ -79,6 +79,7 @@ pub struct Sharding {
     buffers: Buffers,
     is_whole: bool,
     steps_taken: u64,
+    overlap: Overlap,
 }
 
 impl<'a> Trainer<'a> {
@@ -96,7 +97,7 @@ impl<'a> Trainer<'a> {
             place.0,
             place.1
         );
-        let sharding = Sharding { buffers: Buffers::new(parameters)?, is_whole: true, steps_taken: 0 };
+        let sharding = Sharding { buffers: Buffers::new(parameters)?, is_whole: true, steps_taken: 0, overlap: Overlap::default() };
         Ok(Self { recipe, model, optimizer, schedule, collective, sharding })
     }
 
@@ -118,6 +119,15 @@ impl<'a> Trainer<'a> {
         state::distribute(self.model.parameters_mut(), &self.optimizer, self.collective.as_mut(), loaded, root)?;
         self.sharding.is_whole = true;
         Ok(())
+    }
+
+    /// Says how much of the exchange the passes have hidden, where that was measured.
+    pub fn log_overlap(&self) {
+        let Sharding { overlap, steps_taken, .. } = &self.sharding;
+        if let Some(hidden_share) = overlap.hidden_share() {
+            let (exchange_s, exposed_s) = (overlap.exchange_s, overlap.exposed_s);
+            tracing::info!(steps = steps_taken, exchange_s, exposed_s, hidden_share, "exchange of gradients beside the backward pass");
+        }
     }
 
     /// Whether parameters and moments belong to one step. They do not after an error in the midst of an update or of [`Trainer::distribute`].
@@ -307,7 +317,7 @@ fn run_passes(trainer: &mut Trainer, packs: &[Pack], num_rounds: usize, sums: &S
     let num_rounds = if each_pass { num_rounds } else { 1 };
     for round in 0..num_rounds {
         match exchanged.get(round) {
-            Some(pack) => pass(&mut exchange, &sharding.buffers, &mut || sums.add_pack(model, pack))?,
+            Some(pack) => pass(&mut exchange, &sharding.buffers, &mut sharding.overlap, &mut || sums.add_pack(model, pack))?,
             None => exchange.stand_in()?,
         }
     }

@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use cloze_cluster::protocol::StepReport;
+use cloze_cluster::protocol::{StepReport, Unreported};
 use cloze_recipes::failure::{Failure, FailureKind};
 use tch::{Device, Tensor};
 
@@ -178,6 +178,7 @@ fn partial_report(trainer: &Trainer, batch: &StepBatch, seconds: f64) -> StepRep
         seconds,
         examples_per_s: batch.global_examples as f64 / seconds,
         tokens_per_s: batch.global_tokens as f64 / seconds,
+        before: Unreported::default(),
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use bytes::Bytes;
-use cloze_cluster::protocol::{Phase, StepReport, WorkerMessage};
+use cloze_cluster::protocol::{Phase, StepReport, Unreported, WorkerMessage};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Shard;
 
@@ -44,6 +44,8 @@ pub struct RunWatcher<'a> {
     worker: &'a Worker,
     facts: GenerationFacts,
     checkpointer: &'a mut Checkpointer,
+    /// Every worker counts, since any of them may lead the next generation.
+    unreported: &'a mut Unreported,
     is_leader: bool,
     companions: Vec<(String, Bytes)>,
     audit: Option<Audit>,
@@ -53,11 +55,17 @@ pub struct RunWatcher<'a> {
 
 impl<'a> RunWatcher<'a> {
     /// The watcher of one generation.
-    pub fn new(worker: &'a Worker, trainer: &Trainer, facts: GenerationFacts, checkpointer: &'a mut Checkpointer) -> Result<Self> {
+    pub fn new(
+        worker: &'a Worker,
+        trainer: &Trainer,
+        facts: GenerationFacts,
+        checkpointer: &'a mut Checkpointer,
+        unreported: &'a mut Unreported,
+    ) -> Result<Self> {
         let is_leader = is_leader(trainer.collective.as_ref());
         let companions = if is_leader { folder::companion_files(trainer.model.config(), &worker.tokenizer)? } else { Vec::new() };
         let audit = if worker.recipe.train.audit_samples { Some(Audit::open(&audit_path(worker), facts.generation)?) } else { None };
-        Ok(Self { worker, facts, checkpointer, is_leader, companions, audit, last_save: Instant::now(), save_asked: false })
+        Ok(Self { worker, facts, checkpointer, unreported, is_leader, companions, audit, last_save: Instant::now(), save_asked: false })
     }
 
     /// Completes the last checkpoint together with the other workers.
@@ -164,8 +172,14 @@ impl Watcher for RunWatcher<'_> {
         self.worker.client.progress(self.facts.generation, report.step, Phase::Training);
         self.checkpointer.take_finished()?;
         let is_logged = report.step.is_multiple_of(self.worker.recipe.train.log_every_steps) || report.step == self.facts.total_steps;
-        if self.is_leader && is_logged {
-            self.worker.client.send(&WorkerMessage::Step { generation: self.facts.generation, report: report.clone() })?;
+        if !is_logged {
+            self.unreported.add(report);
+            return Ok(());
+        }
+        let before = std::mem::take(self.unreported);
+        if self.is_leader {
+            let report = StepReport { before, ..report.clone() };
+            self.worker.client.send(&WorkerMessage::Step { generation: self.facts.generation, report })?;
         }
         Ok(())
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use cloze_cluster::client::{Client, JoinOptions};
-use cloze_cluster::protocol::{CoordinatorMessage, FailureClass, WorkerMessage};
+use cloze_cluster::protocol::{CoordinatorMessage, FailureClass, Unreported, WorkerMessage};
 use cloze_cluster::secret::Secret;
 use cloze_data::dataset::Dataset;
 use cloze_data::tokenizer::Tokenizer;
@@ -183,19 +183,21 @@ fn prepare(options: WorkerOptions, recipe: Recipe, listener: TcpListener, client
 fn belongings_of(worker: &Worker, drills: Drills) -> Belongings {
     let upload_timeout = Duration::from_secs(worker.recipe.checkpoint.upload_timeout_s);
     let checkpointer = Checkpointer::new(Arc::clone(&worker.store), Arc::clone(&worker.client), upload_timeout);
-    Belongings { held: Held::default(), checkpointer, drills }
+    Belongings { held: Held::default(), checkpointer, drills, unreported: Unreported::default() }
 }
 
 /// Takes part in generations until the run is over.
 fn serve(worker: &Arc<Worker>, belongings: &mut Belongings) -> Result<()> {
     worker.client.ready(0, None)?;
+    let mut is_asked_to_stop = false;
     loop {
         match worker.client.next(IDLE_WAIT)? {
-            Some(CoordinatorMessage::Start { generation, rank, members, peers, collective_key, source, until_step }) => {
+            Some(CoordinatorMessage::Start { generation, rank, members, peers, collective_key, source, until_step, saves_only }) => {
                 let interrupt = Arc::new(AtomicBool::new(false));
-                let key = collective_key.expose().to_owned();
+                let (rank, key) = (rank as usize, collective_key.expose().to_owned());
+                let interrupted = Arc::clone(&interrupt);
                 let assignment =
-                    Assignment { generation, rank: rank as usize, members, peers, key, source, until_step, interrupt: Arc::clone(&interrupt) };
+                    Assignment { generation, rank, members, peers, key, source, until_step, saves_only, interrupt: interrupted };
                 worker.client.on_abort(Box::new(move |aborted, _reason| {
                     if aborted >= generation {
                         interrupt.store(true, Ordering::SeqCst);
@@ -208,7 +210,9 @@ fn serve(worker: &Arc<Worker>, belongings: &mut Belongings) -> Result<()> {
                 }
                 worker.client.ready(generation, belongings.held.steps_done())?;
             }
-            Some(CoordinatorMessage::Stop { .. }) => return Ok(()),
+            // A state in memory may be newer than the newest checkpoint. Its holder waits to be told to save it, or a second time to stop.
+            Some(CoordinatorMessage::Stop { .. }) if belongings.held.steps_done().is_none() || is_asked_to_stop => return Ok(()),
+            Some(CoordinatorMessage::Stop { .. }) => is_asked_to_stop = true,
             Some(CoordinatorMessage::Refused { failure }) => return Err(failure.into()),
             Some(_) | None => {}
         }

@@ -82,6 +82,13 @@ pub enum Event {
         #[serde(flatten)]
         report: StepReport,
     },
+    /// Training goes on, and the steps since the last report have no report of their own (`train.log_every_steps`).
+    Progress {
+        /// Number of the generation.
+        generation: u64,
+        /// Steps done.
+        step: u64,
+    },
     /// A checkpoint is complete and visible.
     CheckpointSaved {
         /// Steps done at the checkpoint.
@@ -132,8 +139,14 @@ pub enum Event {
         generation: u64,
         /// Why.
         reason: String,
-        /// Last step that the leader reported.
+        /// Last step that the leader is known to have done.
         step: u64,
+        /// Slot of the one worker that is to blame, where that is known.
+        #[serde(default)]
+        worker: Option<u32>,
+        /// Its rank.
+        #[serde(default)]
+        rank: Option<u32>,
     },
     /// The members have left a generation at a step that they agreed on, so that the next one can have other members.
     GenerationRegrouped {
@@ -219,6 +232,7 @@ pub struct Recorded {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::Unreported;
     use cloze_recipes::failure::FailureKind;
 
     fn step(loss: f64) -> Event {
@@ -235,6 +249,7 @@ mod tests {
                 seconds: 0.5,
                 examples_per_s: 16.0,
                 tokens_per_s: 200.0,
+                before: Unreported::default(),
             },
         }
     }
@@ -242,6 +257,19 @@ mod tests {
     fn lost(rank: Option<u32>) -> Event {
         let (host, reason) = ("node".to_owned(), "connection closed".to_owned());
         Event::WorkerLost { worker: 1, rank, host, class: FailureClass::ConnectionClosed, reason }
+    }
+
+    /// A report that stands for steps before it.
+    fn reported_after(steps: u64) -> StepReport {
+        let Event::Step { report, .. } = step(0.1) else { panic!("a step") };
+        StepReport { before: Unreported { steps, tokens: 100 * steps, seconds: 0.5 * steps as f64 }, ..report }
+    }
+
+    #[test]
+    fn a_line_of_an_earlier_version_is_read() {
+        let line = "{\"time\":1.0,\"event\":\"generation_aborted\",\"generation\":1,\"reason\":\"x\",\"step\":7}";
+        let aborted = Event::GenerationAborted { generation: 1, reason: "x".to_owned(), step: 7, worker: None, rank: None };
+        assert_eq!(serde_json::from_str::<Recorded>(line).unwrap().event, aborted);
     }
 
     #[test]
@@ -258,6 +286,7 @@ mod tests {
     fn lines_can_be_read_back_exactly() {
         let events = [
             step(0.1 + 0.2),
+            Event::Step { generation: 2, report: reported_after(9) },
             lost(Some(1)),
             lost(None),
             Event::Recovered {

@@ -50,9 +50,10 @@ pub enum Entry {
     Host {
         /// Its name.
         host: String,
-        /// What is known of it.
-        #[serde(flatten)]
-        record: HostRecord,
+        /// How often one of its workers was lost.
+        failures: u32,
+        /// Whether it is used no more.
+        excluded: bool,
     },
 }
 
@@ -95,8 +96,8 @@ impl Memory {
             Entry::Over { .. } => {}
             Entry::Progress { step, saved_step } => (self.step, self.saved_step) = (step, saved_step),
             Entry::Retries(retries) => self.retries = retries,
-            Entry::Host { host, record } => {
-                self.hosts.insert(host, record);
+            Entry::Host { host, failures, excluded } => {
+                self.hosts.insert(host, HostRecord { failures, excluded });
             }
         }
     }
@@ -111,7 +112,11 @@ impl Memory {
         }
         entries.push(Entry::Progress { step: self.step, saved_step: self.saved_step });
         entries.push(Entry::Retries(self.retries));
-        entries.extend(self.hosts.iter().map(|(host, record)| Entry::Host { host: host.clone(), record: *record }));
+        let host_entry = |(host, record): (&String, &HostRecord)| {
+            let HostRecord { failures, excluded } = *record;
+            Entry::Host { host: host.clone(), failures, excluded }
+        };
+        entries.extend(self.hosts.iter().map(host_entry));
         entries
     }
 }
@@ -136,6 +141,11 @@ impl Journal {
         let memory = if adopt { read(path)? } else { Memory::default() };
         let (file, bytes) = write_whole(path, &memory)?;
         Ok(Self { path: path.to_owned(), file, bytes, whole_bytes: bytes, memory })
+    }
+
+    /// Reads a journal as [`Journal::open`] does, and changes nothing. Fails in the same way.
+    pub fn check(path: &Path) -> Result<(), Failure> {
+        read(path).map(drop)
     }
 
     /// What is known.
@@ -242,7 +252,7 @@ mod tests {
         vec![
             generation(1, &[0, 1, 2]),
             Entry::Over { generation: 1 },
-            Entry::Host { host: "node-b".to_owned(), record: HostRecord { failures: 2, excluded: true } },
+            Entry::Host { host: "node-b".to_owned(), failures: 2, excluded: true },
             Entry::Retries(Retries { step: 17, attempts: 1 }),
             generation(2, &[0, 2]),
             Entry::Progress { step: 20, saved_step: 10 },
@@ -302,6 +312,9 @@ mod tests {
         assert_eq!(Journal::open(&path, true).unwrap().memory().running, None, "the cut line does not spoil the next");
 
         fs::write(&path, [b"{\"entry\":\"gener\n".as_slice(), good.as_slice()].concat()).unwrap();
+        let before = fs::read(&path).unwrap();
+        assert_eq!(Journal::check(&path).unwrap_err().kind, FailureKind::Damaged);
+        assert_eq!(fs::read(&path).unwrap(), before);
         let failure = Journal::open(&path, true).unwrap_err();
         assert_eq!(failure.kind, FailureKind::Damaged);
         assert!(failure.found.as_ref().unwrap().starts_with("line 1: "), "{failure}");

@@ -21,6 +21,7 @@ pub mod secret;
 pub use client::{Client, EVERY_GENERATION, JoinOptions};
 pub use coordinator::{Control, Coordinator, CoordinatorOptions, RunEnd};
 pub use event::{Event, Recorded};
+pub use journal::Journal;
 pub use membership::HangLimits;
-pub use protocol::{CoordinatorMessage, FailureClass, Held, JoinRequest, Phase, SavedFile, StateSource, StepReport, WorkerMessage};
+pub use protocol::{CoordinatorMessage, FailureClass, Held, JoinRequest, Phase, SavedFile, StateSource, StepReport, Unreported, WorkerMessage};
 pub use secret::Secret;

@@ -14,6 +14,7 @@ use std::time::Duration;
 use cloze_recipes::failure::Failure;
 
 pub use self::reason::Reason;
+pub use self::silence::excuse;
 pub use self::state::{Absence, Activity, Broken, HangLimits, HostRecord, Limits, Presence, Ready, Retries, Setback, Stage, State, Worker};
 use crate::protocol::{FailureClass, StateSource};
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 pub(crate) use self::frame::read_frame_within;
 pub use self::frame::{
-    Frame, FrameError, MAX_FRAME_BYTES, StartFrames, decode, encode, read_frame, read_frame_blocking, write_message, write_message_blocking,
+    Frame, FrameError, MAX_FRAME_BYTES, StartFrames, StartTerms, decode, encode, read_frame, read_frame_blocking, write_message, write_message_blocking,
 };
 use crate::secret::Secret;
 
@@ -213,6 +213,8 @@ pub enum CoordinatorMessage {
         source: StateSource,
         /// Step after which all workers save and leave, as after a stop; `None` goes on to the end.
         until_step: Option<u64>,
+        /// A stop was asked for while no generation ran: the receiver saves the state in its memory and leaves.
+        saves_only: bool,
     },
     /// The generation is over; leave its collective at once and wait for the next start.
     Abort {
@@ -356,6 +358,34 @@ pub struct StepReport {
     pub examples_per_s: f64,
     /// Tokens per second.
     pub tokens_per_s: f64,
+    /// The steps before it that have no report of their own.
+    #[serde(default, skip_serializing_if = "Unreported::is_nothing")]
+    pub before: Unreported,
+}
+
+/// Steps since the last report that `train.log_every_steps` leaves out; sums over all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Unreported {
+    /// Their number.
+    pub steps: u64,
+    /// Tokens.
+    pub tokens: u64,
+    /// Seconds that they took.
+    pub seconds: f64,
+}
+
+impl Unreported {
+    /// Whether there are none.
+    pub fn is_nothing(&self) -> bool {
+        self.steps == 0
+    }
+
+    /// Adds a step that is not reported.
+    pub fn add(&mut self, report: &StepReport) {
+        self.steps += 1;
+        self.tokens += report.tokens;
+        self.seconds += report.seconds;
+    }
 }
 
 /// JSON has no NaN: `serde_json` writes null for it, which is read back here.

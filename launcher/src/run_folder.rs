@@ -13,7 +13,7 @@
 //!   processes/      worker-N.json, which process fills the slot
 //!   dumps/          worker-N-PID.txt, the stacks of a process that hung
 //!   audit/          worker-N.jsonl, with `train.audit_samples`
-//!   checkpoints/    empty where the recipe names another place
+//!   checkpoints/    unless the recipe names another place
 //!   lock            held by the live controller, with its process id
 //! ```
 
@@ -124,8 +124,9 @@ impl RunFolder {
         if let Some(entry) = first_entry(path, |entry| is_of_a_start(&paths, entry))? {
             return Err(taken(path, &entry).into());
         }
-        for folder in paths.folders().iter().chain([&paths.checkpoints()]) {
-            fs::create_dir_all(folder).map_err(|error| storage("create a folder", folder, &error))?;
+        let checkpoints = new.recipe.checkpoint.url.is_none().then(|| paths.checkpoints());
+        for folder in paths.folders().into_iter().chain(checkpoints) {
+            fs::create_dir_all(&folder).map_err(|error| storage("create a folder", &folder, &error))?;
         }
         let info = RunInfo {
             name: new.name.to_owned(),
@@ -322,6 +323,10 @@ mod tests {
             assert!(path.exists(), "{}", path.display());
         }
         assert!(!folder.path().join("run.partial").exists());
+        let mut elsewhere = recipe.clone();
+        elsewhere.checkpoint.url = Some("s3://bucket/first".to_owned());
+        let folder = RunFolder::create(root.path(), &NewRun { name: "second", ..new_run(&elsewhere) }).unwrap();
+        assert!(folder.paths().recipe().exists() && !folder.paths().checkpoints().exists());
     }
 
     #[test]

@@ -40,7 +40,7 @@ impl CheckpointStore {
         if let Some(cache) = &self.cache {
             cache.keep_only(state.step);
         }
-        if let Err(error) = self.prune_now(false) {
+        if let Err(error) = self.prune_now(false, Some(&state.recipe_hash)) {
             tracing::warn!(step = state.step, error = format!("{error:#}"), "old checkpoints could not be deleted");
         }
         Ok(Saved { url: self.step_url(state.step), bytes: manifest.bytes() })

@@ -11,7 +11,7 @@ use cloze_data::store;
 use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::format::NamedTensorOwned;
-use super::manifest::{MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, ManifestFile, folder, key};
+use super::manifest::{Flaw, MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, ManifestFile, folder, key, newer_failure};
 use super::pieces::{decode_pieces, merge};
 use super::store::{CheckpointStore, Listed, Loaded};
 
@@ -22,7 +22,7 @@ const FILES_IN_FLIGHT: usize = 4;
 pub(super) enum Unusable {
     /// The reason, to show.
     Damaged(String),
-    /// The store's failure.
+    /// The store's failure, or that of a program that is too old for what lies there.
     Store(anyhow::Error),
 }
 
@@ -120,7 +120,12 @@ impl CheckpointStore {
             return Ok(Arc::clone(manifest));
         }
         let (bytes, _) = self.read(&key(listed.step, MANIFEST_FILE), size)?;
-        let manifest = Arc::new(Manifest::parse(&bytes, listed.step).map_err(Unusable::Damaged)?);
+        let manifest = Manifest::parse(&bytes, listed.step).map_err(|flaw| match flaw {
+            Flaw::Damaged(reason) => Unusable::Damaged(reason),
+            // It must be neither passed over nor withdrawn: it is good, and newer than what this program would go on from.
+            Flaw::Newer(format_version) => Unusable::Store(newer_failure(self.step_url(listed.step), format_version).into()),
+        })?;
+        let manifest = Arc::new(manifest);
         self.memory().manifests.insert(listed.step, (listed.manifest_version.clone(), Arc::clone(&manifest)));
         Ok(manifest)
     }

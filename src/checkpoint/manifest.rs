@@ -1,8 +1,10 @@
 //! The manifest of a checkpoint, and how its objects are named.
 
 use std::collections::BTreeSet;
+use std::fmt::Display;
 
 use cloze_cluster::protocol::SavedFile;
+use cloze_recipes::failure::{Failure, FailureKind};
 use serde::{Deserialize, Serialize};
 
 /// Version of the manifest and of the files it names. Version 1 had one file of weights and one of the optimizer's state, whatever
@@ -82,6 +84,30 @@ impl From<SavedFile> for ManifestFile {
     }
 }
 
+/// Why a manifest is of no use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Flaw {
+    /// It is damaged, or says what cannot be; the reason, to show.
+    Damaged(String),
+    /// A newer program wrote it, in a format of this version.
+    Newer(u32),
+}
+
+impl From<String> for Flaw {
+    fn from(reason: String) -> Self {
+        Self::Damaged(reason)
+    }
+}
+
+/// What a user is told where a checkpoint lies that a newer program wrote.
+pub fn newer_failure(place: impl Display, format_version: u32) -> Failure {
+    Failure::new(FailureKind::Mismatch, "a newer version of cloze has written this checkpoint")
+        .at(place)
+        .expected(format!("format version {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}"))
+        .found(format!("format version {format_version}"))
+        .hint("use that version, or another `checkpoint.url`")
+}
+
 /// The only field that all versions of the format have.
 #[derive(Deserialize)]
 struct VersionOnly {
@@ -95,19 +121,21 @@ impl Manifest {
     }
 
     /// Reads and checks the manifest found in the folder of `step`; the error is a reason to show.
-    pub fn parse(bytes: &[u8], step: u64) -> Result<Self, String> {
+    pub fn parse(bytes: &[u8], step: u64) -> Result<Self, Flaw> {
         let unreadable = |error: serde_json::Error| format!("{MANIFEST_FILE} is not readable: {error}");
         let VersionOnly { format_version } = serde_json::from_slice(bytes).map_err(unreadable)?;
-        if !(OLDEST_FORMAT_VERSION..=FORMAT_VERSION).contains(&format_version) {
-            return Err(format!(
-                "{MANIFEST_FILE} has format version {format_version}, this program reads {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}"
-            ));
+        if format_version > FORMAT_VERSION {
+            return Err(Flaw::Newer(format_version));
+        }
+        if format_version < OLDEST_FORMAT_VERSION {
+            return Err(Flaw::Damaged(format!("{MANIFEST_FILE} has format version {format_version}, which there never was")));
         }
         let manifest: Self = serde_json::from_slice(bytes).map_err(unreadable)?;
         if manifest.step != step || manifest.state.step != step {
-            return Err(format!("{MANIFEST_FILE} is of step {} (state {})", manifest.step, manifest.state.step));
+            return Err(Flaw::Damaged(format!("{MANIFEST_FILE} is of step {} (state {})", manifest.step, manifest.state.step)));
         }
-        manifest.check().map(|()| manifest)
+        manifest.check()?;
+        Ok(manifest)
     }
 
     /// Checks that the files are named as they must be and that no worker's share is missing; the error is a reason to show.
@@ -281,11 +309,12 @@ mod tests {
             (text(&manifest(7, u32::MAX, &[MODEL_FILE, OPTIMIZER_FILE])), "does not name model-00001-of-"),
             (text(&manifest(7, 1, &[MODEL_FILE, OPTIMIZER_FILE, MODEL_FILE])), "occurs twice"),
             (text(&manifest(7, 1, &[MODEL_FILE, OPTIMIZER_FILE, "../x"])), "no file name"),
-            ("{\"format_version\":9,\"new\":1}".to_owned(), "format version 9"),
+            ("{\"format_version\":0,\"old\":1}".to_owned(), "format version 0"),
         ];
         for (bytes, reason) in cases {
-            let error = Manifest::parse(bytes.as_bytes(), 7).unwrap_err();
+            let Err(Flaw::Damaged(error)) = Manifest::parse(bytes.as_bytes(), 7) else { panic!("damaged: {bytes}") };
             assert!(error.contains(reason), "{error}");
         }
+        assert_eq!(Manifest::parse(b"{\"format_version\":9,\"new\":1}", 7), Err(Flaw::Newer(9)));
     }
 }

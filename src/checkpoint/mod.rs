@@ -29,6 +29,7 @@ pub use format::NamedTensorOwned;
 pub use manifest::{CheckpointState, step_of_folder};
 pub use pieces::Piece;
 pub use report::{Overview, Verification};
+pub use retention::MIN_KEPT_GOOD;
 pub use store::{CheckpointStore, Loaded, Share, StorePolicy};
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use bytes::Bytes;
+use cloze_recipes::failure::{Failure, FailureKind};
 use serde::Serialize;
 
 use super::load::{Unusable, compare_size, tensors};
@@ -64,8 +65,7 @@ impl CheckpointStore {
     fn overview_of(&self, listed: &Listed) -> Result<Overview> {
         let (manifest, reason) = match self.manifest(listed) {
             Ok(manifest) => (Some(Arc::unwrap_or_clone(manifest)), None),
-            Err(Unusable::Damaged(reason)) => (None, Some(reason)),
-            Err(Unusable::Store(error)) => return Err(error),
+            Err(unusable) => (None, Some(reason_of(unusable)?)),
         };
         Ok(Overview { step: listed.step, num_files: listed.files.len(), bytes: listed.files.values().sum(), manifest, reason })
     }
@@ -76,8 +76,7 @@ impl CheckpointStore {
         let listed = self.existing(step)?;
         let manifest = match self.readable_manifest(&listed) {
             Ok(manifest) => manifest,
-            Err(Unusable::Damaged(reason)) => return Ok(Verification { step, problem: Some(reason), files: Vec::new() }),
-            Err(Unusable::Store(error)) => return Err(error),
+            Err(unusable) => return Ok(Verification { step, problem: Some(reason_of(unusable)?), files: Vec::new() }),
         };
         let (mut files, mut contents) = (Vec::new(), BTreeMap::new());
         for file in &manifest.files {
@@ -106,5 +105,16 @@ impl CheckpointStore {
     fn checked_content(&self, listed: &Listed, file: &ManifestFile) -> Result<Bytes, Unusable> {
         compare_size(listed, file)?;
         self.stored_content(listed.step, file)
+    }
+}
+
+/// Why a checkpoint is not usable, to show. Fails where the store did not answer.
+fn reason_of(unusable: Unusable) -> Result<String> {
+    match unusable {
+        Unusable::Damaged(reason) => Ok(reason),
+        Unusable::Store(error) => match error.downcast_ref::<Failure>() {
+            Some(failure) if failure.kind == FailureKind::Mismatch => Ok(failure.what.clone()),
+            _ => Err(error),
+        },
     }
 }

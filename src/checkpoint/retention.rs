@@ -4,11 +4,24 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 /// A damaged newest checkpoint must have a predecessor, whatever a recipe says.
-const MIN_KEPT_GOOD: usize = 2;
+pub const MIN_KEPT_GOOD: usize = 2;
+
+/// Whose checkpoint it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// The run's for which this is decided.
+    Ours,
+    /// Another run's, which has the same place by mistake.
+    Other,
+    /// There is no manifest that could say.
+    Unknown,
+}
 
 /// What is known of the objects of one step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Facts {
+    /// Whose it is.
+    pub owner: Owner,
     /// The manifest is there and its files agree with it.
     pub is_good: bool,
     /// It was saved by time, between the regular steps.
@@ -37,6 +50,10 @@ pub enum Verdict {
     KeepBest,
     /// Its step is one that is kept for good.
     KeepStep,
+    /// Another run's.
+    KeepOther,
+    /// Not good, and perhaps another run's, since that one has checkpoints here.
+    KeepUnclear,
     /// Not good, but not older than the newest good one: it may be a save in progress.
     KeepPending,
     /// Good, and none of the reasons to keep it holds.
@@ -58,6 +75,8 @@ impl fmt::Display for Verdict {
             Self::KeepNewest => "kept: among the newest",
             Self::KeepBest => "kept: among the lowest losses",
             Self::KeepStep => "kept: a step that is kept for good",
+            Self::KeepOther => "kept: another run's",
+            Self::KeepUnclear => "kept: incomplete, and may be another run's",
             Self::KeepPending => "kept: may be a save in progress",
             Self::DeleteSurplus => "deleted: no longer needed",
             Self::DeleteIncomplete => "deleted: incomplete or damaged, and old",
@@ -65,16 +84,22 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// Decides on every step. Temporary checkpoints only count as newest ones.
+/// Decides on every step. Temporary checkpoints only count as newest ones, and another run's count for nothing.
 pub fn decide(steps: &BTreeMap<u64, Facts>, limits: &Limits) -> BTreeMap<u64, Verdict> {
-    let good: Vec<u64> = steps.iter().filter(|(_, facts)| facts.is_good).map(|(step, _)| *step).collect();
-    let Some(newest_good) = good.last() else { return steps.keys().map(|step| (*step, Verdict::KeepPending)).collect() };
+    let good: Vec<u64> = steps.iter().filter(|(_, facts)| is_ours(facts)).map(|(step, _)| *step).collect();
+    let newest_good = good.last().copied();
+    let is_shared = steps.values().any(|facts| facts.owner == Owner::Other);
     let newest: BTreeSet<u64> = good.iter().rev().take(limits.last.max(MIN_KEPT_GOOD)).copied().collect();
     let best = best(steps, limits.best);
     let verdict = |step: u64, facts: &Facts| {
         let is_for_good = !facts.is_temporary && limits.every_steps.is_some_and(|every| every > 0 && step.is_multiple_of(every));
+        match facts.owner {
+            Owner::Other => return Verdict::KeepOther,
+            Owner::Unknown if is_shared => return Verdict::KeepUnclear,
+            Owner::Ours | Owner::Unknown => {}
+        }
         if !facts.is_good {
-            return if step < *newest_good { Verdict::DeleteIncomplete } else { Verdict::KeepPending };
+            return if newest_good.is_some_and(|newest| step < newest) { Verdict::DeleteIncomplete } else { Verdict::KeepPending };
         }
         if newest.contains(&step) {
             Verdict::KeepNewest
@@ -89,9 +114,13 @@ pub fn decide(steps: &BTreeMap<u64, Facts>, limits: &Limits) -> BTreeMap<u64, Ve
     steps.iter().map(|(step, facts)| (*step, verdict(*step, facts))).collect()
 }
 
+fn is_ours(facts: &Facts) -> bool {
+    facts.is_good && facts.owner == Owner::Ours
+}
+
 /// The good, regular steps with the lowest losses; of equal losses the newer step.
 fn best(steps: &BTreeMap<u64, Facts>, keep_best: usize) -> BTreeSet<u64> {
-    let candidates = steps.iter().filter(|(_, facts)| facts.is_good && !facts.is_temporary);
+    let candidates = steps.iter().filter(|(_, facts)| is_ours(facts) && !facts.is_temporary);
     let mut losses: Vec<(f64, u64)> =
         candidates.filter_map(|(step, facts)| Some((facts.loss.filter(|loss| loss.is_finite())?, *step))).collect();
     losses.sort_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
@@ -104,8 +133,9 @@ mod tests {
 
     use super::*;
 
-    const GOOD: Facts = Facts { is_good: true, is_temporary: false, loss: None };
-    const BAD: Facts = Facts { is_good: false, ..GOOD };
+    const GOOD: Facts = Facts { owner: Owner::Ours, is_good: true, is_temporary: false, loss: None };
+    const BAD: Facts = Facts { owner: Owner::Unknown, is_good: false, ..GOOD };
+    const OTHERS: Facts = Facts { owner: Owner::Other, ..GOOD };
     const TEMPORARY: Facts = Facts { is_temporary: true, ..GOOD };
 
     fn loss(loss: f64) -> Facts {
@@ -136,6 +166,21 @@ mod tests {
     }
 
     #[test]
+    fn another_runs_checkpoints_stay_and_count_for_nothing() {
+        let ours_and_damaged = Facts { is_good: false, ..GOOD };
+        let cases: [(&[(u64, Facts)], &[u64]); 4] = [
+            (&[(1, GOOD), (2, GOOD), (3, OTHERS), (4, OTHERS)], &[]),
+            (&[(1, OTHERS), (2, GOOD), (3, GOOD), (4, OTHERS), (5, GOOD)], &[2]),
+            (&[(1, BAD), (2, GOOD), (3, OTHERS), (4, GOOD)], &[]),
+            (&[(1, ours_and_damaged), (2, GOOD), (3, OTHERS), (4, GOOD)], &[1]),
+        ];
+        for (steps, expected) in cases {
+            let limits = Limits { last: 2, best: 1, every_steps: None };
+            assert_eq!(deleted(steps, limits), expected, "{steps:?}");
+        }
+    }
+
+    #[test]
     fn the_best_and_the_round_steps_stay_too() {
         let facts = [loss(0.5), loss(0.1), loss(f64::NAN), loss(0.1), TEMPORARY, GOOD, BAD, GOOD, GOOD];
         let steps: Vec<(u64, Facts)> = (1..).zip(facts).collect();
@@ -151,6 +196,7 @@ mod tests {
 
     fn facts() -> impl Strategy<Value = Facts> {
         (any::<bool>(), any::<bool>(), proptest::option::of(-1.0..9.0)).prop_map(|(is_good, is_temporary, loss)| Facts {
+            owner: if is_good { Owner::Ours } else { Owner::Unknown },
             is_good,
             is_temporary,
             loss,

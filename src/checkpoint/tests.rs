@@ -403,9 +403,46 @@ fn old_checkpoints_are_pruned_whole() {
     }
     // The loss falls with every step, so the best is among the newest.
     assert_eq!(fixture.steps(), [3, 8, 9]);
-    let dry = reopened(fixture.folder.path(), StorePolicy::default()).prune_now(true).unwrap();
+    let dry = reopened(fixture.folder.path(), StorePolicy::default()).prune_now(true, None).unwrap();
     assert_eq!(dry, [(3, Verdict::DeleteSurplus), (8, Verdict::KeepNewest), (9, Verdict::KeepNewest)]);
     assert_eq!(fixture.steps(), [3, 8, 9]);
+}
+
+#[test]
+fn another_runs_checkpoints_are_never_deleted() {
+    let fixture = Fixture::new(2, &[1, 2]);
+    let theirs = |step: u64| CheckpointState { recipe_hash: "theirs".to_owned(), ..state(step, 1) };
+    for step in [10, 11] {
+        save(&fixture.checkpoints, &theirs(step), &[(0, 24)]).unwrap();
+    }
+    fs::create_dir_all(fixture.path(5, "")).unwrap();
+    fs::write(fixture.path(5, MODEL_FILE), "half of theirs, perhaps").unwrap();
+    for step in [3, 4, 12] {
+        fixture.save(step);
+    }
+    assert_eq!(fixture.steps(), [4, 5, 10, 11, 12], "ours are the newest two of ours");
+}
+
+#[test]
+fn a_checkpoint_of_a_newer_version_is_neither_passed_over_nor_touched() {
+    let fixture = Fixture::new(2, &[5, 9]);
+    let manifest = fs::read_to_string(fixture.path(9, MANIFEST_FILE)).unwrap().replace("\"format_version\": 2", "\"format_version\": 3");
+    fs::write(fixture.path(9, MANIFEST_FILE), &manifest).unwrap();
+    let other = fixture.reopened();
+    let expect_newer = |error: anyhow::Error| {
+        let failure = error.downcast::<Failure>().unwrap();
+        assert_eq!((failure.kind, failure.found.as_deref()), (FailureKind::Mismatch, Some("format version 3")), "{failure}");
+        assert!(failure.place.unwrap().ends_with("step-000000000009"));
+    };
+    expect_newer(other.latest_good().unwrap_err());
+    expect_newer(other.load_step(9).unwrap_err());
+    expect_newer(other.is_saved(9, "recipe").unwrap_err());
+    expect_newer(other.prune_now(false, None).unwrap_err());
+    expect_newer(save(&other, &state(9, 1), &[(0, 24)]).unwrap_err());
+    assert_eq!(fs::read_to_string(fixture.path(9, MANIFEST_FILE)).unwrap(), manifest);
+    assert!(other.overview().unwrap()[1].reason.as_ref().unwrap().contains("a newer version"));
+    assert_eq!(other.verify(9).unwrap().problem.as_deref(), Some("a newer version of cloze has written this checkpoint"));
+    assert_eq!(other.load_step(5).unwrap().state.step, 5);
 }
 
 #[test]

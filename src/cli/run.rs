@@ -11,6 +11,7 @@ use cloze_cluster::protocol::build_name;
 use cloze_data::batch::total_steps;
 use cloze_data::dataset::Dataset;
 use cloze_data::prepare::check_prepared;
+use cloze_data::store;
 use cloze_data::tokenizer::Tokenizer;
 use cloze_launcher::{Drill, LaunchOptions, LaunchPlan, NewRun, RunEnd, RunFolder, TerminalStyle, last_workers, launch_on_hosts};
 use cloze_recipes::failure::{Failure, FailureKind};
@@ -22,6 +23,9 @@ use super::worker_process::worker_binary;
 
 /// Folder of runs that are given no folder.
 pub(super) const RUNS_FOLDER: &str = "runs";
+
+/// A folder below a bucket's prefix that holds nothing; it is listed to see whether the bucket lets us in.
+const ACCESS_FOLDER: &str = "access";
 
 /// Starts a new run.
 pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
@@ -37,6 +41,7 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
     })?;
     let slots = Slots::of(&arguments.workers, 1).over(hosts.as_ref(), arguments.watch.listen)?;
     let plan = plan(slots, &arguments.watch, recipe.clone(), total)?;
+    check_checkpoint_place(&recipe, plan.local_workers)?;
     let runs = hosts.as_ref().and_then(|hosts| hosts.folder.clone()).unwrap_or_default().join(RUNS_FOLDER);
     let folder = arguments.run.clone().unwrap_or_else(|| runs.join(&recipe.name));
     if let Some(hosts) = &hosts {
@@ -233,6 +238,17 @@ fn check_model_folder(recipe: &Recipe) -> Result<(), Failure> {
             .at(path.display())
             .expected("a folder with config.json, model.safetensors and tokenizer.json")),
     }
+}
+
+/// Finds settings that do not open a bucket, and credentials that it does not take, before a run folder is made. Where no worker is
+/// started here, this host may lack the credentials.
+fn check_checkpoint_place(recipe: &Recipe, local_workers: u32) -> Result<()> {
+    let Some(url) = &recipe.checkpoint.url else { return Ok(()) };
+    let place = store::open(url, &recipe.checkpoint.options)?;
+    if !place.is_local() && local_workers > 0 {
+        store::list_below(&place, ACCESS_FOLDER)?;
+    }
+    Ok(())
 }
 
 /// The folder above a run folder, and its name.

@@ -176,10 +176,11 @@ fn page_text(page: &str, is_first: bool) -> String {
 
 /// Says on stderr what the view leaves out.
 fn tell_passed_over(log: &EventLog) -> Result<()> {
-    match log.passed_over() {
-        0 => Ok(()),
-        lines => writeln!(std::io::stderr(), "warning: {lines} events of another version of cloze are left out").context("report the log"),
+    let told = [(log.passed_over(), "events of another version of cloze"), (log.damaged(), "damaged lines of the event log")];
+    for (lines, what) in told.into_iter().filter(|(lines, _)| *lines > 0) {
+        writeln!(std::io::stderr(), "warning: {lines} {what} are left out").context("report the log")?;
     }
+    Ok(())
 }
 
 fn is_address(run: &str) -> bool {

@@ -4,10 +4,10 @@
 //! knows the generation's key without sending it; the other side answers with a verdict and a proof of its own.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
 use super::api::CollectiveCause;
@@ -22,8 +22,10 @@ const HELLO_BYTES: usize = 8 + 4 + 8 + 4 + 4 + PROOF_BYTES;
 const REPLY_BYTES: usize = 1 + PROOF_BYTES;
 /// How often a wait looks whether it has been interrupted. A listener of the standard library cannot wait with a limit.
 const POLL_MS: u64 = 2;
-/// A connection that does not introduce itself within this time is dropped, so that it cannot hold up the others.
+/// A connection that does not introduce itself within this time is dropped.
 const HELLO_WAIT_MS: u64 = 1000;
+/// Connections that are asked who they are at the same time; more wait until one of them is dropped.
+const VISITORS_MAX: usize = 16;
 /// Longest wait for one attempt to connect.
 const DIAL_WAIT_MS: u64 = 3000;
 /// Failed attempts to connect before the peer counts as gone: listeners are open before any rank learns their addresses.
@@ -217,7 +219,7 @@ fn introduce(identity: &Identity, stream: TcpStream, attempt: &Attempt) -> io::R
     stream.set_write_timeout(Some(attempt.remaining()))?;
     (&stream).write_all(&hello(identity))?;
     let mut reply = [0; REPLY_BYTES];
-    read_within(&stream, &mut reply, attempt, attempt.remaining())?;
+    read_within(&stream, &mut reply, attempt.remaining(), &|| attempt.is_over())?;
     let verdict = Verdict::from_byte(reply[0]).ok_or_else(|| invalid("the reply is not one of this protocol"))?;
     let (_, proof) = reply.split_at(1);
     if verdict == Verdict::Accepted && identity.proof(*b"reply", identity.next(), identity.rank) != hash_of(proof) {
@@ -226,46 +228,99 @@ fn introduce(identity: &Identity, stream: TcpStream, attempt: &Attempt) -> io::R
     Ok((stream, verdict))
 }
 
+/// Connections that are asked who they are at the same time, so that a silent stranger does not hold up the previous rank.
+struct Hall<'a> {
+    identity: &'a Identity,
+    attempt: &'a Attempt<'a>,
+    num_visitors: AtomicUsize,
+    found: Mutex<Found>,
+}
+
+/// What came of them so far.
+#[derive(Default)]
+struct Found {
+    /// The previous rank's connection.
+    previous: Option<TcpStream>,
+    /// It is there; nobody else is wanted.
+    is_complete: bool,
+    /// What became of the last one that was not wanted.
+    note: String,
+}
+
 /// Accepts connections until one comes from the previous rank. Others are told why they are refused.
 fn accept(listener: &TcpListener, identity: &Identity, attempt: &Attempt) -> Result<TcpStream, Fault> {
     let peer = identity.previous();
     let io_fault = |error: io::Error| attempt.fail(peer, CollectiveCause::Io(error.to_string()));
     listener.set_nonblocking(true).map_err(io_fault)?;
-    let mut note = String::new();
-    let stream = loop {
-        attempt.check(peer, &note)?;
-        match listener.accept() {
-            Ok((stream, address)) => match welcome(identity, &stream, attempt) {
-                Ok(Verdict::Accepted) => break stream,
-                Ok(verdict) => note = format!("; a connection from {address} was refused: {}", verdict.reason()),
-                Err(error) => note = format!("; a connection from {address} failed: {error}"),
-            },
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(Duration::from_millis(POLL_MS)),
-            Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
-            Err(error) => return Err(io_fault(error)),
+    let hall = Hall { identity, attempt, num_visitors: AtomicUsize::new(0), found: Mutex::default() };
+    let stream = thread::scope(|scope| {
+        loop {
+            if let Some(stream) = hall.lock().previous.take() {
+                return Ok(stream);
+            }
+            attempt.check(peer, &hall.lock().note)?;
+            if hall.num_visitors.load(Ordering::SeqCst) >= VISITORS_MAX {
+                thread::sleep(Duration::from_millis(POLL_MS));
+                continue;
+            }
+            match listener.accept() {
+                Ok((stream, address)) => hall.let_in(scope, stream, address).map_err(io_fault)?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(Duration::from_millis(POLL_MS)),
+                Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
+                Err(error) => return Err(io_fault(error)),
+            }
         }
-    };
+    })?;
     // The listener may be a clone whose other half lives on, and the mode belongs to both.
     listener.set_nonblocking(false).map_err(io_fault)?;
     Ok(stream)
 }
 
-/// Reads a hello and answers it.
-fn welcome(identity: &Identity, stream: &TcpStream, attempt: &Attempt) -> io::Result<Verdict> {
-    stream.set_nonblocking(false)?;
-    let limit = Duration::from_millis(HELLO_WAIT_MS).min(attempt.remaining());
-    stream.set_write_timeout(Some(limit))?;
-    let mut hello = [0; HELLO_BYTES];
-    read_within(stream, &mut hello, attempt, limit)?;
-    let verdict = judge(identity, &hello);
-    let mut reply = [0; REPLY_BYTES];
-    reply[0] = verdict as u8;
-    if verdict == Verdict::Accepted {
-        reply[1..].copy_from_slice(identity.proof(*b"reply", identity.rank, identity.previous()).as_bytes());
+impl Hall<'_> {
+    fn lock(&self) -> MutexGuard<'_, Found> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    let mut stream = stream;
-    stream.write_all(&reply)?;
-    Ok(verdict)
+
+    /// Asks a connection who it is, on a thread that ends with the search.
+    fn let_in<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, stream: TcpStream, address: SocketAddr) -> io::Result<()> {
+        self.num_visitors.fetch_add(1, Ordering::SeqCst);
+        let visit = move || {
+            let note = match self.welcome(stream) {
+                Ok(Verdict::Accepted) => None,
+                Ok(verdict) => Some(format!("; a connection from {address} was refused: {}", verdict.reason())),
+                Err(error) => Some(format!("; a connection from {address} failed: {error}")),
+            };
+            if let Some(note) = note {
+                self.lock().note = note;
+            }
+            self.num_visitors.fetch_sub(1, Ordering::SeqCst);
+        };
+        thread::Builder::new().name("ring-welcome".to_owned()).spawn_scoped(scope, visit).map(drop)
+    }
+
+    /// Reads a hello and answers it.
+    fn welcome(&self, stream: TcpStream) -> io::Result<Verdict> {
+        stream.set_nonblocking(false)?;
+        let limit = Duration::from_millis(HELLO_WAIT_MS).min(self.attempt.remaining());
+        stream.set_write_timeout(Some(limit))?;
+        let mut hello = [0; HELLO_BYTES];
+        read_within(&stream, &mut hello, limit, &|| self.attempt.is_over() || self.lock().is_complete)?;
+        let verdict = judge(self.identity, &hello);
+        let mut reply = [0; REPLY_BYTES];
+        reply[0] = verdict as u8;
+        if verdict != Verdict::Accepted {
+            (&stream).write_all(&reply)?;
+            return Ok(verdict);
+        }
+        reply[1..].copy_from_slice(self.identity.proof(*b"reply", self.identity.rank, self.identity.previous()).as_bytes());
+        // One connection is taken, and the other side uses the one that it has an answer on.
+        let mut found = self.lock();
+        if !found.is_complete {
+            (&stream).write_all(&reply)?;
+            (found.previous, found.is_complete) = (Some(stream), true);
+        }
+        Ok(verdict)
+    }
 }
 
 /// What this rank says to the next one.
@@ -303,8 +358,8 @@ fn judge(identity: &Identity, hello: &[u8; HELLO_BYTES]) -> Verdict {
     Verdict::Accepted
 }
 
-/// Fills `bytes` within `limit`, and stops early when the attempt is over.
-fn read_within(mut stream: &TcpStream, bytes: &mut [u8], attempt: &Attempt, limit: Duration) -> io::Result<()> {
+/// Fills `bytes` within `limit`, and stops early when nobody waits for them any more.
+fn read_within(mut stream: &TcpStream, bytes: &mut [u8], limit: Duration, is_over: &dyn Fn() -> bool) -> io::Result<()> {
     let started = Instant::now();
     stream.set_read_timeout(Some(Duration::from_millis(POLL_MS)))?;
     let mut filled = 0;
@@ -314,7 +369,7 @@ fn read_within(mut stream: &TcpStream, bytes: &mut [u8], attempt: &Attempt, limi
             Ok(count) => filled += count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                if started.elapsed() >= limit || attempt.is_over() {
+                if started.elapsed() >= limit || is_over() {
                     return Err(io::ErrorKind::TimedOut.into());
                 }
             }
@@ -351,6 +406,29 @@ mod tests {
         for (dialler, verdict) in cases {
             assert_eq!(judge(&acceptor, &hello(&dialler)), verdict);
         }
+    }
+
+    #[test]
+    fn silent_strangers_hold_nobody_up() {
+        let listeners = [0, 1].map(|_| TcpListener::bind(("127.0.0.1", 0)).unwrap());
+        let peers = [0, 1].map(|rank: usize| listeners[rank].local_addr().unwrap().to_string());
+        // They are in the queue before any member is, and one says something else.
+        let strangers: Vec<TcpStream> = (0..VISITORS_MAX - 1).map(|_| TcpStream::connect(peers[1].as_str()).unwrap()).collect();
+        (&strangers[3]).write_all(&[b'x'; HELLO_BYTES]).unwrap();
+        let interrupt = AtomicBool::new(false);
+        let started = Instant::now();
+        thread::scope(|scope| {
+            for (rank, listener) in listeners.iter().enumerate() {
+                let (peers, interrupt) = (&peers, &interrupt);
+                scope.spawn(move || {
+                    let attempt = Attempt::new(Duration::from_secs(20), interrupt);
+                    join_ring(listener, &Identity::new(rank, 2, 1, "secret"), peers, &attempt).unwrap_or_else(|fault| panic!("{fault:?}"));
+                });
+            }
+        });
+        let elapsed = started.elapsed();
+        assert!(elapsed < Duration::from_millis(HELLO_WAIT_MS), "{elapsed:?}");
+        drop(strangers);
     }
 
     #[test]

@@ -17,6 +17,6 @@ mod link;
 #[cfg(test)]
 mod conformance;
 
-pub use api::{Collective, CollectiveError, DeviceFloats};
+pub use api::{AbortHandle, Collective, CollectiveError, DeviceFloats};
 pub use layout::share_of;
 pub use leader::{is_leader, leader_work};

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use cloze_recipes::recipe::Shard;
@@ -47,14 +48,37 @@ impl Buffers {
     }
 }
 
+/// How much of the exchange went on while passes computed, where a thread does it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Overlap {
+    /// Seconds in which buckets were summed, the waits for other workers included.
+    pub exchange_s: f64,
+    /// Seconds of these for which the passes were over and waited.
+    pub exposed_s: f64,
+}
+
+impl Overlap {
+    /// The part of the exchange that cost no time; `None` before the first.
+    pub fn hidden_share(&self) -> Option<f64> {
+        (self.exchange_s > 0.0).then(|| 1.0 - (self.exposed_s / self.exchange_s).min(1.0))
+    }
+
+    fn add(&mut self, exchange: Duration, exposed: Duration) {
+        self.exchange_s += exchange.as_secs_f64();
+        self.exposed_s += exposed.as_secs_f64();
+    }
+}
+
 /// Runs a pass and its exchange. A worker without a pack calls [`Exchange::stand_in`] instead.
-pub fn pass(exchange: &mut Exchange, buffers: &Buffers, backward: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+pub fn pass(exchange: &mut Exchange, buffers: &Buffers, overlap: &mut Overlap, backward: &mut dyn FnMut() -> Result<()>) -> Result<()> {
     let (shard, is_on_host) = (exchange.shard(), exchange.device() == Device::Cpu);
     if shard == Shard::Parameters || (!is_on_host && (exchange.is_queued() || shard == Shard::Gradients)) {
         in_place(exchange, buffers, backward)
     } else if is_on_host {
         let waiting = if shard == Shard::Gradients { WAITING_BUCKETS_MAX } else { exchange.buckets().num_buckets() };
-        beside(exchange, buffers, backward, waiting)
+        let (exchanged, exposed) = beside(exchange, buffers, backward, waiting)?;
+        overlap.add(exchanged, exposed);
+        Ok(())
     } else {
         backward()?;
         exchange.stand_in()
@@ -77,17 +101,25 @@ fn in_place(exchange: &mut Exchange, buffers: &Buffers, backward: &mut dyn FnMut
     }
 }
 
-/// Exchanges on a thread beside the pass.
-fn beside(exchange: &mut Exchange, buffers: &Buffers, backward: &mut dyn FnMut() -> Result<()>, waiting: usize) -> Result<()> {
+/// Exchanges on a thread beside the pass. Returns how long the exchange took, and for how much of that the pass was over.
+fn beside(
+    exchange: &mut Exchange,
+    buffers: &Buffers,
+    backward: &mut dyn FnMut() -> Result<()>,
+    waiting: usize,
+) -> Result<(Duration, Duration)> {
     let (buckets, pieces) = (exchange.buckets(), exchange.gradient_pieces());
     let (sender, receiver) = sync_channel(waiting);
     let tracker = Tracker::new(buckets, buffers, pieces, Sink::Thread(sender));
     thread::scope(|scope| {
-        let reduce = move || -> Result<()> {
+        let reduce = move || -> Result<Duration> {
+            let mut busy = Duration::ZERO;
             for bucket in receiver {
+                let started = Instant::now();
                 exchange.reduce(bucket)?;
+                busy += started.elapsed();
             }
-            exchange.end()
+            exchange.end().map(|()| busy)
         };
         let reducer =
             thread::Builder::new().name("gradient-reducer".to_owned()).spawn_scoped(scope, reduce).context("start the gradient reducer")?;
@@ -95,12 +127,13 @@ fn beside(exchange: &mut Exchange, buffers: &Buffers, backward: &mut dyn FnMut()
         if result.is_ok() {
             tracker.complete_all();
         }
+        let ended = Instant::now();
         let stopped = tracker.into_error();
         let reduced = reducer.join().map_err(|_| anyhow!("the gradient reducer panicked"))?;
         match (stopped, reduced, result) {
             // What stopped the pass is that nobody took its buckets any more; the reducer knows why.
-            (Some(_), Err(error), _) | (Some(error), Ok(()), _) | (None, _, Err(error)) => Err(error),
-            (None, reduced, Ok(())) => reduced,
+            (Some(_), Err(error), _) | (Some(error), Ok(_), _) | (None, _, Err(error)) => Err(error),
+            (None, reduced, Ok(())) => reduced.map(|busy| (busy, ended.elapsed())),
         }
     })
 }

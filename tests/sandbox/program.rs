@@ -87,7 +87,12 @@ impl Process {
 
     /// Sends SIGTERM.
     pub fn terminate(&self) {
-        assert!(send_signal(self.child.id(), "TERM"), "SIGTERM could not be sent to {}", self.shown);
+        self.signal("TERM");
+    }
+
+    /// Sends a signal, such as `STOP`.
+    pub fn signal(&self, name: &str) {
+        assert!(send_signal(self.child.id(), name), "SIG{name} could not be sent to {}", self.shown);
     }
 
     /// Whether it has ended; what it wrote is still to be had from [`Process::wait`].

@@ -61,3 +61,28 @@ fn workers_whose_controller_stays_away_save_and_leave() {
     run.expect_undisturbed(&whole, STEPS as usize);
     assert!(run.checkpoint_tensors(STEPS) == whole.checkpoint_tensors(STEPS), "the state at the end differs");
 }
+
+#[test]
+fn a_controller_that_stood_still_finds_its_generation_again() {
+    let world = World::prepared();
+    let settings = ["--set", "train.steps=1000000", "--set", "checkpoint.every_steps=1000000", "--set", "cluster.heartbeat_timeout_ms=1000"];
+    let process = world.start_training("run", &[["--workers", "2", "--quiet"].as_slice(), settings.as_slice()].concat());
+    let run = world.run("run");
+    wait_until("the run trains", Duration::from_secs(90), || run.last_step() >= 10);
+    process.signal("STOP");
+    // After two seconds of silence the workers hang up.
+    std::thread::sleep(Duration::from_secs(4));
+    let told = run.last_step();
+    process.signal("CONT");
+    let joined_again = || run.events_named("worker_joined").iter().filter(|event| event["rejoined"] == true).count();
+    wait_until("the workers are back", Duration::from_secs(30), || joined_again() == 2);
+    wait_until("steps are told again", Duration::from_secs(30), || run.last_step() > told + 10);
+    process.terminate();
+    process.wait().expect_code(130);
+    for (event, expected) in [("generation_started", 1), ("worker_started", 2), ("generation_aborted", 0), ("worker_lost", 0)] {
+        assert_eq!(run.events_named(event).len(), expected, "{event}");
+    }
+    // No step was done twice, and none was left out: the workers kept what they had to say.
+    let steps: Vec<u64> = run.events_named("step").iter().filter_map(|event| event["step"].as_u64()).collect();
+    assert!(steps.windows(2).all(|pair| pair[1] == pair[0] + 1), "{steps:?}");
+}

@@ -76,6 +76,34 @@ fn a_run_grows_when_a_worker_joins() {
     expect_close(&losses, &alone.losses(), RELATIVE_TOLERANCE);
 }
 
+#[test]
+fn a_run_whose_state_is_shared_out_grows_from_a_checkpoint_of_the_same_step() {
+    let world = World::prepared();
+    let settings = [
+        "train.steps=1000000",
+        "train.shard=optimizer",
+        "cluster.min_workers=1",
+        "cluster.replacement_wait_s=0",
+        "checkpoint.every_steps=1000000",
+    ];
+    let settings: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
+    let process = world.start_training("run", &[["--workers", "2", "--local", "1", "--quiet"].as_slice(), &settings].concat());
+    let run = world.run("run");
+    wait_until("the run trains alone", TIMEOUT, || run.last_step() >= 5);
+    let path = run.path.display().to_string();
+    let joined = Process::start(&mut world.command(&["join", &path, "--slots", "1"]), "");
+    wait_until("the run has grown", TIMEOUT, || run.last_step() >= grown_at(&run.events_named("restored")) + 5);
+    process.terminate();
+    process.wait().expect_code(130);
+    joined.wait();
+    let (left, restored) = (run.events_named("generation_regrouped"), run.events_named("restored"));
+    assert_eq!((left.len(), restored.len(), run.events_named("generation_aborted").len()), (1, 2, 0), "{left:?} {restored:?}");
+    assert_eq!(restored[1]["step"], left[0]["step"], "{left:?} {restored:?}");
+    assert!(restored[1]["source"].as_str().is_some_and(|source| source.contains("/step-")), "{restored:?}");
+    let steps: Vec<u64> = run.events_named("step").iter().map(|event| number(&event["step"])).collect();
+    assert_eq!(steps, (1..=run.last_step()).collect::<Vec<u64>>(), "every step once");
+}
+
 /// Step at which the second generation began; beyond all steps before it has.
 fn grown_at(restored: &[Value]) -> u64 {
     restored.get(1).map_or(u64::MAX / 2, |event| number(&event["step"]))

@@ -73,6 +73,40 @@ fn a_loss_that_is_not_a_number_is_tried_again() {
 }
 
 #[test]
+fn steps_that_nobody_reports_are_counted_and_named() {
+    let world = World::prepared();
+    // Steps 7, 14, 21, … and the last are reported; the failure is between two of them.
+    let (run, whole) = with_drill(&world, "nan:1", &["--set", "train.log_every_steps=7"]);
+    let reported: Vec<u64> = run.losses().into_keys().collect();
+    assert_eq!(reported, [7, 14, 21, 28, 35, STEPS]);
+    let text = String::from_utf8(std::fs::read(run.path.join("failures.jsonl")).expect("read the failures")).expect("text");
+    let failure: Value = serde_json::from_str(text.lines().next().expect("a failure")).expect("JSON");
+    let found = ["worker", "rank", "step", "class"].map(|field| failure[field].clone());
+    assert_eq!(found, [Value::from(1), Value::from(1), Value::from(DRILL_STEP - 1), Value::from("not_finite")], "{failure}");
+    assert!(failure["host"].is_string(), "{failure}");
+    let [found, expected] = [&run, &whole].map(|run| {
+        let status = world.done(&["status", &run.path.display().to_string(), "--json"]).stdout;
+        let status: Value = serde_json::from_str(&status).expect("JSON");
+        ["steps", "tokens", "examples"].map(|total| status["run"]["totals"][total].clone())
+    });
+    assert_eq!(found, expected, "steps, tokens, examples");
+}
+
+#[test]
+fn a_worker_that_dies_with_the_last_step_done_costs_no_result() {
+    let world = World::prepared();
+    let whole = world.train("whole", &["--workers", "2", "--quiet"]);
+    for victim in ["0", "1"] {
+        let (name, drill) = (format!("run-{victim}"), format!("kill:{victim}@{STEPS}"));
+        let run = world.train(&name, &["--workers", "2", "--quiet", "--drill", &drill]);
+        assert_eq!(run.events_named("run_finished")[0]["step"], STEPS, "worker {victim}");
+        assert!(run.checkpoint_tensors(STEPS) == whole.checkpoint_tensors(STEPS), "worker {victim}: the state at the end differs");
+        world.done(&["checkpoints", "verify", &run.path.display().to_string()]);
+        assert_eq!(run.live_workers(), 0);
+    }
+}
+
+#[test]
 fn a_loss_that_is_not_a_number_ends_a_run_without_retries() {
     let world = World::prepared();
     let drill = format!("nan:0@{DRILL_STEP}");

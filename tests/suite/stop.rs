@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::sandbox::{World, wait_until};
+use crate::sandbox::{Process, World, number, send_signal, wait_until};
 
 const STEPS: u64 = 200;
 
@@ -29,4 +29,31 @@ fn a_terminated_run_saves_its_step_and_resume_finishes_it() {
     assert_eq!(stopped.restored_steps(), [0, step]);
     assert_eq!(stopped.events_named("step").len() as u64, STEPS, "no step is done twice");
     assert_eq!(stopped.loss_bits(), whole.loss_bits());
+}
+
+#[test]
+fn a_stop_while_a_worker_is_waited_for_saves_what_is_in_memory() {
+    let world = World::prepared();
+    // No checkpoint is due, nobody replaces worker 1, and the run may not go on without it.
+    let settings = ["train.steps=1000000", "checkpoint.every_steps=1000000", "cluster.max_restarts=0"];
+    let settings: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
+    let arguments = [["--workers", "2", "--local", "1", "--quiet"].as_slice(), &settings].concat();
+    let process = world.start_training("stopped", &arguments);
+    let run = world.run("stopped");
+    wait_until("the run has a controller", Duration::from_secs(90), || run.control().is_some() && !run.events().is_empty());
+    let path = run.path.display().to_string();
+    let joined = Process::start(&mut world.command(&["join", &path, "--slots", "1"]), "");
+    wait_until("the run trains", Duration::from_secs(90), || run.last_step() >= 10);
+    send_signal(run.process_of(1).expect("worker 1 lives"), "KILL");
+    wait_until("the generation has ended", Duration::from_secs(90), || !run.events_named("generation_aborted").is_empty());
+    joined.wait();
+    let last_reported = run.last_step();
+    process.terminate();
+    process.wait().expect_code(130);
+    let stopped = run.events_named("run_stopped");
+    let step = number(&stopped[0]["step"]);
+    assert!(step >= last_reported && step > 0, "{step}, {last_reported} was reported: {stopped:?}");
+    assert!(run.checkpoint_path(step, "manifest.json").is_file());
+    assert_eq!(run.live_workers(), 0);
+    world.done(&["checkpoints", "verify", &path]);
 }

@@ -190,7 +190,7 @@ mod tests {
     use cloze_recipes::failure::{Failure, FailureKind};
 
     use super::*;
-    use crate::protocol::{FailureClass, Phase, StepReport};
+    use crate::protocol::{FailureClass, Phase, StepReport, Unreported};
 
     fn away() -> Line {
         Line { link: Link::Away, kept: VecDeque::new(), standing: Standing::default() }
@@ -208,6 +208,7 @@ mod tests {
             seconds: 1.0,
             examples_per_s: 1.0,
             tokens_per_s: 1.0,
+            before: Unreported::default(),
         };
         WorkerMessage::Step { generation: 1, report }
     }

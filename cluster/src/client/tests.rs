@@ -68,6 +68,7 @@ fn start(generation: u64) -> CoordinatorMessage {
         collective_key: Secret::new("k"),
         source: protocol::StateSource::Checkpoint,
         until_step: None,
+        saves_only: false,
     }
 }
 

@@ -18,7 +18,7 @@ use super::server::RunEnd;
 use crate::event::Event;
 use crate::journal::{Entry, Journal, Membership, Memory};
 use crate::membership::{self, Decision, Limits, Reason, Retries, Stage, State, Worker};
-use crate::protocol::{CoordinatorMessage, FailureClass, Frame, StartFrames, StateSource};
+use crate::protocol::{CoordinatorMessage, FailureClass, Frame, StartFrames, StartTerms, StateSource};
 use crate::secret::Secret;
 
 /// The rank that reports for all.
@@ -26,6 +26,9 @@ const LEADER: u32 = 0;
 
 /// Longest time for which the journal lags behind the steps. It serves a report after a restart, so a second is good enough.
 const NOTE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Longest time for which the events lag behind the steps, where not every step is reported; a line a few times a minute.
+const TELL_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A connected worker.
 struct Seat {
@@ -51,6 +54,8 @@ pub(super) struct Roster {
     kept_for_leader: Vec<Frame>,
     /// Steps done, as the leader last reported.
     step: u64,
+    /// Since when steps are done that no event tells of.
+    untold_since: Option<Duration>,
     /// Whether the newest generation has reported a step.
     stepped: bool,
     /// The state from which the newest generation trains.
@@ -85,6 +90,7 @@ impl Roster {
             addresses: Vec::new(),
             kept_for_leader: Vec::new(),
             step: 0,
+            untold_since: None,
             stepped: false,
             restored: None,
             failed: None,
@@ -128,18 +134,16 @@ impl Roster {
         }
     }
 
-    /// Takes every connected worker as heard now, and as stuck for `gap` less: for so long this process did not listen.
+    /// Gives the workers the time back for which this process did not listen.
     pub(super) fn excuse_silence(&mut self, now: Duration, gap: Duration) {
-        for worker in &mut self.state.workers {
-            if let Worker::Present(presence) = worker {
-                presence.heard = now.max(presence.heard);
-                presence.activity.since = now.min(presence.activity.since + gap);
-            }
-        }
+        membership::excuse(now, gap, &mut self.state, &self.limits);
     }
 
     /// Writes down what hosts have failed and, now and then, how far the run is. Fails when the journal cannot be written.
     pub(super) fn note_progress(&mut self, now: Duration) -> anyhow::Result<()> {
+        if self.untold_since.take_if(|since| now >= *since + TELL_INTERVAL).is_some() {
+            self.events.push(Event::Progress { generation: self.state.generation, step: self.step });
+        }
         let (step, saved_step) = (self.step, self.state.saved_step);
         let host_entries = std::mem::take(&mut self.host_entries);
         let Some(journal) = &mut self.journal else { return Ok(()) };
@@ -215,7 +219,9 @@ impl Roster {
         let seats = members.iter().filter_map(|&slot| self.seats[slot as usize].as_ref());
         let peers: Vec<String> = seats.map(|seat| seat.collective_address.clone()).collect();
         anyhow::ensure!(peers.len() == members.len(), "a member of generation {generation} has no seat");
-        let frames = StartFrames::new(generation, (members, &peers), &Secret::random()?, (source, self.limits.until_step))?;
+        // After a request to stop, a generation is made for nothing else than to save.
+        let terms = StartTerms { until_step: self.limits.until_step, saves_only: self.state.stop.is_some() };
+        let frames = StartFrames::new(generation, (members, &peers), &Secret::random()?, source, terms)?;
         self.record(Entry::Generation { generation, members: members.to_vec(), addresses: peers.clone() })?;
         self.state.generation = generation;
         self.forget_reports();
@@ -251,12 +257,16 @@ impl Roster {
         let blameless = matches!(reason, Reason::Broken { .. });
         self.state.fruitless_generations = if blameless && !self.stepped { self.state.fruitless_generations + 1 } else { 0 };
         if let Reason::Setback { step, attempt, .. } = reason {
+            // Not every step is reported, but who fails in one has done those before it.
+            self.step = self.step.max(step.saturating_sub(1));
             self.state.retries = Retries { step: *step, attempts: *attempt };
             self.record(Entry::Retries(self.state.retries))?;
         }
         self.note_failure(now, reason.class());
         self.end_generation(now, true)?;
-        self.events.push(Event::GenerationAborted { generation, reason: reason.to_string(), step: self.step });
+        let worker = reason.culprit();
+        let rank = worker.and_then(|worker| self.rank(worker));
+        self.events.push(Event::GenerationAborted { generation, reason: reason.to_string(), step: self.step, worker, rank });
         self.tell_all(&CoordinatorMessage::Abort { generation, reason: reason.to_string() });
         Ok(())
     }
@@ -294,6 +304,7 @@ impl Roster {
         self.state.broken = None;
         self.state.setbacks.clear();
         self.kept_for_leader.clear();
+        self.untold_since = None;
         self.stepped = false;
         self.restored = None;
     }
@@ -350,6 +361,11 @@ impl Roster {
             Ok(()) | Err(TrySendError::Closed(_)) => {}
             Err(TrySendError::Full(_)) => self.lose(worker, FailureClass::Hung, "does not read its messages"),
         }
+    }
+
+    /// Whether a worker sits on a connection that is still open.
+    fn is_reachable(&self, worker: u32) -> bool {
+        matches!(self.seats.get(worker as usize), Some(Some(seat)) if !seat.outbox.is_closed())
     }
 
     /// Slots of the members of the generation that runs, by rank; empty between generations.

@@ -173,26 +173,32 @@ impl Coordinator {
         let mut pulse = clock(options.heartbeat_timeout / 2, (TICK_MS.0, u64::MAX));
         let mut last_pass = started.elapsed();
         let end = loop {
-            let is_time = tokio::select! {
-                Some(order) = control.recv() => { roster.control(order); false }
-                Some(input) = inputs.recv() => { apply(&mut roster, input, started); false }
-                _ = pulse.tick() => { roster.pulse(); false }
-                _ = tick.tick() => true,
+            let woken = tokio::select! {
+                Some(order) = control.recv() => Woken::Order(order),
+                Some(input) = inputs.recv() => Woken::Input(input),
+                _ = pulse.tick() => Woken::Pulse,
+                _ = tick.tick() => Woken::Tick,
             };
-            // A process that was stopped itself, or whose reporters were slow, has heard nothing meanwhile: that is nobody's silence.
+            // A process that was stopped itself, or whose reporters were slow, has heard nothing meanwhile: that is nobody's silence. It
+            // is told before anything that was said meanwhile, such as that a worker hung up.
             let now = started.elapsed();
-            let gap = now.saturating_sub(last_pass);
-            if gap > options.heartbeat_timeout / 2 {
-                roster.excuse_silence(now, gap);
-            }
+            roster.excuse_silence(now, now.saturating_sub(last_pass));
             last_pass = now;
+            let is_time = matches!(woken, Woken::Tick);
+            match woken {
+                Woken::Order(order) => roster.control(order),
+                Woken::Input(input) => apply(&mut roster, input, started),
+                Woken::Pulse => roster.pulse(),
+                Woken::Tick => {}
+            }
             // What was said before now must be heard before silence is judged.
             for _ in 0..INPUT_MESSAGES {
                 let Ok(input) = inputs.try_recv() else { break };
                 apply(&mut roster, input, started);
             }
-            // Most words are heartbeats, which change nothing that the clock does not bring up by itself.
-            let end = if roster.take_change() || is_time { roster.settle(started.elapsed())? } else { None };
+            // Most words are heartbeats, which change nothing that the clock does not bring up by itself. Silence is judged by the clock
+            // of this pass: one that stands still in its middle is found out by the next.
+            let end = if roster.take_change() || is_time { roster.settle(now)? } else { None };
             if let Some(end) = &end {
                 roster.farewell(end)?;
             }
@@ -210,6 +216,14 @@ impl Coordinator {
         reception.close().await;
         Ok(end)
     }
+}
+
+/// What the loop has waited for.
+enum Woken {
+    Order(Control),
+    Input(Input),
+    Pulse,
+    Tick,
 }
 
 /// The task that accepts connections; it ends with this value.
@@ -253,7 +267,7 @@ fn apply(roster: &mut Roster, input: Input, started: Instant) {
     match input {
         Input::Joined { connection, join, at, outbox } => roster.join(connection, join, at.duration_since(started), outbox),
         Input::Message { connection, worker, at, message } => roster.message(connection, worker, at.duration_since(started), message),
-        Input::Closed { connection, worker, reason } => roster.closed(connection, worker, &reason),
+        Input::Closed { connection, worker, reason } => roster.closed(connection, worker, started.elapsed(), &reason),
     }
 }
 

@@ -13,7 +13,9 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
-use crate::protocol::{self, CoordinatorMessage, JoinRequest, MAX_FRAME_BYTES, PROTOCOL_VERSION, Phase, StepReport, WorkerMessage};
+use crate::protocol::{
+    self, CoordinatorMessage, JoinRequest, MAX_FRAME_BYTES, PROTOCOL_VERSION, Phase, StepReport, Unreported, WorkerMessage,
+};
 use crate::secret::Secret;
 
 /// Recipe and build that both sides of a load test state.
@@ -242,6 +244,7 @@ fn report(step: u64) -> StepReport {
         seconds: 1.0,
         examples_per_s: 4096.0,
         tokens_per_s: 1_048_576.0,
+        before: Unreported::default(),
     }
 }
 
@@ -328,6 +331,7 @@ mod tests {
             collective_key: Secret::new("key"),
             source: StateSource::Checkpoint,
             until_step: None,
+            saves_only: false,
         })
         .unwrap()
     }

@@ -25,7 +25,12 @@ pub(super) fn decide(now: Duration, state: &State, (since, patient): (Duration, 
         return (Decision::Finish { step, stopped }, Reason::AllFinished);
     }
     if let Some(by) = &state.stop {
-        return (Decision::Finish { step: state.saved_step, stopped: true }, Reason::StopRequested { by: by.clone() });
+        let decision = match unsaved(state, limits) {
+            Unsaved::Nothing => Decision::Finish { step: state.saved_step, stopped: true },
+            Unsaved::NotKnown => Decision::Wait,
+            Unsaved::Held { worker, step } => Decision::Start { members: vec![worker], source: StateSource::Peer { rank: 0, step } },
+        };
+        return (decision, Reason::StopRequested { by: by.clone() });
     }
     if state.fruitless_generations > limits.max_fruitless_generations {
         return (Decision::Fail { failure: fruitless_failure(state) }, Reason::Fruitless);
@@ -49,6 +54,36 @@ pub(super) fn decide(now: Duration, state: &State, (since, patient): (Duration, 
         return (Decision::Fail { failure }, Reason::JoinTimeout { missing });
     }
     (Decision::Wait, Reason::Waiting { missing })
+}
+
+/// What a stop would lose.
+enum Unsaved {
+    /// No worker holds more than the newest checkpoint does.
+    Nothing,
+    /// Some worker has not left its generation yet, and may hold more.
+    NotKnown,
+    /// This worker holds the newest state.
+    Held { worker: u32, step: u64 },
+}
+
+/// Looks for steps that are in memory only. Where the state is shared out, what the survivors hold is no whole.
+fn unsaved(state: &State, limits: &Limits) -> Unsaved {
+    if !limits.state_is_replicated {
+        return Unsaved::Nothing;
+    }
+    let mut newest: Option<(u32, u64)> = None;
+    for (slot, worker) in state.slots() {
+        let Worker::Present(presence) = worker else { continue };
+        match presence.ready {
+            None if presence.generation > 0 => return Unsaved::NotKnown,
+            None => {}
+            Some(ready) => {
+                let step = ready.state_step.filter(|&step| step > newest.map_or(state.saved_step, |(_, newest)| newest));
+                newest = step.map(|step| (slot, step)).or(newest);
+            }
+        }
+    }
+    newest.map_or(Unsaved::Nothing, |(worker, step)| Unsaved::Held { worker, step })
 }
 
 fn count(state: &State) -> Census {

@@ -129,7 +129,25 @@ impl Reason {
             Self::Hung { .. } => FailureClass::Hung,
             Self::Lost { class, .. } | Self::Setback { class, .. } => *class,
             Self::Broken { .. } => FailureClass::Collective,
+            // They have ended while no coordinator lived, or have left.
+            Self::NotBack { .. } | Self::NotTheSame { .. } => FailureClass::ConnectionClosed,
             _ => FailureClass::Other,
+        }
+    }
+
+    /// The one worker that is to blame, for a reason that ends a generation.
+    pub fn culprit(&self) -> Option<u32> {
+        match self {
+            Self::Lost { worker, .. } | Self::NotTheSame { worker } => Some(*worker),
+            Self::Setback { culprits, .. } => match culprits[..] {
+                [(worker, _)] => Some(worker),
+                _ => None,
+            },
+            Self::NotBack { missing } => match missing[..] {
+                [worker] => Some(worker),
+                _ => None,
+            },
+            _ => None,
         }
     }
 }

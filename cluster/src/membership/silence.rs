@@ -1,9 +1,41 @@
-//! Who is lost without having said so: workers that are silent, and workers that make no progress.
+//! Who is lost without having said so: workers that are silent, and workers that make no progress. And what is nobody's silence: the
+//! time in which the coordinator itself did not listen.
 
 use std::time::Duration;
 
 use super::{Activity, Decision, Limits, Presence, Reason, Stage, State, Worker};
 use crate::protocol::FailureClass;
+
+/// Gives the workers the time back in which nobody listened: until `now`, for `gap`. Everybody who is connected counts as heard now, and
+/// every wait that was under way has as long left as before. A gap that is shorter than half the heartbeat timeout is none.
+///
+/// After a gap that is longer than the heartbeat timeout, workers may have taken this coordinator for dead and hung up. For another such
+/// timeout they count as connected all the same, in [`State::forgiving_until`], so that they can come back to the generation that they
+/// still train in. One that does not is silent from then on.
+pub fn excuse(now: Duration, gap: Duration, state: &mut State, limits: &Limits) {
+    if gap <= limits.heartbeat_timeout / 2 {
+        return;
+    }
+    let later = |then: Duration| now.min(then + gap);
+    for worker in &mut state.workers {
+        if let Worker::Present(presence) = worker {
+            presence.heard = now.max(presence.heard);
+            presence.activity.since = later(presence.activity.since);
+        }
+    }
+    if let Stage::Gathering { since, .. } | Stage::Adopting { since, .. } = &mut state.stage {
+        *since = later(*since);
+    }
+    if let Some(broken) = &mut state.broken {
+        broken.at = later(broken.at);
+    }
+    for setback in &mut state.setbacks {
+        setback.at = later(setback.at);
+    }
+    if gap > limits.heartbeat_timeout {
+        state.forgiving_until = now + limits.heartbeat_timeout;
+    }
+}
 
 /// The first worker that is silent or stuck.
 pub(super) fn first_lost(now: Duration, state: &State, limits: &Limits) -> Option<(Decision, Reason)> {

@@ -87,6 +87,9 @@ pub struct State {
     pub saved_step: u64,
     /// The hosts from which workers have joined.
     pub hosts: BTreeMap<String, HostRecord>,
+    /// Until when a worker whose connection has closed counts as connected: the coordinator has not listened for a while, and was taken
+    /// for dead.
+    pub forgiving_until: Duration,
 }
 
 impl State {
@@ -110,6 +113,7 @@ impl State {
             failure: None,
             saved_step: 0,
             hosts: BTreeMap::new(),
+            forgiving_until: Duration::ZERO,
         }
     }
 

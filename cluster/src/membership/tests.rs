@@ -430,9 +430,25 @@ fn breaking_without_end_ends() {
 #[test]
 fn a_stop_ends_a_wait_at_the_saved_step() {
     let stop = Some("SIGINT".to_owned());
-    let waiting = State { stop: stop.clone(), saved_step: 50, ..gathering(0.0, vec![ready(0.5, None), absent("x")]) };
-    let (decision, reason) = decide(at(1.0), &waiting, &limits());
+    let empty = State { stop: stop.clone(), saved_step: 50, ..gathering(0.0, vec![ready(0.5, None), absent("x")]) };
+    let (decision, reason) = decide(at(1.0), &empty, &limits());
     assert_eq!((decision, reason.to_string().as_str()), (Decision::Finish { step: 50, stopped: true }, "stop requested: SIGINT"));
+    let cases = [
+        ("memory is newer", vec![ready(0.5, Some(57)), absent("x")], start(&[0], StateSource::Peer { rank: 0, step: 57 })),
+        (
+            "the newest memory, by its lowest slot",
+            vec![ready(0.5, Some(56)), ready(0.5, Some(57)), ready(0.5, Some(57)), absent("x")],
+            start(&[1], StateSource::Peer { rank: 0, step: 57 }),
+        ),
+        ("a survivor may hold more", vec![ready(0.5, Some(57)), waiting(0.5, 0.5), absent("x")], Decision::Wait),
+        ("the checkpoint has it", vec![ready(0.5, Some(50)), absent("x")], Decision::Finish { step: 50, stopped: true }),
+    ];
+    for (name, workers, wanted) in cases {
+        let state = State { stop: stop.clone(), saved_step: 50, ..gathering(0.0, workers) };
+        assert_eq!(decide(at(1.0), &state, &limits()).0, wanted, "{name}");
+        let sharded = Limits { state_is_replicated: false, ..limits() };
+        assert_eq!(decide(at(1.0), &state, &sharded).0, Decision::Finish { step: 50, stopped: true }, "{name}");
+    }
     let training = State { stop, ..running(vec![training(0.5)]) };
     assert_eq!(decide(at(1.0), &training, &limits()).0, Decision::Wait, "workers stop on their own");
 }
@@ -471,4 +487,39 @@ fn a_host_is_excluded_where_enough_workers_remain() {
         assert_eq!(is_host_to_be_excluded(&state, "a", &bounds(min_workers)), wanted, "{name}");
         assert!(!is_host_to_be_excluded(&state, "a", &Limits { exclude_host_after: 0, ..bounds(min_workers) }), "{name}");
     }
+}
+
+#[test]
+fn time_in_which_nobody_listened_is_given_back() {
+    // Heard at 10, with no progress since 8; the coordinator looks again at 60 and has missed so much.
+    let cases = [
+        ("a pass that took its time", 2.5, 10.0, 8.0, 0.0),
+        ("reporters that were slow", 4.0, 60.0, 12.0, 0.0),
+        ("longer than a worker's patience", 49.0, 60.0, 57.0, 65.0),
+        ("longer than the run", 1000.0, 60.0, 60.0, 65.0),
+    ];
+    for (name, gap, heard, since, forgiving_until) in cases {
+        let mut state = running(vec![doing(Phase::Training, 8.0, 10.0), absent("x")]);
+        excuse(at(60.0), at(gap), &mut state, &limits());
+        let presence = state.present(0).unwrap();
+        assert_eq!((presence.heard, presence.activity.since, state.forgiving_until), (at(heard), at(since), at(forgiving_until)), "{name}");
+    }
+}
+
+#[test]
+fn waits_are_longer_by_the_time_in_which_nobody_listened() {
+    let setback = setback(0, FailureClass::NotFinite, true);
+    let broken = Some(Broken { worker: 0, cause: "x".to_owned(), at: at(9.5) });
+    let stages = [
+        gathering(9.0, Vec::new()),
+        adopting(9.0, Vec::new()),
+        State { broken, setbacks: vec![setback], ..running(Vec::new()) },
+    ];
+    let [gathering, adopting, running] = stages.map(|mut state| {
+        excuse(at(60.0), at(49.0), &mut state, &limits());
+        state
+    });
+    assert_eq!(gathering.stage, Stage::Gathering { since: at(58.0), patient: true });
+    assert_eq!(adopting.stage, Stage::Adopting { members: Vec::new(), since: at(58.0) });
+    assert_eq!((running.broken.unwrap().at, running.setbacks[0].at), (at(58.5), at(58.0)));
 }

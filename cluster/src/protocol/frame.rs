@@ -149,6 +149,16 @@ struct SharedStart<'a> {
     collective_key: &'a Secret,
     source: &'a StateSource,
     until_step: Option<u64>,
+    saves_only: bool,
+}
+
+/// How far the workers of a generation go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StartTerms {
+    /// Step after which they save and leave.
+    pub until_step: Option<u64>,
+    /// They save the state in their memory and leave.
+    pub saves_only: bool,
 }
 
 impl StartFrames {
@@ -157,9 +167,11 @@ impl StartFrames {
         generation: u64,
         (members, peers): (&[u32], &[String]),
         collective_key: &Secret,
-        (source, until_step): (&StateSource, Option<u64>),
+        source: &StateSource,
+        terms: StartTerms,
     ) -> Result<Self, FrameError> {
-        let body = serde_json::to_vec(&SharedStart { generation, members, peers, collective_key, source, until_step })?;
+        let StartTerms { until_step, saves_only } = terms;
+        let body = serde_json::to_vec(&SharedStart { generation, members, peers, collective_key, source, until_step, saves_only })?;
         checked_length(body.len() as u64)?;
         // The brace that opens the object belongs to the head.
         Ok(Self { shared: body[1..].into() })

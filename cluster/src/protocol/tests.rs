@@ -19,6 +19,7 @@ fn report() -> StepReport {
         seconds: 0.25,
         examples_per_s: 128.0,
         tokens_per_s: 16_384.0,
+        before: Unreported::default(),
     }
 }
 
@@ -91,6 +92,7 @@ fn start(rank: u32) -> CoordinatorMessage {
         collective_key: Secret::new("k"),
         source: StateSource::Peer { rank: 1, step: 17 },
         until_step: Some(40),
+        saves_only: false,
     }
 }
 
@@ -134,17 +136,28 @@ async fn both_framings_are_the_same() {
 fn a_start_that_is_encoded_once_is_each_ranks_own() {
     let peers = ["127.0.0.1:1".to_owned(), "127.0.0.1:2".to_owned()];
     for source in [StateSource::Checkpoint, StateSource::Peer { rank: 1, step: 17 }] {
-        let frames = StartFrames::new(4, (&[0, 2], &peers), &Secret::new("k"), (&source, Some(40))).unwrap();
+        let terms = StartTerms { until_step: Some(40), saves_only: true };
+        let frames = StartFrames::new(4, (&[0, 2], &peers), &Secret::new("k"), &source, terms).unwrap();
         for wanted_rank in [0, 1, 12_345] {
             let wire = frames.for_rank(wanted_rank).unwrap().parts().concat();
             let body = read_frame_blocking(&mut wire.as_slice()).unwrap().unwrap();
             assert_eq!(body.len() + LENGTH_BYTES, wire.len());
-            let CoordinatorMessage::Start { generation, rank, members, peers: told, collective_key, source: told_source, until_step } =
+            let CoordinatorMessage::Start {
+                generation,
+                rank,
+                members,
+                peers: told,
+                collective_key,
+                source: told_source,
+                until_step,
+                saves_only,
+            } =
                 decode(&body).unwrap()
             else {
                 panic!("a start")
             };
-            assert_eq!((generation, rank, members, until_step), (4, wanted_rank, vec![0, 2], Some(40)));
+            assert_eq!((generation, rank, members), (4, wanted_rank, vec![0, 2]));
+            assert_eq!((until_step, saves_only), (Some(40), true));
             assert_eq!((told.as_slice(), &collective_key, &told_source), (peers.as_slice(), &Secret::new("k"), &source));
         }
     }
@@ -156,7 +169,7 @@ fn a_start_for_ten_thousand_fits_and_one_that_is_too_long_does_not() {
     let frames = |num_workers: u32| {
         let members: Vec<u32> = (0..num_workers).collect();
         let peers: Vec<String> = members.iter().map(|&worker| address(worker)).collect();
-        StartFrames::new(1, (&members, &peers), &Secret::new("k"), (&StateSource::Checkpoint, None))
+        StartFrames::new(1, (&members, &peers), &Secret::new("k"), &StateSource::Checkpoint, StartTerms::default())
     };
     assert!(frames(10_000).unwrap().for_rank(9_999).is_ok());
     assert!(frames(200_000).is_err_and(|error| matches!(error, FrameError::TooLong { .. })));

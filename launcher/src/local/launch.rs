@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use cloze_cluster::{Coordinator, CoordinatorOptions, Event, HangLimits, RunEnd, Secret};
+use cloze_cluster::{Coordinator, CoordinatorOptions, Event, HangLimits, Journal, RunEnd, Secret};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::{HangRecipe, Recipe, Shard};
 use tokio::sync::mpsc;
@@ -215,7 +215,8 @@ struct Inheritance {
 }
 
 impl Inheritance {
-    /// Looks and decides. Fails with kind `Environment` when the run may not begin here.
+    /// Looks and decides. Fails with kind `Environment` when the run may not begin here, and with `Damaged` when the journal that it
+    /// would go on with is not whole.
     fn find(run: &RunFolder, plan: &LaunchPlan) -> anyhow::Result<Self> {
         let legacy = if plan.resumed { Legacy::find(run.paths())? } else { Legacy::default() };
         let wanted = Wanted { workers: plan.workers, local_workers: plan.local_workers, bind: plan.bind };
@@ -223,6 +224,9 @@ impl Inheritance {
         tracing::debug!(?adoption, %reason, "looked for workers of an earlier controller");
         if adoption == Adoption::Refuse {
             return Err(legacy.refusal(run.paths()).into());
+        }
+        if adoption == Adoption::TakeOver {
+            Journal::check(&run.paths().journal())?;
         }
         Ok(Self { legacy, adoption, reason })
     }

@@ -244,17 +244,20 @@ impl<'a> Supervisor<'a> {
 
     fn take_event(&mut self, event: Event) -> anyhow::Result<()> {
         self.crew.hear(&event, Instant::now());
-        let due: Vec<Drill> = match &event {
-            Event::Step { report, .. } => self.drills.extract_if(.., |drill| report.step >= drill.step).collect(),
-            _ => Vec::new(),
+        let step = match &event {
+            Event::Step { report, .. } => report.step,
+            Event::Progress { step, .. } => *step,
+            _ => 0,
         };
+        let due: Vec<Drill> = self.drills.extract_if(.., |drill| step >= drill.step && step > 0).collect();
         self.reporters.write(event)?;
-        for Drill { kind, worker, step } in due {
+        for Drill { kind, worker, step: wanted } in due {
             let (order, done) = match kind {
                 DrillKind::Freeze => (ProcessOrder::Freeze, "frozen"),
                 _ => (ProcessOrder::Kill, "killed"),
             };
-            self.warn(format!("drill: worker {worker} is {done} at step {step}, as asked"))?;
+            let late = if step > wanted { format!("; step {wanted} was asked for, and not every step is told") } else { String::new() };
+            self.warn(format!("drill: worker {worker} is {done} at step {step}{late}"))?;
             self.crew.order(worker, order);
         }
         Ok(())

@@ -159,6 +159,8 @@ fn put_raw_varint(message: &mut Vec<u8>, mut value: u64) {
 
 #[cfg(test)]
 mod tests {
+    use cloze_cluster::Unreported;
+
     use super::*;
 
     /// CRC-32C bit by bit, from its definition (reflected polynomial 0x82f63b78), independent of the crate that writes.
@@ -240,6 +242,7 @@ mod tests {
             seconds: 0.5,
             examples_per_s: 16.0,
             tokens_per_s: 200.0,
+            before: Unreported::default(),
         };
         Recorded { time: 1.0e9, event: Event::Step { generation: 1, report } }
     }

@@ -142,7 +142,7 @@ impl Terminal {
                 vec![(Tone::Bad, sentences::worker_lost(*worker, *rank, host, *class, reason))]
             }
             Event::GenerationAborted { .. } if self.loss_is_told => Vec::new(),
-            Event::GenerationAborted { generation, reason, step } => {
+            Event::GenerationAborted { generation, reason, step, .. } => {
                 vec![(Tone::Bad, format!("generation {generation} ended after step {step}: {reason}"))]
             }
             Event::Warning { message } => vec![(Tone::Bad, format!("warning: {message}"))],
@@ -212,7 +212,7 @@ fn life_line(event: &Event) -> Option<(Tone, String)> {
 mod tests {
     use std::sync::{Arc, Mutex};
 
-    use cloze_cluster::FailureClass;
+    use cloze_cluster::{FailureClass, Unreported};
 
     use super::*;
 
@@ -249,6 +249,7 @@ mod tests {
             seconds: 0.5,
             examples_per_s: 812.3,
             tokens_per_s: 33_000.0,
+            before: Unreported::default(),
         };
         Event::Step { generation: 1, report }
     }
@@ -275,7 +276,7 @@ mod tests {
     fn recovery() -> Vec<Event> {
         vec![
             lost(Some(1), "connection closed"),
-            Event::GenerationAborted { generation: 1, reason: "worker 1 (rank 1) lost: connection closed".to_owned(), step: 57 },
+            Event::GenerationAborted { generation: 1, reason: "worker 1 (rank 1) lost: connection closed".to_owned(), step: 57, worker: Some(1), rank: Some(1) },
             Event::WorkerRestarted { worker: 1, attempt: 1, budget_left: 2 },
             generation(2),
             Event::Restored {
@@ -355,7 +356,7 @@ mod tests {
             (Event::RunStopped { step: 0 }, "stopped before anything was saved\n"),
             (lost(None, "x"), "worker 1 on node-a lost before it could start: x\n"),
             (
-                Event::GenerationAborted { generation: 3, reason: "the collective broke".to_owned(), step: 7 },
+                Event::GenerationAborted { generation: 3, reason: "the collective broke".to_owned(), step: 7, worker: None, rank: None },
                 "generation 3 ended after step 7: the collective broke\n",
             ),
         ];

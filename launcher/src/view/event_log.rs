@@ -18,15 +18,15 @@ pub struct EventLog {
     path: PathBuf,
     /// Bytes of the lines that were read; a line that is still being written is read when it is whole.
     offset: u64,
-    lines: u64,
     passed_over: u64,
+    damaged: u64,
     view: RunView,
 }
 
 impl EventLog {
     /// The log of a run folder, from its beginning. Nothing is read yet.
     pub fn of_run(folder: &Path) -> Self {
-        Self { path: folder.join("events.jsonl"), offset: 0, lines: 0, passed_over: 0, view: RunView::default() }
+        Self { path: folder.join("events.jsonl"), offset: 0, passed_over: 0, damaged: 0, view: RunView::default() }
     }
 
     /// The view of what was read so far.
@@ -44,9 +44,13 @@ impl EventLog {
         self.passed_over
     }
 
+    /// Lines that are no JSON, or too long; something has damaged the file.
+    pub fn damaged(&self) -> u64 {
+        self.damaged
+    }
+
     /// Reads what is new and says whether there was anything. A log that became shorter is another one, and read from its
-    /// beginning. Fails with kind `Input` when there is no log, `Storage` when it cannot be read, and `Damaged` at a line that
-    /// is no JSON.
+    /// beginning. Fails with kind `Input` when there is no log, and `Storage` when it cannot be read.
     pub fn read_new(&mut self) -> Result<bool, Failure> {
         let mut file = File::open(&self.path).map_err(|error| match error.kind() {
             ErrorKind::NotFound => Failure::new(FailureKind::Input, "this folder holds no run")
@@ -56,7 +60,7 @@ impl EventLog {
         })?;
         let length = file.metadata().map_err(|error| self.unreadable(&error))?.len();
         if length < self.offset {
-            (self.offset, self.lines, self.passed_over, self.view) = (0, 0, 0, RunView::default());
+            *self = Self { path: std::mem::take(&mut self.path), offset: 0, passed_over: 0, damaged: 0, view: RunView::default() };
         }
         if length == self.offset {
             return Ok(false);
@@ -68,36 +72,26 @@ impl EventLog {
         loop {
             line.clear();
             let bytes = reader.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut line).map_err(|error| self.unreadable(&error))?;
-            if line.last() != Some(&b'\n') {
+            let mut length = bytes as u64;
+            let is_whole = line.last() == Some(&b'\n');
+            if !is_whole && length < MAX_LINE_BYTES {
                 // The end of the log, or of what the controller has written of its next line.
-                return if bytes as u64 == MAX_LINE_BYTES { Err(self.too_long()) } else { Ok(self.offset > before) };
+                return Ok(self.offset > before);
+            }
+            if !is_whole {
+                length += reader.skip_until(b'\n').map_err(|error| self.unreadable(&error))? as u64;
             }
             match serde_json::from_slice::<Recorded>(&line) {
                 Ok(recorded) => self.view.apply(&recorded),
                 Err(error) if error.is_data() => self.passed_over += 1,
-                Err(error) => return Err(self.damaged(&error)),
+                Err(_) => self.damaged += 1,
             }
-            self.offset += bytes as u64;
-            self.lines += 1;
+            self.offset += length;
         }
     }
 
     fn unreadable(&self, error: &std::io::Error) -> Failure {
         Failure::new(FailureKind::Storage, "failed to read the event log").at(self.path.display()).because(error)
-    }
-
-    fn damaged(&self, error: &serde_json::Error) -> Failure {
-        Failure::new(FailureKind::Damaged, "a line of the event log is no JSON").at(self.next_line()).because(error)
-    }
-
-    fn too_long(&self) -> Failure {
-        Failure::new(FailureKind::Damaged, "a line of the event log is too long")
-            .at(self.next_line())
-            .expected(format!("at most {MAX_LINE_BYTES} bytes"))
-    }
-
-    fn next_line(&self) -> String {
-        format!("{}:{}", self.path.display(), self.lines + 1)
     }
 }
 
@@ -145,16 +139,18 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_line_is_named_and_one_of_another_version_is_counted() {
+    fn damaged_lines_and_those_of_another_version_are_counted() {
         let folder = tempfile::tempdir().unwrap();
         let text = text_of(start()) + "{\"time\":1,\"event\":\"dance\"}\n{\"time\":1,\"event\":\"worker_finished\"}\n";
         fs::write(folder.path().join("events.jsonl"), &text).unwrap();
         let mut log = EventLog::of_run(folder.path());
         assert!(log.read_new().unwrap());
         assert_eq!((log.passed_over(), log.view().name.as_str()), (2, "demo"));
-        fs::write(folder.path().join("events.jsonl"), text + "{\"time\":\n").unwrap();
-        let failure = log.read_new().unwrap_err();
-        assert_eq!(failure.kind, FailureKind::Damaged);
-        assert!(failure.place.unwrap().ends_with("events.jsonl:10"));
+        let long = "x".repeat(MAX_LINE_BYTES as usize + 10);
+        let more = text_of(vec![step(1, 1, 2.0)]);
+        fs::write(folder.path().join("events.jsonl"), format!("{text}{{\"time\":\n{long}\n{more}{{\"time\":1,")).unwrap();
+        assert!(log.read_new().unwrap());
+        // What was cut off at the end is still being written, and no damage.
+        assert_eq!((log.passed_over(), log.damaged(), log.view().progress.step), (2, 2, 1));
     }
 }

@@ -1,6 +1,6 @@
 //! Events for the tests of views.
 
-use cloze_cluster::{Event, FailureClass, Recorded, StepReport};
+use cloze_cluster::{Event, FailureClass, Recorded, StepReport, Unreported};
 
 /// A step of 8 examples and 100 tokens in half a second.
 pub(crate) fn report(step: u64, loss: f64) -> StepReport {
@@ -15,6 +15,7 @@ pub(crate) fn report(step: u64, loss: f64) -> StepReport {
         seconds: 0.5,
         examples_per_s: 812.3,
         tokens_per_s: 33_000.0,
+        before: Unreported::default(),
     }
 }
 
@@ -63,7 +64,7 @@ pub(crate) fn lost(rank: Option<u32>) -> Event {
 
 /// A generation ends because of worker 1.
 pub(crate) fn aborted(generation: u64, step: u64) -> Event {
-    Event::GenerationAborted { generation, reason: "worker 1 (rank 1) lost: connection closed".to_owned(), step }
+    Event::GenerationAborted { generation, reason: "worker 1 (rank 1) lost: connection closed".to_owned(), step, worker: Some(1), rank: Some(1) }
 }
 
 /// The end of worker 1's first process.

@@ -88,8 +88,12 @@ pub struct FailureRecord {
 pub struct Ledger {
     generation: u64,
     step: u64,
-    /// The newest process of each slot that the controller started.
+    /// The newest process of each slot that a controller started.
     processes: BTreeMap<u32, Process>,
+    /// The host of each slot.
+    hosts: BTreeMap<u32, String>,
+    /// The generation that the newest controller could not take over.
+    not_adopted: Option<u64>,
     open: Vec<Open>,
 }
 
@@ -97,6 +101,8 @@ pub struct Ledger {
 struct Process {
     id: u32,
     exit: Option<String>,
+    /// The newest controller has started it.
+    is_new: bool,
 }
 
 /// A record that more can be said about.
@@ -130,18 +136,22 @@ impl Ledger {
     /// Takes in an event; returns the records that are complete now, oldest first.
     pub fn apply(&mut self, recorded: &Recorded) -> Vec<FailureRecord> {
         match &recorded.event {
-            // The end of a process that an earlier controller watched is not told any more.
-            Event::RunStarted { .. } => self.open.iter_mut().for_each(|open| open.process_id = None),
+            Event::RunStarted { .. } => self.run_started(),
             Event::Step { report, .. } => self.step = report.step,
-            Event::Restored { step, .. } => self.step = *step,
+            Event::Progress { step, .. } => self.step = *step,
+            Event::Restored { generation, step, source, .. } => self.restored(*generation, *step, source),
+            Event::CoordinatorRestarted { generation, adopted } => self.not_adopted = (!adopted).then_some(*generation),
             Event::WorkerStarted { worker, process_id } => {
-                self.processes.insert(*worker, Process { id: *process_id, exit: None });
+                self.processes.insert(*worker, Process { id: *process_id, exit: None, is_new: true });
             }
             Event::WorkerLost { worker, rank, host, class, reason } => {
                 let record = FailureRecord { rank: *rank, host: Some(host.clone()), ..self.record(recorded.time, *class, reason) };
                 self.lost(FailureRecord { worker: Some(*worker), ..record });
             }
-            Event::GenerationAborted { generation, reason, step } => self.aborted(recorded.time, *generation, reason, *step),
+            Event::GenerationAborted { generation, reason, step, worker, rank } => {
+                let record = FailureRecord { worker: *worker, rank: *rank, ..self.record(recorded.time, FailureClass::Collective, reason) };
+                self.aborted(FailureRecord { generation: *generation, step: *step, ..record });
+            }
             Event::WorkerExited { worker, process_id, status, .. } => self.exited(*worker, *process_id, status),
             Event::StackDumped { worker, path } => {
                 if let Some(open) = self.newest_of(*worker) {
@@ -149,7 +159,10 @@ impl Ledger {
                 }
             }
             Event::WorkerRestarted { worker, .. } => self.decide(Decision::Replaced, |record| record.worker == Some(*worker)),
-            Event::WorkerJoined { worker, .. } => self.decide(Decision::JoinedAgain, |record| record.worker == Some(*worker)),
+            Event::WorkerJoined { worker, host, .. } => {
+                self.hosts.insert(*worker, host.clone());
+                self.decide(Decision::JoinedAgain, |record| record.worker == Some(*worker));
+            }
             Event::HostExcluded { host, .. } => self.decide(Decision::HostExcluded, |record| record.host.as_ref() == Some(host)),
             Event::GenerationStarted { generation, workers, .. } => self.generation_started(*generation, workers),
             Event::Recovered { generation, class, seconds, steps_lost, source, .. } => {
@@ -196,12 +209,12 @@ impl Ledger {
         let Some(worker) = record.worker else { return };
         let process = self.processes.get(&worker);
         let (exit, process_id) = match process {
-            Some(Process { exit: None, id }) => (None, Some(*id)),
+            Some(Process { exit: None, id, .. }) => (None, Some(*id)),
             Some(Process { exit, .. }) => (exit.clone(), None),
             None => (None, None),
         };
         // A worker that reports its own failure ends the generation first and its connection afterwards: that is one failure.
-        let explained = self.open.iter_mut().find(|open| open.record.worker.is_none() && names(&open.record.reason, worker));
+        let explained = self.open.iter_mut().find(|open| open.class_is_guessed && open.record.worker == Some(worker));
         if let Some(open) = explained {
             let known = &mut open.record;
             (known.worker, known.rank, known.host, known.exit) = (record.worker, record.rank, record.host, exit);
@@ -213,23 +226,44 @@ impl Ledger {
         self.open.push(Open { record: FailureRecord { exit, ..record }, process_id, waits_for, class_is_guessed: false });
     }
 
-    fn aborted(&mut self, time: f64, generation: u64, reason: &str, step: u64) {
+    /// The end of a process that an earlier controller watched is not told any more.
+    fn run_started(&mut self) {
+        self.open.iter_mut().for_each(|open| open.process_id = None);
+        self.processes.values_mut().for_each(|process| process.is_new = false);
+        self.not_adopted = None;
+    }
+
+    /// What is in memory tells how far the workers were, also where not every step is reported.
+    fn restored(&mut self, generation: u64, step: u64, source: &str) {
+        self.step = step;
+        if !source.starts_with("memory") {
+            return;
+        }
+        let failed = |open: &&mut Open| open.waits_for == Expected::Recovery && open.record.generation < generation;
+        for open in self.open.iter_mut().filter(failed) {
+            open.record.step = open.record.step.max(step);
+        }
+    }
+
+    /// What nobody's loss explains is a failure of its own.
+    fn aborted(&mut self, record: FailureRecord) {
         let mut is_explained = false;
         for open in &mut self.open {
-            if open.waits_for == Expected::Recovery && open.record.generation == generation {
-                open.record.step = step;
+            if open.waits_for == Expected::Recovery && open.record.generation == record.generation {
+                open.record.step = record.step;
                 is_explained = true;
             }
         }
         if is_explained {
             return;
         }
-        let record = FailureRecord {
-            generation,
-            step,
-            decision: Some(Decision::RetriedTheStep),
-            ..self.record(time, FailureClass::Collective, reason)
+        let is_replaced = record.worker.and_then(|worker| self.processes.get(&worker)).is_some_and(|process| process.is_new);
+        let decision = match self.not_adopted {
+            Some(generation) if generation == record.generation => is_replaced.then_some(Decision::Replaced),
+            _ => Some(Decision::RetriedTheStep),
         };
+        let host = record.worker.and_then(|worker| self.hosts.get(&worker).cloned());
+        let record = FailureRecord { host, decision, ..record };
         self.open.push(Open { record, process_id: None, waits_for: Expected::Recovery, class_is_guessed: true });
     }
 
@@ -322,12 +356,6 @@ pub fn class_name(class: FailureClass) -> &'static str {
         FailureClass::Excluded => "excluded",
         FailureClass::Other => "other",
     }
-}
-
-/// Whether a reason begins with this worker, as the coordinator's reasons do.
-fn names(reason: &str, worker: u32) -> bool {
-    let rest = reason.strip_prefix("worker ").and_then(|rest| rest.strip_prefix(&worker.to_string()));
-    rest.is_some_and(|rest| !rest.starts_with(|character: char| character.is_ascii_digit()))
 }
 
 #[cfg(test)]

@@ -38,6 +38,9 @@ pub struct Progress {
     pub examples_in_all: u64,
     /// Seconds until the last step, at the pace of the last ones.
     pub eta_s: Option<f64>,
+    /// Examples of the newest step that was reported.
+    #[serde(skip)]
+    examples_per_step: u64,
     /// The last steps of this generation.
     #[serde(skip)]
     window: VecDeque<Moment>,
@@ -71,9 +74,26 @@ impl Progress {
         self.mean_tokens_per_s = self.mean_speed();
         self.examples_per_s = finite(report.examples_per_s);
         // Every step has the same number of examples, so that a replayed step counts once.
+        self.examples_per_step = report.examples;
         self.examples = report.step.saturating_mul(report.examples);
         self.examples_in_all = self.steps.max(report.step).saturating_mul(report.examples);
         self.eta_s = finite(self.seconds_per_step(report) * self.steps.saturating_sub(report.step) as f64);
+    }
+
+    /// Later steps than the reported one are done.
+    pub fn reached(&mut self, step: u64) {
+        if step <= self.step {
+            return;
+        }
+        let (left_before, left) = (self.steps.saturating_sub(self.step), self.steps.saturating_sub(step));
+        self.eta_s = self.eta_s.filter(|_| left_before > 0).map(|eta_s| eta_s * left as f64 / left_before as f64);
+        self.step = step;
+        self.examples = step.saturating_mul(self.examples_per_step);
+    }
+
+    /// Examples of a step, as the newest report says; 0 before the first.
+    pub fn examples_per_step(&self) -> u64 {
+        self.examples_per_step
     }
 
     /// The state of another step is in memory now: after a loss of steps, or after a resume.

@@ -94,9 +94,9 @@ pub struct WarningView {
 /// Sums over all events, replayed steps included.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Totals {
-    /// Steps that were done.
+    /// Steps that were done, also those that have no report of their own (`train.log_every_steps`).
     pub steps: u64,
-    /// Tokens of these steps.
+    /// Tokens of these steps. Those of steps that a lost leader did not live to report are missing, as are their seconds.
     pub tokens: u64,
     /// Examples of these steps.
     pub examples: u64,
@@ -161,6 +161,9 @@ pub struct RunView {
     pub curve: Curve,
     #[serde(skip)]
     ledger: Ledger,
+    /// The step up to which steps are counted; `None` before anything says from where the workers went.
+    #[serde(skip)]
+    counted_step: Option<u64>,
     /// Failures that are dealt with.
     #[serde(skip)]
     closed: VecDeque<FailureRecord>,
@@ -198,11 +201,19 @@ impl RunView {
         let (time, event) = (recorded.time, &recorded.event);
         self.updated = time;
         let completed = self.ledger.apply(recorded);
-        if let Event::Step { generation, report } = event {
-            self.step_done(time, *generation, report);
-            if completed.is_empty() {
-                return;
+        let is_step = match event {
+            Event::Step { generation, report } => {
+                self.step_done(time, *generation, report);
+                true
             }
+            Event::Progress { step, .. } => {
+                self.progress.reached(*step);
+                true
+            }
+            _ => false,
+        };
+        if is_step && completed.is_empty() {
+            return;
         }
         self.structure += 1;
         self.keep_failures(completed);
@@ -235,15 +246,31 @@ impl RunView {
     fn step_done(&mut self, time: f64, generation: u64, report: &StepReport) {
         self.progress.step_done(time, report);
         self.curve.add(Point { step: report.step, loss: finite(report.loss), tokens_per_s: finite(report.tokens_per_s) });
-        self.totals.steps += 1;
-        self.totals.tokens += report.tokens;
-        self.totals.examples += report.examples;
-        self.totals.step_seconds += finite(report.seconds).unwrap_or(0.0);
+        let num_known = report.before.steps + 1;
+        let num_steps = self.counted_step.map_or(num_known, |counted| report.step.saturating_sub(counted)).max(1);
+        self.count_steps(report.step, num_steps, report.examples);
+        self.totals.tokens += report.tokens + report.before.tokens;
+        self.totals.step_seconds += finite(report.seconds + report.before.seconds).unwrap_or(0.0);
         // A log that is read from its middle, or a generation that another controller started, begins with steps.
         if self.state != RunState::Training || self.generation != generation {
             (self.state, self.generation) = (RunState::Training, generation);
             self.members_train();
             self.structure += 1;
+        }
+    }
+
+    /// Takes the steps up to this one as done.
+    fn count_steps(&mut self, step: u64, num_steps: u64, examples_per_step: u64) {
+        self.totals.steps += num_steps;
+        self.totals.examples += num_steps * examples_per_step;
+        self.counted_step = Some(step);
+    }
+
+    /// The workers are known to have come so far, whether or not the last steps were reported.
+    fn reached(&mut self, step: u64) {
+        self.progress.reached(step);
+        if let Some(num_steps) = self.counted_step.and_then(|counted| step.checked_sub(counted)) {
+            self.count_steps(step, num_steps, self.progress.examples_per_step());
         }
     }
 
@@ -274,6 +301,8 @@ impl RunView {
             }
             Event::Restored { step, source, .. } => {
                 self.source.clone_from(source);
+                // Steps that are done again count again, and those between the last report and the state in memory count with the next.
+                self.counted_step = Some(self.counted_step.map_or(*step, |counted| counted.min(*step)));
                 self.progress.restored(*step);
             }
             Event::CheckpointSaved { step, url, bytes, seconds, blocked_s } => {
@@ -282,8 +311,8 @@ impl RunView {
                 self.totals.checkpoints += 1;
                 self.totals.checkpoint_blocked_seconds += blocked_s;
             }
-            Event::GenerationAborted { .. } => self.pauses(RunState::Recovering),
-            Event::GenerationRegrouped { .. } => self.pauses(RunState::Regrouping),
+            Event::GenerationAborted { step, .. } => self.pauses(*step, RunState::Recovering),
+            Event::GenerationRegrouped { step, .. } => self.pauses(*step, RunState::Regrouping),
             Event::CoordinatorRestarted { generation, .. } => self.generation = *generation,
             Event::Recovered { seconds, steps_lost, .. } => {
                 self.totals.recoveries += 1;
@@ -294,11 +323,11 @@ impl RunView {
                 keep(&mut self.warnings, MAX_WARNINGS, WarningView { time, message: message.clone() });
                 self.totals.warnings += 1;
             }
-            Event::RunFinished { .. } => self.ends(RunState::Finished),
-            Event::RunStopped { .. } => self.ends(RunState::Stopped),
+            Event::RunFinished { step, .. } => self.ends(*step, RunState::Finished),
+            Event::RunStopped { step } => self.ends(*step, RunState::Stopped),
             Event::RunFailed { failure } => {
                 self.failure = Some(failure.clone());
-                self.ends(RunState::Failed);
+                self.ends(self.progress.step, RunState::Failed);
             }
             _ => {}
         }
@@ -351,13 +380,14 @@ impl RunView {
         }
     }
 
-    fn pauses(&mut self, state: RunState) {
+    fn pauses(&mut self, step: u64, state: RunState) {
+        self.reached(step);
         self.state = state;
         self.progress.pause();
     }
 
-    fn ends(&mut self, state: RunState) {
-        self.pauses(state);
+    fn ends(&mut self, step: u64, state: RunState) {
+        self.pauses(step, state);
         self.dashboard = None;
     }
 

@@ -22,7 +22,9 @@ impl Roster {
         }
         let (worker, slot) = (join.worker, join.worker as usize);
         let adopted = self.adopts(&join);
-        if self.seats[slot].is_some() && !adopted {
+        // Who has hung up while nobody listened, and takes part in no generation, has lost nothing.
+        let is_forgiven = now < self.state.forgiving_until && !self.members().contains(&worker);
+        if self.seats[slot].is_some() && !adopted && !is_forgiven {
             self.lose(worker, FailureClass::ConnectionClosed, "joined again on another connection");
         }
         if matches!(self.state.stage, Stage::Gathering { .. }) {
@@ -47,9 +49,13 @@ impl Roster {
         }
     }
 
-    /// A connection ended.
-    pub(in crate::coordinator) fn closed(&mut self, connection: u64, worker: u32, reason: &str) {
+    /// A connection ended. A worker that hung up because nobody listened keeps its seat for a while.
+    pub(in crate::coordinator) fn closed(&mut self, connection: u64, worker: u32, now: Duration, reason: &str) {
         if self.sits_on(worker, connection) {
+            if now < self.state.forgiving_until {
+                tracing::info!(worker, reason, "a worker has hung up while the coordinator did not listen; it may come back");
+                return;
+            }
             self.lose(worker, FailureClass::ConnectionClosed, reason);
         }
     }
@@ -93,7 +99,7 @@ impl Roster {
         let is_excluded = membership::is_host_to_be_excluded(&self.state, host, &self.limits);
         if let Some(record) = self.state.hosts.get_mut(host) {
             record.excluded |= is_excluded;
-            self.host_entries.push(Entry::Host { host: host.to_owned(), record: *record });
+            self.host_entries.push(Entry::Host { host: host.to_owned(), failures: record.failures, excluded: record.excluded });
         }
         if is_excluded {
             self.events.push(Event::HostExcluded { host: host.to_owned(), failures });

@@ -112,7 +112,7 @@ fn a_slot_has_one_owner() {
         assert!(matches!(heard(&mut inbox)[..], [CoordinatorMessage::Refused { .. }]), "worker {worker}");
     }
     // Words on the refused connection do not count as the owner's.
-    roster.closed(9, 1, "connection closed");
+    roster.closed(9, 1, at(0), "connection closed");
     assert!(!settle(&mut roster, at(0)).iter().any(|event| matches!(event, Event::WorkerLost { .. })));
 }
 
@@ -259,7 +259,7 @@ fn a_recovery_is_told_with_what_it_cost() {
     };
     say(&mut roster, 0, at(1), restored(1, 0, "scratch"));
     heartbeat(&mut roster, 0, at(2), 20);
-    roster.closed(1, 1, "connection closed");
+    roster.closed(1, 1, at(1), "connection closed");
     settle(&mut roster, at(4));
     ready(&mut roster, 0, at(4), 1, Some(20));
     let _replacement = join(&mut roster, 1, 1, at(5));
@@ -287,10 +287,60 @@ fn a_recovery_is_told_with_what_it_cost() {
 }
 
 #[test]
+fn steps_without_a_report_are_told_now_and_then() {
+    let (mut roster, _inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    let mut told = Vec::new();
+    for second in 1..=16 {
+        heartbeat(&mut roster, 0, at(second), 10 * second);
+        heartbeat(&mut roster, 1, at(second), 10 * second);
+        roster.note_progress(at(second)).unwrap();
+        let steps = settle(&mut roster, at(second)).into_iter().filter_map(|event| match event {
+            Event::Progress { generation: 1, step } => Some(step),
+            _ => None,
+        });
+        told.extend(steps);
+    }
+    assert_eq!(told, [60, 120]);
+}
+
+#[test]
+fn the_end_of_a_generation_names_who_is_to_blame_and_the_last_step_done() {
+    let (mut roster, _inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    heartbeat(&mut roster, 0, at(1), 20);
+    for (worker, culprit) in [(0, false), (1, true)] {
+        let failure = failure("the loss is not finite");
+        let word = WorkerMessage::Failed { failure, class: FailureClass::NotFinite, generation: 1, step: 27, culprit };
+        say(&mut roster, worker, at(2), word);
+    }
+    let events = settle(&mut roster, at(3));
+    let [Event::GenerationAborted { step: 26, worker: Some(1), rank: Some(1), .. }] = events[..] else { panic!("{events:?}") };
+}
+
+#[test]
+fn a_stop_between_generations_saves_what_is_in_memory() {
+    let (mut roster, mut inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    heartbeat(&mut roster, 0, at(1), 20);
+    roster.closed(1, 1, at(1), "connection closed");
+    settle(&mut roster, at(1));
+    roster.control(Control::Stop { reason: "SIGINT".to_owned() });
+    assert!(settle(&mut roster, at(2)).is_empty(), "the survivor may hold more than is saved");
+    ready(&mut roster, 0, at(2), 1, Some(21));
+    settle(&mut roster, at(2));
+    let told = heard(&mut inboxes[0]);
+    let Some(CoordinatorMessage::Start { generation: 2, saves_only: true, members, .. }) = told.last() else { panic!("{told:?}") };
+    assert_eq!(members, &[0]);
+    say(&mut roster, 0, at(3), WorkerMessage::Finished { generation: 2, step: 21, stopped: true });
+    assert_eq!(roster.settle(at(3)).unwrap(), Some(RunEnd::Stopped { step: 21 }));
+}
+
+#[test]
 fn a_run_shrinks_and_grows_again() {
     let (mut roster, mut inboxes) = roster_of(2, elastic());
     settle(&mut roster, at(0));
-    roster.closed(1, 1, "connection closed");
+    roster.closed(1, 1, at(1), "connection closed");
     ready(&mut roster, 0, at(1), 1, Some(7));
     assert!(!settle(&mut roster, at(1)).iter().any(|event| matches!(event, Event::GenerationStarted { .. })), "a replacement may come");
     roster.control(Control::NoReplacement { worker: 1 });
@@ -313,17 +363,43 @@ fn a_run_shrinks_and_grows_again() {
 }
 
 #[test]
+fn a_loss_in_the_midst_of_a_regroup_is_an_abort() {
+    let (mut roster, mut inboxes) = roster_of(3, elastic());
+    // Worker 2 is late, and lets the others begin.
+    roster.closed(2, 2, at(0), "connection closed");
+    roster.control(Control::NoReplacement { worker: 2 });
+    settle(&mut roster, at(0));
+    let _newcomer = join(&mut roster, 2, 2, at(1));
+    ready(&mut roster, 2, at(1), 0, None);
+    settle(&mut roster, at(1));
+    assert!(heard(&mut inboxes[0]).iter().any(|message| matches!(message, CoordinatorMessage::Regroup { .. })));
+    // Worker 0 has left as asked, and worker 1 dies before it has.
+    ready(&mut roster, 0, at(2), 1, Some(9));
+    roster.closed(1, 1, at(2), "connection closed");
+    let events = settle(&mut roster, at(2));
+    assert!(events.iter().any(|event| matches!(event, Event::GenerationAborted { generation: 1, worker: Some(1), .. })), "{events:?}");
+    assert!(!events.iter().any(|event| matches!(event, Event::GenerationRegrouped { .. })), "{events:?}");
+    // Who left before is not asked again, and the newcomer gets its state.
+    roster.control(Control::NoReplacement { worker: 1 });
+    let events = settle(&mut roster, at(3));
+    assert!(matches!(&events[..], [Event::GenerationStarted { generation: 2, workers, .. }] if workers == &[0, 2]), "{events:?}");
+    let told = heard(&mut inboxes[0]);
+    let Some(CoordinatorMessage::Start { source, .. }) = told.last() else { panic!("{told:?}") };
+    assert_eq!(*source, StateSource::Peer { rank: 0, step: 9 });
+}
+
+#[test]
 fn a_host_that_fails_too_often_is_used_no_more() {
     let (mut roster, mut inboxes) = roster_of(3, Limits { exclude_host_after: 2, ..elastic() });
     settle(&mut roster, at(0));
     // Worker 2 moves to the host of worker 1.
     let on_node_1 = |worker| JoinRequest { host: "node-1".to_owned(), ..request(worker) };
-    roster.closed(2, 2, "connection closed");
+    roster.closed(2, 2, at(1), "connection closed");
     inboxes[2] = join_as(&mut roster, 2, on_node_1(2), at(1));
-    roster.closed(1, 1, "connection closed");
+    roster.closed(1, 1, at(1), "connection closed");
     inboxes[1] = join_as(&mut roster, 1, on_node_1(1), at(1));
     assert!(!roster.take_events().iter().any(|event| matches!(event, Event::HostExcluded { .. })));
-    roster.closed(1, 1, "connection closed");
+    roster.closed(1, 1, at(1), "connection closed");
     let events = roster.take_events();
     assert!(events.contains(&Event::HostExcluded { host: "node-1".to_owned(), failures: 2 }), "{events:?}");
     assert!(matches!(events.last(), Some(Event::WorkerLost { worker: 2, class: FailureClass::Excluded, .. })), "{events:?}");
@@ -343,15 +419,54 @@ fn a_lost_connection_alone_does_not_end_a_generation() {
     // The worker notices first, and is back before anything is decided.
     let mut inbox = rejoin(&mut roster, 1, 1, at(1));
     assert_eq!(heard(&mut inbox), [CoordinatorMessage::Welcome { adopted: true }]);
-    roster.closed(1, 1, "connection closed");
+    roster.closed(1, 1, at(1), "connection closed");
     let mut inbox = rejoin(&mut roster, 1, 1, at(1));
     assert_eq!(heard(&mut inbox), [CoordinatorMessage::Welcome { adopted: true }]);
     assert!(!settle(&mut roster, at(1)).iter().any(|event| matches!(event, Event::GenerationAborted { .. })));
     // Too late: the generation is over.
-    roster.closed(1, 1, "connection closed");
+    roster.closed(1, 1, at(1), "connection closed");
     settle(&mut roster, at(2));
     let mut inbox = rejoin(&mut roster, 1, 1, at(2));
     assert_eq!(heard(&mut inbox), [CoordinatorMessage::Welcome { adopted: false }]);
+}
+
+#[test]
+fn workers_that_gave_up_a_coordinator_that_did_not_listen_come_back_to_their_generation() {
+    let (mut roster, _inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    // Nobody has listened from second 1 to 40, which is longer than the 5 s of the limits.
+    roster.excuse_silence(at(40), at(39));
+    for worker in [1, 0] {
+        roster.closed(u64::from(worker), worker, at(40), "connection closed");
+    }
+    assert!(settle(&mut roster, at(40)).is_empty(), "the closed connections are no loss");
+    let mut inboxes = [0, 1].map(|worker| rejoin(&mut roster, worker, 1, at(41)));
+    assert_eq!(heard(&mut inboxes[0]), [CoordinatorMessage::Welcome { adopted: true }]);
+    let is_disturbance = |event: &Event| !matches!(event, Event::WorkerJoined { rejoined: true, .. });
+    assert!(!settle(&mut roster, at(44)).iter().any(is_disturbance));
+    // From second 45 on, a closed connection is what it was before.
+    roster.closed(1, 1, at(46), "connection closed");
+    let events = settle(&mut roster, at(46));
+    assert!(matches!(events[..], [Event::WorkerLost { worker: 1, .. }, Event::GenerationAborted { generation: 1, .. }]), "{events:?}");
+}
+
+#[test]
+fn who_does_not_come_back_to_a_coordinator_that_did_not_listen_is_silent() {
+    let (mut roster, mut inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    roster.excuse_silence(at(40), at(39));
+    drop(inboxes.remove(0));
+    roster.closed(0, 0, at(40), "connection closed");
+    // The leader's part of a checkpoint waits until it is back.
+    let share = WorkerMessage::ShareSaved { generation: 1, step: 5, files: Vec::new() };
+    say(&mut roster, 1, at(41), share);
+    assert_eq!(roster.kept_for_leader.len(), 1);
+    heartbeat(&mut roster, 1, at(45), 5);
+    assert!(settle(&mut roster, at(45)).is_empty());
+    heartbeat(&mut roster, 1, at(46), 5);
+    let events = settle(&mut roster, at(46));
+    let is_lost = |event: &Event| matches!(event, Event::WorkerLost { worker: 0, class: FailureClass::MissedHeartbeat, .. });
+    assert!(events.iter().any(is_lost), "{events:?}");
 }
 
 #[test]

@@ -89,7 +89,10 @@ impl Roster {
             if step > self.step && self.is_past_restored(step) {
                 self.note_step(activity.since, step);
             }
-            self.step = self.step.max(step);
+            if step > self.step {
+                self.untold_since.get_or_insert(activity.since);
+                self.step = step;
+            }
         }
     }
 
@@ -121,6 +124,7 @@ impl Roster {
             WorkerMessage::Step { generation, report } if self.leads(worker, generation) => {
                 self.note_step(at, report.step);
                 self.step = report.step;
+                self.untold_since = None;
                 self.events.push(Event::Step { generation, report });
             }
             WorkerMessage::Restored { generation, step, source, skipped, seconds } if self.leads(worker, generation) => {
@@ -145,7 +149,8 @@ impl Roster {
     fn forward_share(&mut self, worker: u32, generation: u64, step: u64, files: Vec<SavedFile>) {
         let (Some(rank), Some(&leader)) = (self.rank(worker), self.members().first()) else { return };
         let Some(frame) = self.encode(&CoordinatorMessage::ShareSaved { generation, step, rank, files }) else { return };
-        if self.state.present(leader).is_some() {
+        // A leader that has hung up while nobody listened is about to come back on another connection.
+        if self.is_reachable(leader) {
             self.push(leader, frame);
         } else {
             self.keep_for_leader(frame);

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use super::*;
 use crate::client::{Client, JoinOptions};
 use crate::coordinator::connection::MAX_UNAUTHENTICATED_CONNECTIONS;
-use crate::protocol::{self, CoordinatorMessage, FailureClass, JoinRequest, PROTOCOL_VERSION, StepReport, WorkerMessage};
+use crate::protocol::{self, CoordinatorMessage, FailureClass, JoinRequest, PROTOCOL_VERSION, StepReport, Unreported, WorkerMessage};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -116,6 +116,7 @@ fn report(step: u64) -> StepReport {
         seconds: 0.1,
         examples_per_s: 10.0,
         tokens_per_s: 10.0,
+        before: Unreported::default(),
     }
 }
 

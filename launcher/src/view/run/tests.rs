@@ -1,10 +1,10 @@
 //! Views of small stories.
 
-use cloze_cluster::FailureClass;
+use cloze_cluster::{FailureClass, Unreported};
 use cloze_recipes::failure::FailureKind;
 
 use super::*;
-use crate::view::fixtures::{aborted, exited, generation, lost, recorded, recovered, restored, start, step};
+use crate::view::fixtures::{aborted, exited, generation, lost, recorded, recovered, report, restored, start, step};
 use crate::view::ledger::Decision;
 
 fn view(events: impl IntoIterator<Item = Event>) -> RunView {
@@ -73,6 +73,35 @@ fn a_running_view() {
     assert_eq!(worker.host.as_deref(), Some("node-a"));
     // One event a second: seven of the start, then the steps.
     assert_eq!((view.started, view.updated), (0.0, 63.0));
+}
+
+#[test]
+fn steps_without_a_report_count() {
+    // Every tenth step is reported, and tells what the nine before it were.
+    let reported = |generation: u64, number: u64, steps: u64| {
+        let before = Unreported { steps, tokens: 100 * steps, seconds: 0.5 * steps as f64 };
+        Event::Step { generation, report: StepReport { before, ..report(number, 1.0) } }
+    };
+    let ten = |range: std::ops::RangeInclusive<u64>| range.map(|tens| reported(1, 10 * tens, 9));
+    let steady = || start().into_iter().chain(ten(1..=5)).collect::<Vec<_>>();
+    let sums = |view: &RunView| (view.progress.step, view.totals.steps, view.totals.tokens, view.totals.examples);
+    let steady_view = view(steady());
+    assert_eq!(sums(&steady_view), (50, 50, 5000, 400));
+    assert_eq!(steady_view.totals.step_seconds, 25.0);
+    let progress = Event::Progress { generation: 1, step: 57 };
+    let ended = || vec![progress.clone(), Event::RunStopped { step: 58 }];
+    let memory = || vec![aborted(1, 57), generation(2, &[0, 1]), restored(2, 58, "memory of worker 0"), reported(2, 60, 9)];
+    let checkpoint = || vec![aborted(1, 57), generation(2, &[0, 1]), restored(2, 40, "file:///c"), reported(2, 50, 9)];
+    let cases = [
+        ("steps that nobody reported yet", vec![progress.clone()], (57, 50, 5000, 456)),
+        ("a stop between two reports", ended(), (58, 58, 5000, 464)),
+        ("state from memory", memory(), (60, 60, 6000, 480)),
+        ("ten steps are done again, and seven were done for nothing", checkpoint(), (50, 67, 6000, 400)),
+    ];
+    for (name, more, (step, steps, tokens, position)) in cases {
+        let view = after(&steady(), more);
+        assert_eq!((view.progress.step, view.totals.steps, view.totals.tokens, view.progress.examples), (step, steps, tokens, position), "{name}");
+    }
 }
 
 #[test]
