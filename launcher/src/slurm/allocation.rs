@@ -203,6 +203,7 @@ impl Job<'_> {
             join_timeout: Duration::from_secs(JOIN_TIMEOUT_S),
             resumed: paths.events().exists(),
             dashboard: Some(([127, 0, 0, 1], 0).into()),
+            until_step: None,
             drills: Vec::new(),
         };
         let step = step(slurm, submission, paths.root(), machines.nodes.first().map(String::as_str));
