@@ -31,7 +31,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
     let mut stdout = std::io::stdout().lock();
     match command {
         Command::Check(arguments) => describe::check(&arguments, &mut stdout),
-        Command::Schema => describe::schema(&mut stdout),
+        Command::Schema(arguments) => describe::schema(&arguments, &mut stdout),
         Command::Data { command: DataCommand::Prepare(arguments) } => data::prepare(&arguments),
         Command::Data { command: DataCommand::Inspect(arguments) } => data::inspect(&arguments, &mut stdout),
         Command::Data { command: DataCommand::Verify(arguments) } => data::verify(&arguments),

@@ -2,12 +2,20 @@
 //!
 //! A section is checked when its form is right, so that one failure shows as many problems as can be told at once.
 
+mod around;
 mod data;
 mod evaluation;
+mod expected;
+mod job;
 mod model;
 mod operation;
+mod site;
+mod sweep;
 mod template;
 mod train;
+
+pub(crate) use around::Around;
+pub(crate) use site::preflight;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,36 +28,80 @@ use crate::paths;
 use crate::problem::Problems;
 use crate::raw::{CheckpointRaw, ClusterRaw, DataRaw, EvaluationRaw, ModelRaw, ObjectiveRaw, TrainRaw, defaults};
 use crate::recipe::{Auxiliary, DataRecipe, ModelRecipe, ObjectiveRecipe, Recipe, TrainRecipe};
-use crate::tree::Node;
+use crate::site::Site;
+use crate::tree::{Node, Value};
 
 /// Longest name of a run or a task, in characters: it becomes a folder or a file.
 const MAX_NAME_CHARS: usize = 100;
 
 /// Checks the composed tree; `problems` holds what the schema found. Fails if anything is wrong.
 pub(crate) fn check(root: &Node, problems: Problems, current_folder: &Path) -> Result<Recipe, Problems> {
-    let mut context = Context { root, problems, current_folder };
-    let raw = RawSections::read(&mut context);
+    let mut context = Context { root, problems, current_folder, prefix: "" };
+    let recipe = checked_run(&mut context);
+    finished(context, recipe)
+}
+
+/// Checks the composed tree with what stands around the run.
+pub(crate) fn check_study(root: &Node, problems: Problems, current_folder: &Path) -> Result<(Recipe, Around), Problems> {
+    let mut context = Context { root, problems, current_folder, prefix: "" };
+    let recipe = checked_run(&mut context);
+    let around = around::check(&mut context);
+    finished(context, recipe.zip(around))
+}
+
+/// Checks a cluster file.
+pub(crate) fn check_site(root: &Node, problems: Problems, current_folder: &Path) -> Result<Site, Problems> {
+    let mut context = Context { root, problems, current_folder, prefix: "" };
+    if !context.problems.is_empty() {
+        return Err(context.problems);
+    }
+    let site = match serde_json::from_value(root.json()) {
+        Ok(raw) => Some(site::check(&mut context, raw)),
+        Err(error) => {
+            context.problem("", error.to_string());
+            None
+        }
+    };
+    finished(context, site)
+}
+
+/// What was checked, if nothing is wrong.
+fn finished<T>(context: Context<'_>, checked: Option<T>) -> Result<T, Problems> {
+    match checked {
+        Some(checked) if context.problems.is_empty() => Ok(checked),
+        _ => Err(context.problems),
+    }
+}
+
+/// Checks the sections that one run obeys; `None` where one of them cannot be read.
+fn checked_run(context: &mut Context<'_>) -> Option<Recipe> {
+    let raw = RawSections::read(context);
 
     if let Some(name) = &raw.name {
         context.name("name", name);
     }
-    let model = raw.model.map(|section| model::check(&mut context, section));
-    let data = raw.data.map(|section| data::check(&mut context, section));
-    let train = raw.train.as_ref().map(|section| train::check(&mut context, section));
+    let model = raw.model.map(|section| model::check(context, section));
+    let data = raw.data.map(|section| data::check(context, section));
+    let train = raw.train.as_ref().map(|section| train::check(context, section));
     let objective = raw.objective.as_ref().map(checked_objective);
-    let checkpoint = raw.checkpoint.map(|section| operation::checkpoint(&mut context, section));
+    let checkpoint = raw.checkpoint.map(|section| operation::checkpoint(context, section));
     let cluster = raw.cluster.as_ref().map(operation::cluster);
     let max_length = data.as_ref().map_or_else(defaults::max_length, |data| data.max_length);
-    let evaluation = raw.evaluation.map(|tasks| evaluation::check(&mut context, tasks, max_length));
-    check_lengths(&mut context, model.as_ref(), data.as_ref(), train.as_ref());
+    let evaluation = raw.evaluation.map(|tasks| evaluation::check(context, tasks, max_length));
+    check_lengths(context, model.as_ref(), data.as_ref(), train.as_ref());
 
-    let (Some(version), Some(name), Some(seed)) = (raw.version, raw.name, raw.seed) else { return Err(context.problems) };
-    let (Some(model), Some(data), Some(objective), Some(train)) = (model, data, objective, train) else { return Err(context.problems) };
-    let (Some(checkpoint), Some(cluster), Some(evaluation)) = (checkpoint, cluster, evaluation) else { return Err(context.problems) };
-    if !context.problems.is_empty() {
-        return Err(context.problems);
-    }
-    Ok(Recipe { version, name, seed, model, data, objective, train, checkpoint, cluster, evaluation })
+    Some(Recipe {
+        version: raw.version?,
+        name: raw.name?,
+        seed: raw.seed?,
+        model: model?,
+        data: data?,
+        objective: objective?,
+        train: train?,
+        checkpoint: checkpoint?,
+        cluster: cluster?,
+        evaluation: evaluation?,
+    })
 }
 
 /// The sections whose form is right.
@@ -112,20 +164,53 @@ fn check_lengths(context: &mut Context<'_>, model: Option<&ModelRecipe>, data: O
     }
 }
 
+/// Puts the keys that are `null` back where a path of keys leads, in every item of a list on the way.
+fn restore_nulls(node: &Node, value: &mut Json, keys: &[&str]) {
+    if let (Value::List(nodes), Json::Array(items)) = (&node.value, &mut *value) {
+        nodes.iter().zip(items).for_each(|(node, item)| restore_nulls(node, item, keys));
+        return;
+    }
+    match keys.split_first() {
+        None => *value = node.json_with_nulls(),
+        Some((key, rest)) => {
+            if let (Some(inner), Some(slot)) = (node.get(key), value.get_mut(*key)) {
+                restore_nulls(inner, slot, rest);
+            }
+        }
+    }
+}
+
 /// What the checks of all sections share.
 struct Context<'run> {
     root: &'run Node,
     problems: Problems,
     current_folder: &'run Path,
+    /// Section that the keys of `problem_in` and its like are below; empty is none.
+    prefix: &'static str,
 }
 
 impl Context<'_> {
     /// The section, if the schema found nothing wrong in it; `absent` stands for one that is not there.
     fn section<T: DeserializeOwned>(&mut self, name: &str, absent: Json) -> Option<T> {
+        let value = self.root.get(name).map_or(absent, Node::json);
+        self.read_section(name, value)
+    }
+
+    /// An optional section. At and below the keys of `nulls`, dotted and through lists, `null` is a value and does not unset a key.
+    fn section_with<T: DeserializeOwned>(&mut self, name: &str, nulls: &[&str]) -> Option<Option<T>> {
+        let Some(node) = self.root.get(name) else { return Some(None) };
+        let mut value = node.json();
+        for path in nulls {
+            let keys: Vec<&str> = path.split('.').collect();
+            restore_nulls(node, &mut value, &keys);
+        }
+        self.read_section(name, value).map(Some)
+    }
+
+    fn read_section<T: DeserializeOwned>(&mut self, name: &str, value: Json) -> Option<T> {
         if self.problems.touches(name) {
             return None;
         }
-        let value = self.root.get(name).map_or(absent, Node::json);
         match serde_json::from_value(value) {
             Ok(section) => Some(section),
             Err(error) => {
@@ -148,12 +233,30 @@ impl Context<'_> {
         self.problem(path, format!("found {found}, expected {expected}"));
     }
 
+    /// Reports a problem at keys that may have dots in themselves.
+    fn problem_in(&mut self, keys: &[&str], message: impl Into<String>) {
+        let own = (!self.prefix.is_empty()).then_some(self.prefix);
+        let all = || own.into_iter().chain(keys.iter().copied());
+        let path = all().collect::<Vec<_>>().join(".");
+        self.problems.push(self.root.place_at(all()), &path, message);
+    }
+
+    /// [`Self::mismatch`] at keys that may have dots in themselves.
+    fn mismatch_in(&mut self, keys: &[&str], found: impl fmt::Display, expected: impl fmt::Display) {
+        self.problem_in(keys, format!("found {found}, expected {expected}"));
+    }
+
     /// Checks a name that becomes a folder or a file.
     fn name(&mut self, path: &str, name: &str) {
+        self.name_in(&path.split('.').collect::<Vec<_>>(), name);
+    }
+
+    /// [`Self::name`] at keys that may have dots in themselves.
+    fn name_in(&mut self, keys: &[&str], name: &str) {
         let allowed = |character: char| character.is_ascii_alphanumeric() || "-_.".contains(character);
         if !name.chars().all(allowed) || name.starts_with('.') || name.len() > MAX_NAME_CHARS {
             let expected = format!("at most {MAX_NAME_CHARS} letters, digits, `-`, `_` and `.`, the first not `.`");
-            self.mismatch(path, format!("`{}`", crate::tree::shortened(name)), expected);
+            self.mismatch_in(keys, format!("`{}`", crate::tree::shortened(name)), expected);
         }
     }
 

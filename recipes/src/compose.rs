@@ -1,4 +1,7 @@
-//! One tree from a recipe file, the files that it extends, and the overrides of the command line.
+//! One tree from a recipe file, the files that it extends, a profile, and the overrides of the command line.
+
+mod assign;
+mod profile;
 
 use std::fs::File;
 use std::io::Read;
@@ -8,22 +11,39 @@ use std::sync::Arc;
 use crate::failure::{Failure, FailureKind};
 use crate::paths;
 use crate::problem::Problems;
-use crate::tree::{self, Entry, MAX_DEPTH_LEVELS, MAX_RECIPE_BYTES, Node, Origin, Place, Scalar, Value};
+use crate::tree::{self, MAX_RECIPE_BYTES, Node, Origin, Place, Scalar, Value};
+
+pub(crate) use assign::{AFTER, assign};
+pub(crate) use profile::{ProfileChoice, profile_names};
 
 /// Longest chain of files that extend each other.
 const MAX_EXTENDS_FILES: usize = 16;
 /// The key that names the base; it is gone from the composed tree.
 const EXTENDS: &str = "extends";
+/// The key of the profiles; they stay in the composed tree.
+pub(crate) const PROFILES: &str = "profiles";
+/// What messages call a recipe file.
+const RECIPE: &str = "recipe";
 
-/// Reads the file, merges it over its bases and the overrides over it.
+/// Reads the file, merges it over its bases, the profile over it and the overrides over that.
 ///
-/// Fails on a file that is missing, too large, not UTF-8 or not YAML, and on files that extend each other in a circle.
-/// What is wrong with an override goes to `problems`.
-pub(crate) fn compose(path: &Path, overrides: &[String], current_folder: &Path, problems: &mut Problems) -> anyhow::Result<Node> {
+/// Fails on a file that is missing, too large, not UTF-8 or not YAML, on files that extend each other in a circle, and on a profile that is
+/// asked for and not there. What is wrong with an override or a profile goes to `problems`.
+pub(crate) fn compose(
+    path: &Path,
+    overrides: &[String],
+    profile: Option<ProfileChoice<'_>>,
+    current_folder: &Path,
+    problems: &mut Problems,
+) -> anyhow::Result<Node> {
     let mut root = read(path, &path.display().to_string(), &mut Vec::new())?;
+    profile::check_profiles(&root, problems);
+    if let Some(choice) = profile {
+        profile::apply_profile(&mut root, choice)?;
+    }
     for text in overrides {
         let origin = Arc::new(Origin::Override { text: text.clone(), folder: current_folder.to_path_buf() });
-        if let Err((key_path, message)) = apply_override(&mut root, text, &origin) {
+        if let Err((key_path, message)) = assign::apply_override(&mut root, text, &origin) {
             problems.push(&Place::start(&origin), &key_path, message);
         }
     }
@@ -32,37 +52,51 @@ pub(crate) fn compose(path: &Path, overrides: &[String], current_folder: &Path, 
 
 /// Reads one file and, first, what it extends. `chain` holds the files that wait for this one.
 fn read(path: &Path, shown: &str, chain: &mut Vec<PathBuf>) -> anyhow::Result<Node> {
-    let text = read_text(path, shown)?;
-    let folder = paths::canonical_folder(path.parent().unwrap_or(Path::new(".")))?;
+    let text = read_text(path, shown, RECIPE)?;
     check_chain(path, shown, chain)?;
-
-    let origin = Arc::new(Origin::File { shown: shown.to_owned(), folder: folder.clone() });
-    let mut root = tree::parse(&text, &origin)
-        .map_err(|error| Failure::new(FailureKind::Recipe, "cannot read the recipe as YAML").at(error.place).because(error.message))?;
-    if !matches!(root.value, Value::Map(_)) {
-        let failure = Failure::new(FailureKind::Recipe, "a recipe is a map of keys").at(shown);
-        return Err(failure.expected("a map").found(root).into());
-    }
+    let mut root = parse_map(path, shown, &text, RECIPE)?;
     let Some(base) = take_base(&mut root)? else { return Ok(root) };
+    let folder = root.place.folder().to_path_buf();
     let shown_base = Path::new(shown).parent().unwrap_or(Path::new("")).join(&base);
     let mut merged = read(&folder.join(&base), &shown_base.display().to_string(), chain)?;
-    merge(&mut merged, root);
+    assign::merge(&mut merged, root);
     Ok(merged)
 }
 
+/// Reads a file that extends no other; `noun` is what messages call it.
+pub(crate) fn read_alone(path: &Path, noun: &str) -> anyhow::Result<Node> {
+    let shown = path.display().to_string();
+    let text = read_text(path, &shown, noun)?;
+    parse_map(path, &shown, &text, noun)
+}
+
+/// The text as a tree whose root is a map.
+fn parse_map(path: &Path, shown: &str, text: &str, noun: &str) -> anyhow::Result<Node> {
+    let folder = paths::canonical_folder(path.parent().unwrap_or(Path::new(".")))?;
+    let origin = Arc::new(Origin::File { shown: shown.to_owned(), folder });
+    let root = tree::parse(text, &origin).map_err(|error| {
+        Failure::new(FailureKind::Recipe, format!("cannot read the {noun} as YAML")).at(error.place).because(error.message)
+    })?;
+    if !matches!(root.value, Value::Map(_)) {
+        let failure = Failure::new(FailureKind::Recipe, format!("a {noun} is a map of keys")).at(shown);
+        return Err(failure.expected("a map").found(root).into());
+    }
+    Ok(root)
+}
+
 /// The whole file as text, if it is small enough and UTF-8.
-fn read_text(path: &Path, shown: &str) -> anyhow::Result<String> {
-    let unreadable = |error: std::io::Error| Failure::new(FailureKind::Recipe, "cannot read the recipe").at(shown).because(error);
+fn read_text(path: &Path, shown: &str, noun: &str) -> anyhow::Result<String> {
+    let unreadable = |error: std::io::Error| Failure::new(FailureKind::Recipe, format!("cannot read the {noun}")).at(shown).because(error);
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(unreadable)?;
     file.take(MAX_RECIPE_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
     if bytes.len() > MAX_RECIPE_BYTES {
-        let failure = Failure::new(FailureKind::Recipe, "the recipe is too large").at(shown);
+        let failure = Failure::new(FailureKind::Recipe, format!("the {noun} is too large")).at(shown);
         return Err(failure.expected(format!("at most {MAX_RECIPE_BYTES} bytes")).into());
     }
     let text = String::from_utf8(bytes).map_err(|error| {
         let place = format!("{shown}, byte {}", error.utf8_error().valid_up_to());
-        Failure::new(FailureKind::Recipe, "the recipe is not UTF-8").at(place)
+        Failure::new(FailureKind::Recipe, format!("the {noun} is not UTF-8")).at(place)
     })?;
     Ok(text)
 }
@@ -98,79 +132,6 @@ fn take_base(root: &mut Node) -> anyhow::Result<Option<String>> {
     }
 }
 
-/// Lays a tree over another: maps merge key by key, everything else replaces.
-fn merge(base: &mut Node, over: Node) {
-    let place = over.place;
-    match (&mut base.value, over.value) {
-        (Value::Map(entries), Value::Map(stated)) => {
-            for entry in stated {
-                match entries.iter_mut().find(|earlier| earlier.key == entry.key) {
-                    Some(earlier) => {
-                        earlier.place = entry.place;
-                        merge(&mut earlier.node, entry.node);
-                    }
-                    None => entries.push(entry),
-                }
-            }
-        }
-        (slot, value) => {
-            *slot = value;
-            base.place = place;
-        }
-    }
-}
-
-/// Applies one `key.path=value`; the error is the key path, as far as it can be told, and the message.
-fn apply_override(root: &mut Node, text: &str, origin: &Arc<Origin>) -> Result<(), (String, String)> {
-    let Some((key_path, value)) = text.split_once('=') else {
-        return Err((String::new(), "expected `key.path=value`".to_owned()));
-    };
-    let key_path = key_path.trim();
-    let wrong = |message: String| (key_path.to_owned(), message);
-    let segments: Vec<&str> = key_path.split('.').collect();
-    if segments.iter().any(|segment| segment.is_empty()) || segments.len() > MAX_DEPTH_LEVELS {
-        return Err(wrong("expected keys joined by dots, such as `train.steps`".to_owned()));
-    }
-    if segments == [EXTENDS] {
-        return Err(wrong("a base is named in the recipe file, not by an override".to_owned()));
-    }
-    let place = Place::start(origin);
-    let value = if value.trim().is_empty() {
-        Node { place: place.clone(), value: Value::Scalar(Scalar::Null) }
-    } else {
-        tree::parse(value, origin).map_err(|error| wrong(error.message))?
-    };
-    let mut slot = root;
-    for segment in segments {
-        slot = step(slot, segment, &place).map_err(wrong)?;
-    }
-    merge(slot, value);
-    Ok(())
-}
-
-/// The value below a key or list index; an absent key is made.
-fn step<'tree>(node: &'tree mut Node, segment: &str, place: &Place) -> Result<&'tree mut Node, String> {
-    if node.is_null() {
-        node.value = Value::Map(Vec::new());
-    }
-    match &mut node.value {
-        Value::Map(entries) => {
-            let index = entries.iter().position(|entry| entry.key == segment).unwrap_or(entries.len());
-            if index == entries.len() {
-                let unset = Node { place: place.clone(), value: Value::Scalar(Scalar::Null) };
-                entries.push(Entry { key: segment.to_owned(), place: place.clone(), node: unset });
-            }
-            Ok(&mut entries[index].node)
-        }
-        Value::List(items) => {
-            let count = items.len();
-            let index = segment.parse::<usize>().unwrap_or(usize::MAX);
-            items.get_mut(index).ok_or_else(|| format!("found `{segment}`, expected the index of an item, from 0, in a list of {count}"))
-        }
-        Value::Scalar(scalar) => Err(format!("found {scalar}, expected a map or a list that has `{segment}`")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -184,7 +145,7 @@ mod tests {
         }
         let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
         let mut problems = Problems::default();
-        let root = compose(&folder.path().join(files[0].0), &overrides, Path::new("/current"), &mut problems);
+        let root = compose(&folder.path().join(files[0].0), &overrides, None, Path::new("/current"), &mut problems);
         (root, problems)
     }
 

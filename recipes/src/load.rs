@@ -4,24 +4,32 @@ use std::path::Path;
 
 use anyhow::Context as _;
 
+use crate::compose::ProfileChoice;
 use crate::problem::Problems;
 use crate::recipe::Recipe;
 use crate::{check, compose, paths, schema, validate};
 
+/// Reads, composes and checks a recipe, without a profile; see [`load_with_profile`].
+pub fn load(path: &Path, overrides: &[String]) -> anyhow::Result<Recipe> {
+    load_with_profile(path, overrides, None)
+}
+
 /// Reads, composes and checks a recipe.
 ///
-/// `overrides` are `key.path=value` texts, applied in order after the file and its bases. In the checked recipe every path
-/// is absolute: those of the model, the tokenizer, the sources and the evaluation files start at the folder of the file that
-/// states them (at the current folder where an override does), `data.output` and `checkpoint.url` at the current folder.
-/// Nothing that a recipe points to is opened.
+/// `profile` names one of the recipe's profiles, which is laid over the file and its bases. `overrides` are `key.path=value` texts, applied
+/// in order after that. In the checked recipe every path is absolute: those of the model, the tokenizer, the sources and the evaluation
+/// files start at the folder of the file that states them (at the current folder where an override does), `data.output` and
+/// `checkpoint.url` at the current folder. Nothing that a recipe points to is opened, and of the sections around the run only the form is
+/// looked at; [`load_study`](crate::load_study) reads them.
 ///
-/// Fails with a [`Failure`](crate::failure::Failure) of kind `Recipe`: at once where a file cannot be read as YAML, else with
-/// one line for each problem.
-pub fn load(path: &Path, overrides: &[String]) -> anyhow::Result<Recipe> {
+/// Fails with a [`Failure`](crate::failure::Failure) of kind `Recipe`: at once where a file cannot be read as YAML or has no such profile,
+/// else with one line for each problem.
+pub fn load_with_profile(path: &Path, overrides: &[String], profile: Option<&str>) -> anyhow::Result<Recipe> {
     let current_folder = std::env::current_dir().context("find the current folder")?;
     let current_folder = paths::canonical_folder(&current_folder)?;
     let mut problems = Problems::default();
-    let root = compose::compose(path, overrides, &current_folder, &mut problems)?;
+    let choice = profile.map(|name| ProfileChoice { name, required: true });
+    let root = compose::compose(path, overrides, choice, &current_folder, &mut problems)?;
     validate::validate(&root, &schema::schema(), &mut problems);
     let shown = path.display().to_string();
     check::check(&root, problems, &current_folder).map_err(|problems| problems.into_failure(&shown).into())

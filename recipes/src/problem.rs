@@ -21,12 +21,14 @@ struct Problem {
     /// Keys from the root, joined by dots; empty for the recipe as a whole.
     path: String,
     message: String,
+    /// In which of several readings of a recipe it was met, such as a trial.
+    note: Option<String>,
 }
 
 impl Problems {
     /// Adds a problem at a place; `path` is the dotted key path.
     pub(crate) fn push(&mut self, place: &Place, path: &str, message: impl Into<String>) {
-        self.items.push(Problem { place: place.clone(), path: path.to_owned(), message: message.into() });
+        self.items.push(Problem { place: place.clone(), path: path.to_owned(), message: message.into(), note: None });
     }
 
     /// Whether nothing is wrong so far.
@@ -37,6 +39,24 @@ impl Problems {
     /// Whether a problem lies at the section or below it.
     pub(crate) fn touches(&self, section: &str) -> bool {
         self.items.iter().any(|problem| problem.path.strip_prefix(section).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
+    }
+
+    /// Number of problems.
+    pub(crate) fn len(&self) -> usize {
+        self.items.len()
+    }
+
+    /// Adds the problems of another reading that are not there already; `note` says which reading that was.
+    pub(crate) fn absorb(&mut self, other: Self, note: Option<&str>) {
+        for mut problem in other.items {
+            if self.items.iter().any(|known| known.same(&problem)) {
+                continue;
+            }
+            if let Some(note) = note {
+                problem.note = Some(problem.note.map_or_else(|| note.to_owned(), |inner| format!("{inner}, {note}")));
+            }
+            self.items.push(problem);
+        }
     }
 
     /// All problems as one failure; `recipe` is the file as the user named it.
@@ -57,12 +77,18 @@ impl Problems {
 }
 
 impl Problem {
-    /// `file:line:column: key.path: message`.
+    /// Whether both say the same, wherever they were met.
+    fn same(&self, other: &Self) -> bool {
+        (&self.place, &self.path, &self.message) == (&other.place, &other.path, &other.message)
+    }
+
+    /// `file:line:column: key.path: message (note)`.
     fn line(&self) -> String {
+        let note = self.note.as_ref().map_or_else(String::new, |note| format!(" ({note})"));
         if self.path.is_empty() {
-            return format!("{}: {}", self.place, self.message);
+            return format!("{}: {}{note}", self.place, self.message);
         }
-        format!("{}: {}: {}", self.place, self.path, self.message)
+        format!("{}: {}: {}{note}", self.place, self.path, self.message)
     }
 }
 
@@ -78,6 +104,24 @@ mod tests {
         for (section, expected) in table {
             assert_eq!(problems.touches(section), expected, "{section}");
         }
+    }
+
+    #[test]
+    fn a_problem_of_several_readings_is_told_once_with_the_first_of_them() {
+        let one = |column| {
+            let mut problems = Problems::default();
+            problems.push(&Place::for_test("r.yaml", 3, column), "seed", "wrong");
+            problems
+        };
+        let mut all = Problems::default();
+        let mut noted = Problems::default();
+        noted.absorb(one(5), Some("inner"));
+        all.absorb(noted, Some("outer"));
+        all.absorb(one(5), Some("again"));
+        all.absorb(one(6), None);
+        assert_eq!(all.len(), 2);
+        let what = all.into_failure("r.yaml").what;
+        assert_eq!(what, "2 problems in r.yaml\nr.yaml:3:5: seed: wrong (inner, outer)\nr.yaml:3:6: seed: wrong");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The recipe as a user writes it: every default and every bound that a single value can break.
+//! The recipe, and the cluster file, as a user writes it: every default and every bound that a single value can break.
 //!
 //! The JSON Schema comes from these types, comments included. What only two values together can break is in `check`.
 
@@ -8,8 +8,15 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 mod operation;
+mod site;
+mod study;
 
 pub use operation::{CheckpointRaw, ClusterRaw, HangRaw};
+pub use site::{PreflightRaw, SiteKindRaw, SiteRaw, SlurmRaw, SshRaw};
+pub use study::{
+    AfterRaw, ColumnRaw, ContainerRaw, DistributionRaw, EarlyStoppingRaw, ExpectedRaw, MetricRaw, OrderRaw, RandomRaw, ResourcesRaw,
+    RowRaw, SweepRaw,
+};
 
 use crate::recipe::{Auxiliary, Device, LossNorm, Masking, ModelShape, Precision, ScheduleKind, Shard, Truncation};
 
@@ -47,6 +54,18 @@ pub struct RecipeRaw {
     /// What is scored by `cloze eval`, in order.
     #[serde(default)]
     pub evaluation: Vec<EvaluationRaw>,
+    /// Maps that `--profile NAME` lays over the recipe, key by key, after `extends` and before `--set`.
+    #[serde(default)]
+    pub profiles: BTreeMap<String, serde_json::Map<String, serde_json::Value>>,
+    /// Machines that one run wants.
+    #[serde(default)]
+    pub resources: ResourcesRaw,
+    /// The stage whose model a run starts from.
+    pub after: Option<AfterRaw>,
+    /// The runs that are to be made of this recipe.
+    pub sweep: Option<SweepRaw>,
+    /// What a paper says comes out.
+    pub expected: Option<ExpectedRaw>,
 }
 
 /// Which model, from where: a `path`, or a `preset` with optional `shape`.

@@ -1,13 +1,23 @@
-//! The JSON Schema of a recipe file, made from the raw types, for editors and for the validation.
+//! The JSON Schemas of a recipe file and of a cluster file, made from the raw types, for editors and for the validation.
 
-use crate::raw::RecipeRaw;
+use crate::raw::{RecipeRaw, SiteRaw};
 
 /// The JSON Schema (draft 2020-12) of a recipe file, indented.
 pub fn schema_json() -> String {
     format!("{:#}", schema())
 }
 
-/// The schema as a value.
+/// The JSON Schema (draft 2020-12) of a cluster file, indented.
+pub fn site_schema_json() -> String {
+    format!("{:#}", site_schema())
+}
+
+/// The schema of a cluster file as a value.
+pub(crate) fn site_schema() -> serde_json::Value {
+    schemars::schema_for!(SiteRaw).to_value()
+}
+
+/// The schema of a recipe file as a value.
 pub(crate) fn schema() -> serde_json::Value {
     schemars::schema_for!(RecipeRaw).to_value()
 }

@@ -3,6 +3,11 @@
 //! None of this changes what a run computes, so none of it is part of a run's recipe or of its hash. A [`Study`] is a recipe file read
 //! whole; [`crate::recipe::Recipe`] is the part that one run obeys.
 
+mod draw;
+mod expand;
+mod stages;
+mod trials;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -10,10 +15,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::recipe::Recipe;
 
+pub(crate) use stages::{Scope, Stages, start_as_stage};
+pub(crate) use trials::trials_of;
+
+/// Most trials of one sweep.
+pub const MAX_TRIALS: u64 = 10_000;
+
 /// A recipe file, read whole.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Study {
-    /// The file.
+    /// The file, absolute.
     pub file: PathBuf,
     /// The run that the file states, without any value of the sweep.
     pub recipe: Recipe,
@@ -91,7 +102,19 @@ pub struct Sweep {
     pub early_stopping: Option<EarlyStopping>,
 }
 
-/// Points of a sweep: grid times paired times list, then the random ones in place of a grid.
+impl Sweep {
+    /// The swept keys, in the sweep's order, each once.
+    pub fn keys(&self) -> Vec<&str> {
+        self.space.keys()
+    }
+
+    /// Number of trials: every point with every seed.
+    pub fn num_trials(&self) -> u64 {
+        self.space.num_points().saturating_mul(self.seeds.len().max(1) as u64)
+    }
+}
+
+/// Points of a sweep: grid times paired times list times random, each absent part counting as one point that changes nothing.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Space {
     /// Every combination of these values, the last key changing fastest.
@@ -102,6 +125,32 @@ pub struct Space {
     pub list: Vec<Vec<(String, serde_json::Value)>>,
     /// Points drawn at random.
     pub random: Option<RandomSpace>,
+}
+
+impl Space {
+    /// The keys whose values the points state, in order, each once.
+    pub fn keys(&self) -> Vec<&str> {
+        let grid = self.grid.iter().map(|(key, _)| key);
+        let paired = self.paired.iter().flatten().map(|(key, _)| key);
+        let list = self.list.iter().flatten().map(|(key, _)| key);
+        let random = self.random.iter().flat_map(|random| &random.keys).map(|(key, _)| key);
+        let mut keys: Vec<&str> = Vec::new();
+        for key in grid.chain(paired).chain(list).chain(random) {
+            if !keys.contains(&key.as_str()) {
+                keys.push(key);
+            }
+        }
+        keys
+    }
+
+    /// Number of points; at least 1.
+    pub fn num_points(&self) -> u64 {
+        let grid = self.grid.iter().map(|(_, values)| values.len());
+        let paired = self.paired.iter().map(|group| group.first().map_or(1, |(_, values)| values.len()));
+        let list = [self.list.len().max(1)];
+        let random = self.random.iter().map(|random| random.samples as usize);
+        grid.chain(paired).chain(list).chain(random).fold(1, |product: u64, count| product.saturating_mul(count as u64))
+    }
 }
 
 /// Points drawn at random; every draw is a hash of seed, key and number.
@@ -222,6 +271,15 @@ pub struct Trial {
     pub hash: String,
     /// Hash of what the data is prepared from; trials with the same one share the preparation.
     pub data_hash: String,
+    /// Seed that the data is prepared with: the recipe's own, whatever `sweep.seeds` says, so that all seeds train on the same samples.
+    pub data_seed: u64,
     /// The earlier stage.
     pub parent: Option<Box<Trial>>,
+}
+
+impl Trial {
+    /// The recipe that the trial's data is prepared by; trials with the same data hash may take any one of theirs.
+    pub fn data_recipe(&self) -> Recipe {
+        Recipe { seed: self.data_seed, ..self.recipe.clone() }
+    }
 }

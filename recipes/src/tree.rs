@@ -1,5 +1,7 @@
 //! YAML text as a tree in which every key and every value knows its place.
 
+mod json;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -257,6 +259,14 @@ impl Place {
         }
     }
 
+    /// The file or override as the user named it.
+    pub(crate) fn file(&self) -> String {
+        match &*self.origin {
+            Origin::File { shown, .. } => shown.clone(),
+            Origin::Override { .. } => self.to_string(),
+        }
+    }
+
     /// A place in a file that does not exist.
     #[cfg(test)]
     pub(crate) fn for_test(shown: &str, line: u64, column: u64) -> Self {
@@ -289,9 +299,14 @@ impl Node {
 
     /// The place of a dotted key path: of a single value the value's, of a map or list its key's; of what is absent its nearest parent's.
     pub(crate) fn place_of(&self, path: &str) -> &Place {
+        self.place_at(path.split('.'))
+    }
+
+    /// [`Self::place_of`] with keys that may have dots in themselves.
+    pub(crate) fn place_at<'key>(&self, keys: impl IntoIterator<Item = &'key str>) -> &Place {
         let mut node = self;
         let mut place = &self.place;
-        for segment in path.split('.') {
+        for segment in keys {
             match &node.value {
                 Value::Scalar(_) => return place,
                 Value::Map(entries) => {
@@ -307,33 +322,6 @@ impl Node {
             }
         }
         place
-    }
-
-    /// The tree without its places; keys that are unset with `null` are left out.
-    pub(crate) fn json(&self) -> serde_json::Value {
-        match &self.value {
-            Value::Scalar(scalar) => scalar.json(),
-            Value::List(items) => items.iter().map(Self::json).collect(),
-            Value::Map(entries) => {
-                let kept = entries.iter().filter(|entry| !entry.node.is_null());
-                serde_json::Value::Object(kept.map(|entry| (entry.key.clone(), entry.node.json())).collect())
-            }
-        }
-    }
-}
-
-impl Scalar {
-    fn json(&self) -> serde_json::Value {
-        match self {
-            Self::Null => serde_json::Value::Null,
-            Self::Bool(value) => (*value).into(),
-            Self::Integer(value) => match u64::try_from(*value) {
-                Ok(unsigned) => unsigned.into(),
-                Err(_) => i64::try_from(*value).map_or(serde_json::Value::Null, serde_json::Value::from),
-            },
-            Self::Float(value) => (*value).into(),
-            Self::Text(value) => value.as_str().into(),
-        }
     }
 }
 

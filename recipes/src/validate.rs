@@ -34,6 +34,9 @@ struct Walk<'run> {
 impl<'run> Walk<'run> {
     fn node(&mut self, node: &Node, schema: &'run Json, spot: &Spot<'_>) {
         let schema = self.resolved(schema);
+        if *schema == Json::Bool(true) {
+            return;
+        }
         match (&node.value, type_of(schema)) {
             (Value::Map(entries), "object") => self.map(entries, schema, spot),
             (Value::List(items), "array") => self.list(node, items, schema, spot),
@@ -49,7 +52,7 @@ impl<'run> Walk<'run> {
         for entry in entries {
             let inner = Spot { path: joined(&spot.path, &entry.key), key: &entry.place };
             let property = properties.and_then(|properties| properties.get(&entry.key));
-            match property.or_else(|| schema.get("additionalProperties").filter(|any| any.is_object())) {
+            match property.or_else(|| schema.get("additionalProperties").filter(|any| **any != Json::Bool(false))) {
                 // `null` unsets a key, so that its default holds.
                 Some(_) if entry.node.is_null() => {}
                 Some(property) => self.node(&entry.node, property, &inner),
@@ -247,7 +250,7 @@ fn joined(path: &str, key: &str) -> String {
 }
 
 /// The known word with the fewest edits to the stated one, if at most about a third of its letters differ.
-fn nearest<'word>(stated: &str, known: impl Iterator<Item = &'word str>) -> Option<&'word str> {
+pub(crate) fn nearest<'word>(stated: &str, known: impl Iterator<Item = &'word str>) -> Option<&'word str> {
     let edits_max = stated.chars().count().div_ceil(3);
     let distances = known.map(|word| (strsim::damerau_levenshtein(stated, word), word));
     distances.filter(|(edits, _)| *edits <= edits_max).min_by_key(|(edits, _)| *edits).map(|(_, word)| word)

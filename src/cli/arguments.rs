@@ -1,10 +1,11 @@
 //! The command line as typed.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use cloze_recipes::recipe::Recipe;
 
 /// Instruction-tunes masked language models, from a YAML recipe to a table of scores.
 #[derive(Parser)]
@@ -18,10 +19,10 @@ pub struct Arguments {
 /// The subcommands.
 #[derive(Subcommand)]
 pub enum Command {
-    /// Check a recipe and say everything that is wrong with it
+    /// Check a recipe or a cluster file and say everything that is wrong with it
     Check(CheckArguments),
-    /// Print the JSON Schema of recipes, for editors
-    Schema,
+    /// Print the JSON Schema of recipes or of cluster files, for editors
+    Schema(SchemaArguments),
     /// Prepare, look at, verify or generate data
     Data {
         /// What to do with data.
@@ -73,20 +74,59 @@ pub enum Command {
 pub struct RecipeArguments {
     /// Recipe file
     pub recipe: PathBuf,
+    /// Changes of it.
+    #[command(flatten)]
+    pub changes: ChangeArguments,
+}
+
+impl RecipeArguments {
+    /// Reads, changes and checks the recipe.
+    pub fn load(&self) -> anyhow::Result<Recipe> {
+        self.changes.load(&self.recipe)
+    }
+}
+
+/// What is changed in a recipe file.
+#[derive(Args)]
+pub struct ChangeArguments {
+    /// Profile of the recipe to lay over it, such as `toy`
+    #[arg(long, value_name = "NAME")]
+    pub profile: Option<String>,
     /// Change a value, as in `--set train.learning_rate=1e-4`; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
 }
 
+impl ChangeArguments {
+    /// Reads, changes and checks the recipe.
+    pub fn load(&self, recipe: &Path) -> anyhow::Result<Recipe> {
+        cloze_recipes::load_with_profile(recipe, &self.overrides, self.profile.as_deref())
+    }
+}
+
 /// Arguments of `cloze check`.
 #[derive(Args)]
 pub struct CheckArguments {
-    /// The recipe.
+    /// Recipe file
+    #[arg(required_unless_present = "cluster")]
+    pub recipe: Option<PathBuf>,
+    /// Changes of it.
     #[command(flatten)]
-    pub recipe: RecipeArguments,
-    /// Print the recipe with its bases, overrides and defaults filled in
-    #[arg(long)]
+    pub changes: ChangeArguments,
+    /// Print the recipe with its bases, profile, overrides and defaults filled in
+    #[arg(long, requires = "recipe")]
     pub resolved: bool,
+    /// Check this cluster file
+    #[arg(long, value_name = "FILE")]
+    pub cluster: Option<PathBuf>,
+}
+
+/// Arguments of `cloze schema`.
+#[derive(Args)]
+pub struct SchemaArguments {
+    /// Print the schema of cluster files
+    #[arg(long)]
+    pub cluster: bool,
 }
 
 /// Subcommands of `cloze data`.
@@ -245,9 +285,9 @@ pub struct EvalArguments {
     /// Model folder to score instead of the recipe's or the run's
     #[arg(long)]
     pub model: Option<PathBuf>,
-    /// Change a value of a recipe; not for a run
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    pub overrides: Vec<String>,
+    /// Changes of a recipe; not for a run.
+    #[command(flatten)]
+    pub changes: ChangeArguments,
     /// Folder for eval.json and eval.md [default: eval/ in the run folder, or runs/NAME-eval]
     #[arg(long)]
     pub output: Option<PathBuf>,

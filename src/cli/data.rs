@@ -17,7 +17,7 @@ use super::arguments::{InspectArguments, PrepareArguments, RecipeArguments, Synt
 
 /// Prepares a recipe's data; says what was kept and why the rest was not.
 pub fn prepare(arguments: &PrepareArguments) -> Result<ExitCode> {
-    let recipe = cloze_recipes::load(&arguments.recipe.recipe, &arguments.recipe.overrides)?;
+    let recipe = arguments.recipe.load()?;
     let mut stderr = std::io::stderr();
     let rewrites = stderr.is_terminal();
     let mut progress = |line: ProgressLine| {
@@ -37,7 +37,7 @@ pub fn prepare(arguments: &PrepareArguments) -> Result<ExitCode> {
 
 /// Shows samples as the model will see them.
 pub fn inspect(arguments: &InspectArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
-    let recipe = cloze_recipes::load(&arguments.recipe.recipe, &arguments.recipe.overrides)?;
+    let recipe = arguments.recipe.load()?;
     let dataset = Dataset::open(&recipe.data.output)?;
     check_prepared(&recipe, dataset.manifest())?;
     let (tokenizer, anchor_id) = Tokenizer::load_with_anchor(&recipe.model.tokenizer, &recipe.model.anchor_token)?;
@@ -50,7 +50,7 @@ pub fn inspect(arguments: &InspectArguments, stdout: &mut dyn Write) -> Result<E
 
 /// Hashes every shard.
 pub fn verify(arguments: &RecipeArguments) -> Result<ExitCode> {
-    let recipe = cloze_recipes::load(&arguments.recipe, &arguments.overrides)?;
+    let recipe = arguments.load()?;
     let dataset = Dataset::open(&recipe.data.output)?;
     dataset.verify()?;
     let text = format!("{}: {} samples agree with the manifest", recipe.data.output.display(), dataset.num_samples());

@@ -1,26 +1,68 @@
 //! `cloze check` and `cloze schema`.
 
+use std::fmt::Write as _;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use cloze_recipes::CheckedFile;
+use cloze_recipes::site::{Site, SiteKind};
 
-use super::arguments::CheckArguments;
+use super::arguments::{CheckArguments, SchemaArguments};
 
-/// Checks a recipe; prints its hash, or the resolved recipe.
+/// Checks a recipe with all its profiles and trials, and a cluster file; prints what is right, or the resolved recipe.
 pub fn check(arguments: &CheckArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
-    let recipe = cloze_recipes::load(&arguments.recipe.recipe, &arguments.recipe.overrides)?;
-    let text = if arguments.resolved {
-        recipe.to_yaml()
-    } else {
-        format!("{}: recipe `{}` is right, hash {}\n", arguments.recipe.recipe.display(), recipe.name, recipe.hash())
-    };
+    let mut text = String::new();
+    if let Some(file) = &arguments.cluster {
+        let site = cloze_recipes::load_site(file)?;
+        if !arguments.resolved {
+            text.push_str(&site_text(file, &site));
+        }
+    }
+    if let Some(recipe) = &arguments.recipe {
+        let changes = &arguments.changes;
+        let checked = cloze_recipes::check_file(recipe, &changes.overrides, changes.profile.as_deref())?;
+        text.push_str(&if arguments.resolved { checked.study.recipe.to_yaml() } else { recipe_text(recipe, &checked) });
+    }
     stdout.write_all(text.as_bytes()).context("print the recipe")?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Prints the JSON Schema.
-pub fn schema(stdout: &mut dyn Write) -> Result<ExitCode> {
-    writeln!(stdout, "{}", cloze_recipes::schema_json()).context("print the schema")?;
+pub fn schema(arguments: &SchemaArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
+    let text = if arguments.cluster { cloze_recipes::site_schema_json() } else { cloze_recipes::schema_json() };
+    writeln!(stdout, "{text}").context("print the schema")?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What stands around the run first, so that the last word is the hash.
+fn recipe_text(file: &Path, checked: &CheckedFile) -> String {
+    let CheckedFile { study, trials, profiles } = checked;
+    let mut text = String::new();
+    let shown = file.display();
+    if study.sweep.is_some() {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{shown}: {} right", counted(trials.len(), "trial is", "trials are"));
+    }
+    for (name, count) in profiles {
+        let _ = writeln!(text, "{shown}: profile `{name}` is right, {}", counted(*count, "trial", "trials"));
+    }
+    let _ = writeln!(text, "{shown}: recipe `{}` is right, hash {}", study.recipe.name, study.recipe.hash());
+    text
+}
+
+fn site_text(file: &Path, site: &Site) -> String {
+    let kind = match &site.kind {
+        SiteKind::Local => "this machine".to_owned(),
+        SiteKind::Ssh(ssh) => counted(ssh.hosts.len(), "host", "hosts"),
+        SiteKind::Slurm(slurm) => {
+            slurm.partition.as_ref().map_or_else(|| "SLURM".to_owned(), |partition| format!("SLURM, partition {partition}"))
+        }
+    };
+    format!("{}: cluster `{}` is right, {kind}\n", file.display(), site.name)
+}
+
+fn counted(count: usize, one: &str, several: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { several })
 }

@@ -37,7 +37,7 @@ pub struct PlanArguments {
 
 /// Prints parameters, steps, tokens of a step, and the memory of one worker.
 pub fn plan(arguments: &PlanArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
-    let recipe = cloze_recipes::load(&arguments.recipe.recipe, &arguments.recipe.overrides)?;
+    let recipe = arguments.recipe.load()?;
     let (shape, vocab) = model_of(&recipe)?;
     let data = Manifest::find(&recipe.data.output)?;
     let memory = memory(&shape, vocab, &recipe.train, arguments.workers);

@@ -24,7 +24,7 @@ const RUNS_FOLDER: &str = "runs";
 
 /// Starts a new run.
 pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
-    let recipe = cloze_recipes::load(&arguments.recipe.recipe, &arguments.recipe.overrides)?;
+    let recipe = arguments.recipe.load()?;
     check_model_folder(&recipe)?;
     let dataset = Dataset::open(&recipe.data.output)?;
     check_has_samples(&dataset, &recipe)?;

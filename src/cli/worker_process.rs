@@ -63,8 +63,8 @@ fn check_run(folder: &Path) -> Result<(), Failure> {
 
 /// Recipe file and output folder of a run's evaluation.
 fn eval_of_run(arguments: &EvalArguments) -> Result<(PathBuf, PathBuf)> {
-    if !arguments.overrides.is_empty() {
-        let failure = Failure::new(FailureKind::Recipe, "`--set` does not change a run");
+    if !arguments.changes.overrides.is_empty() || arguments.changes.profile.is_some() {
+        let failure = Failure::new(FailureKind::Recipe, "`--set` and `--profile` do not change a run");
         return Err(failure.hint("evaluate a recipe file with `--model DIR` instead").into());
     }
     let output = arguments.output.clone().unwrap_or_else(|| arguments.target.join("eval"));
@@ -73,7 +73,7 @@ fn eval_of_run(arguments: &EvalArguments) -> Result<(PathBuf, PathBuf)> {
 
 /// The resolved recipe, written into the output folder, and that folder.
 fn eval_of_recipe(arguments: &EvalArguments) -> Result<(PathBuf, PathBuf)> {
-    let recipe = cloze_recipes::load(&arguments.target, &arguments.overrides)?;
+    let recipe = arguments.changes.load(&arguments.target)?;
     let output = arguments.output.clone().unwrap_or_else(|| Path::new("runs").join(format!("{}-eval", recipe.name)));
     let storage = |error: std::io::Error| {
         Failure::new(FailureKind::Storage, "the output folder cannot be written").at(output.display()).because(error)

@@ -22,4 +22,5 @@ mod report;
 mod resume;
 mod sharding;
 mod stop;
+mod studies;
 mod world_size;
