@@ -71,7 +71,8 @@ fn the_page_needs_nothing_else_and_names_its_pictures() {
     assert_eq!(page.matches("<svg ").count(), report.figures.len());
     assert_eq!(page.matches("<title id=").count(), report.figures.len());
     assert_eq!(page.matches("<desc id=").count(), report.figures.len());
-    let mut ids: Vec<&str> = page.match_indices("<title id=\"").map(|(at, start)| page[at + start.len()..].split('"').next().unwrap()).collect();
+    let mut ids: Vec<&str> =
+        page.match_indices("<title id=\"").map(|(at, start)| page[at + start.len()..].split('"').next().unwrap()).collect();
     ids.sort_unstable();
     ids.dedup();
     assert_eq!(ids.len(), report.figures.len(), "two pictures have the same id");

@@ -221,10 +221,30 @@ mod tests {
     #[test]
     fn every_verdict_has_its_reason() {
         let table: [(&[f64], Terms<'_>, Verdict, &str); 9] = [
-            (&[30.9, 31.0, 31.1], TERMS, Verdict::Within, "+1.00, within the tolerance of 1.5; the 95 % interval 30.75 to 31.25 lies in it"),
-            (&[30.0, 31.0, 32.0], TERMS, Verdict::Within, "+1.00, within the tolerance of 1.5; the 95 % interval 28.52 to 33.48 reaches beyond it"),
-            (&[32.9, 33.0, 33.1], TERMS, Verdict::Above, "+3.00, more than the tolerance of 1.5; the 95 % interval 32.75 to 33.25 does not reach it"),
-            (&[25.0, 28.0, 28.0], TERMS, Verdict::Below, "-3.00, more than the tolerance of 1.5; the 95 % interval 22.70 to 31.30 reaches into it"),
+            (
+                &[30.9, 31.0, 31.1],
+                TERMS,
+                Verdict::Within,
+                "+1.00, within the tolerance of 1.5; the 95 % interval 30.75 to 31.25 lies in it",
+            ),
+            (
+                &[30.0, 31.0, 32.0],
+                TERMS,
+                Verdict::Within,
+                "+1.00, within the tolerance of 1.5; the 95 % interval 28.52 to 33.48 reaches beyond it",
+            ),
+            (
+                &[32.9, 33.0, 33.1],
+                TERMS,
+                Verdict::Above,
+                "+3.00, more than the tolerance of 1.5; the 95 % interval 32.75 to 33.25 does not reach it",
+            ),
+            (
+                &[25.0, 28.0, 28.0],
+                TERMS,
+                Verdict::Below,
+                "-3.00, more than the tolerance of 1.5; the 95 % interval 22.70 to 31.30 reaches into it",
+            ),
             (&[28.0], TERMS, Verdict::Below, "-2.00, more than the tolerance of 1.5; one seed, so that nothing is known of its spread"),
             (&[], TERMS, Verdict::NoVerdict, "no trial is evaluated yet"),
             (&[30.0], Terms { paper: None, ..TERMS }, Verdict::NoVerdict, "the paper has no value here"),
@@ -263,7 +283,13 @@ mod tests {
                 OrderVerdict::Undecided,
                 "a against b: 32.00 and 31.00, as expected, but chance could explain it (Welch's t-test, p = 0.7575)",
             ),
-            (&[30.0], &low, true, OrderVerdict::Undecided, "a against b: 30.00 and 25.10, as expected, but one seed says nothing about its spread"),
+            (
+                &[30.0],
+                &low,
+                true,
+                OrderVerdict::Undecided,
+                "a against b: 30.00 and 25.10, as expected, but one seed says nothing about its spread",
+            ),
             (&[], &low, true, OrderVerdict::Undecided, "a against b: one of them has no value of ours"),
             (&low, &low, true, OrderVerdict::Undecided, "a against b: 25.10 and 25.10 are equal"),
             (&[2.0, 2.0], &[1.0, 1.0], true, OrderVerdict::Holds, "a against b: 2.00 and 1.00, as expected (Welch's t-test, p < 0.0001)"),
