@@ -95,11 +95,12 @@ fn series(material: &Material, table: &ScoreTable, key: &str, column: usize) -> 
 fn grouped(material: &Material, table: &ScoreTable, key: &str, column: usize, by_rest: bool) -> Vec<Series> {
     let mut groups: Vec<(String, BTreeMap<u64, Point>)> = Vec::new();
     let metric = &table.columns[column].metric;
+    let varying: Vec<&String> = material.keys.iter().filter(|key| varies(material, key)).collect();
     for row in &table.rows {
         for entry in &row.trials {
             let trial = &material.trials[entry.index];
             let Some(x) = value(trial, key).and_then(Value::as_f64) else { continue };
-            let name = if by_rest { rest(material, trial, key) } else { String::new() };
+            let name = if by_rest { rest(&varying, trial, key) } else { String::new() };
             let known = groups.iter().position(|(known, _)| *known == name);
             let index = known.unwrap_or_else(|| {
                 groups.push((name, BTreeMap::new()));
@@ -119,8 +120,8 @@ fn grouped(material: &Material, table: &ScoreTable, key: &str, column: usize, by
 }
 
 /// The other swept values of a trial, as far as trials differ in them.
-fn rest(material: &Material, trial: &Trial, key: &str) -> String {
-    let others = trial.parameters.iter().filter(|(swept, _)| swept != key && varies(material, swept));
+fn rest(varying: &[&String], trial: &Trial, key: &str) -> String {
+    let others = trial.parameters.iter().filter(|(swept, _)| swept != key && varying.contains(&swept));
     others.map(|(key, value)| format!("{}={}", key.rsplit('.').next().unwrap_or(key), value_text(value))).collect::<Vec<_>>().join(", ")
 }
 
