@@ -40,7 +40,10 @@ mod tests {
         let path = folder.path().join("recipe.yaml");
         fs::write(&path, "version: 1\nname: demo\nmodel: {preset: tiny, tokenizer: t}\nextends: other.yaml\nlist: [1.5, x]\n").unwrap();
         let found = read_rendered(&path).unwrap();
-        assert_eq!((&found["extends"], &found["model"]["preset"], &found["list"]), (&json!("other.yaml"), &json!("tiny"), &json!([1.5, "x"])));
+        assert_eq!(
+            (&found["extends"], &found["model"]["preset"], &found["list"]),
+            (&json!("other.yaml"), &json!("tiny"), &json!([1.5, "x"]))
+        );
         fs::write(&path, "a: [1").unwrap();
         assert_eq!(read_rendered(&path).unwrap_err().what, "cannot read the recipe as YAML");
         fs::write(&path, "#".repeat(MAX_RECIPE_BYTES + 1)).unwrap();

@@ -159,7 +159,8 @@ mod tests {
         let one = json!({"a": 1, "b": {"c": [1, 2], "d": null, "e": "x"}, "t": [{"n": "p"}, {"n": "q"}], "same": 0});
         let other = json!({"a": 2, "b": {"c": [1, 3], "d": true}, "t": [{"n": "p"}, {"n": "r"}], "same": 0.0});
         let found = recipe_differences(&flattened(&one), &flattened(&other));
-        let found: Vec<(&str, Value, Value)> = found.iter().map(|pair| (pair.key.as_str(), pair.first.clone(), pair.second.clone())).collect();
+        let found: Vec<(&str, Value, Value)> =
+            found.iter().map(|pair| (pair.key.as_str(), pair.first.clone(), pair.second.clone())).collect();
         let expected = [
             ("a", json!(1), json!(2)),
             ("b.c", json!([1, 2]), json!([1, 3])),

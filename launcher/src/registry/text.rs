@@ -20,7 +20,19 @@ const UNKNOWN: &str = "-";
 pub fn list_text(runs: &[RunEntry], now: f64) -> String {
     let mut table = Table::new();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["run", "hash", "state", "step", "loss", "accuracy", "parents", "checkpoints", "worker-hours", "GPU-hours", "started"]);
+    table.set_header([
+        "run",
+        "hash",
+        "state",
+        "step",
+        "loss",
+        "accuracy",
+        "parents",
+        "checkpoints",
+        "worker-hours",
+        "GPU-hours",
+        "started",
+    ]);
     for run in runs {
         table.add_row([
             run.name.clone(),
@@ -40,7 +52,8 @@ pub fn list_text(runs: &[RunEntry], now: f64) -> String {
         column.set_cell_alignment(CellAlignment::Right);
     }
     let noted = runs.iter().filter(|run| !run.notes.is_empty()).count();
-    let notes = if noted > 0 { format!("\nruns with files that cannot be read: {noted}; `cloze runs show RUN` names them") } else { String::new() };
+    let notes =
+        if noted > 0 { format!("\nruns with files that cannot be read: {noted}; `cloze runs show RUN` names them") } else { String::new() };
     let count = if runs.len() == 1 { "1 run".to_owned() } else { format!("{} runs", runs.len()) };
     without_controls(&format!("{table}\n{count}{notes}\n"))
 }
@@ -92,7 +105,8 @@ pub fn difference_text(difference: &Difference) -> String {
         table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(["result", &difference.first, &difference.second, "delta"]);
         let number = |number: Option<f64>| number.map_or_else(|| UNKNOWN.to_owned(), shown);
         for metric in &difference.metrics {
-            let delta = metric.delta.map_or_else(|| UNKNOWN.to_owned(), |delta| format!("{}{}", if delta > 0.0 { "+" } else { "" }, shown(delta)));
+            let delta =
+                metric.delta.map_or_else(|| UNKNOWN.to_owned(), |delta| format!("{}{}", if delta > 0.0 { "+" } else { "" }, shown(delta)));
             table.add_row([metric.name.clone(), number(metric.first), number(metric.second), delta]);
         }
         for column in table.column_iter_mut().skip(1) {
@@ -171,15 +185,17 @@ mod tests {
 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
  run             hash   state       step     loss   accuracy         parents    checkpoints   worker-hours   GPU-hours   started 
 ═══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
- table1-mlm-43   4f1c   finished   20/20   1.3244      32.00   table1-mlm-42   1, newest 20          0.015       0.015   3 d ago 
+ table1-mlm-43   4f1c   finished   20/300  1.3244      32.00   table1-mlm-42   1, newest 20          0.015       0.015   3 d ago 
 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
- table1-mlm-44   4f1c   failed     20/20   1.3344          -               -              0          0.015       0.015   3 d ago 
+ table1-mlm-44   4f1c   failed     20/300  1.3344          -               -              0          0.015       0.015   3 d ago 
 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 2 runs
 ";
         assert_eq!(squeezed(&list), squeezed(expected), "\n{list}");
         let shown = entry_text(&runs[0], 60.0);
-        for part in ["study        table1, trial mlm-43", "parent       ", "accuracy     32.00 mmlu", "recipe       train.steps: 20", "0:10 ago"] {
+        for part in
+            ["study        table1, trial mlm-43", "parent       ", "accuracy     32.00 mmlu", "recipe       train.steps: 20", "0:10 ago"]
+        {
             assert!(shown.contains(part), "`{part}` is missing in:\n{shown}");
         }
         assert!(entry_text(&runs[1], 60.0).contains("failure      restart budget spent"));

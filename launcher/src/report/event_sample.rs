@@ -69,8 +69,13 @@ fn blocks(length: u64, sampling: Sampling) -> Vec<(u64, u64)> {
     if length <= sampling.max_bytes {
         return vec![(0, length)];
     }
-    let size = sampling.max_bytes / sampling.num_blocks;
-    (0..sampling.num_blocks).map(|block| ((length - size) * block / (sampling.num_blocks - 1), size)).collect()
+    // The ends say how the run began and how it stands: each of them is a quarter of what is read.
+    let end = sampling.max_bytes / 4;
+    let num_between = sampling.num_blocks.saturating_sub(2);
+    let size = (sampling.max_bytes - 2 * end) / num_between.max(1);
+    let free = length - 2 * end;
+    let between = (0..num_between).map(|block| (end + (free - size) * (block + 1) / (num_between + 1), size));
+    [(0, end)].into_iter().chain(between).chain([(length - end, end)]).collect()
 }
 
 /// The lines that a block holds from end to end: the first part of one that begins before it and of one that ends behind it are left out.
@@ -120,10 +125,10 @@ mod tests {
     const ALL: Sampling = Sampling { max_bytes: 1 << 20, num_blocks: 4 };
 
     fn log(steps: u64) -> String {
-        let events = start().into_iter().chain((1..=steps).map(|number| step(1, number, 2.0))).chain([Event::RunFinished {
-            step: steps,
-            seconds: 9.0,
-        }]);
+        let events = start()
+            .into_iter()
+            .chain((1..=steps).map(|number| step(1, number, 2.0)))
+            .chain([Event::RunFinished { step: steps, seconds: 9.0 }]);
         recorded(events).iter().map(|event| serde_json::to_string(event).unwrap() + "\n").collect()
     }
 

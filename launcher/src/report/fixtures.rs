@@ -64,20 +64,24 @@ pub fn run_folder(folder: &Path, seed: u64, accuracy: Option<f64>) {
     let steps = (1..=20).map(|number| step(1, number, 4.0 / (number as f64).sqrt() + seed as f64 / 100.0));
     let end = match accuracy {
         Some(_) => Event::RunFinished { step: 20, seconds: 10.0 },
-        None => Event::RunFailed { failure: cloze_recipes::failure::Failure::new(cloze_recipes::failure::FailureKind::Run, "restart budget spent") },
+        None => Event::RunFailed {
+            failure: cloze_recipes::failure::Failure::new(cloze_recipes::failure::FailureKind::Run, "restart budget spent"),
+        },
     };
     let events = recorded(start().into_iter().chain(steps).chain([end]));
     let log: String = events.iter().map(|event| serde_json::to_string(event).unwrap() + "\n").collect();
     fs::create_dir_all(folder).unwrap();
     fs::write(folder.join("events.jsonl"), log).unwrap();
-    fs::write(folder.join("recipe.yaml"), format!("version: 1\nname: {name}\nseed: {seed}\ntrain:\n  device: cuda\n  steps: 20\n")).unwrap();
+    fs::write(folder.join("recipe.yaml"), format!("version: 1\nname: {name}\nseed: {seed}\ntrain:\n  device: cuda\n  steps: 20\n"))
+        .unwrap();
     write(
         &folder.join("run.json"),
         &json!({"name": name, "recipe_hash": "4f1c", "data_fingerprint": "d", "cloze_version": "0", "worker_build": "b", "git_revision": null,
             "command_line": ["cloze"], "host": "h", "process_id": 1, "started": 50.0}),
     );
     let Some(accuracy) = accuracy else { return };
-    let scores = |accuracy: f64| json!({"num_rows": 100, "accuracy": accuracy, "macro_f1": accuracy / 2.0, "confusion": [[30, 20], [10, 40]]});
+    let scores =
+        |accuracy: f64| json!({"num_rows": 100, "accuracy": accuracy, "macro_f1": accuracy / 2.0, "confusion": [[30, 20], [10, 40]]});
     let file = |number: u64| json!({"file": format!("subject-{number}.csv"), "scores": scores(accuracy + number as f64 / 100.0)});
     write(
         &folder.join("eval/eval.json"),

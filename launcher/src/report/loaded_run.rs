@@ -7,9 +7,9 @@ use std::thread;
 
 use serde_json::Value;
 
+use super::bounded;
 use super::evaluation::{self, Evaluation};
 use super::event_sample::{self, EventSample, Sampling};
-use super::bounded;
 use crate::run_folder::RunInfo;
 use crate::view::{Point, RunState, RunView};
 

@@ -11,9 +11,9 @@ use super::loaded_run::{self, LoadedRun};
 use super::study_folder::{self, StudyFolder, TrialFile};
 
 /// Bytes of all event logs together that are read.
-const MAX_EVENT_BYTES: u64 = 256 << 20;
+const MAX_EVENT_BYTES: u64 = 96 << 20;
 /// Fewest and most bytes that are read of one event log. A step takes about 300 bytes.
-const LOG_BYTES: (u64, u64) = (128 << 10, 16 << 20);
+const LOG_BYTES: (u64, u64) = (64 << 10, 16 << 20);
 /// Parts that a longer log is sampled in; about as many points as a curve shows well.
 const NUM_BLOCKS: u64 = 32;
 
@@ -90,7 +90,8 @@ impl Material {
         let study = folder.study;
         self.notes.extend(folder.notes);
         if self.expected.is_some() && study.expected.is_some() {
-            self.notes.push(format!("{}: what it expects is left out, as an earlier study of this report has its own", folder.root.display()));
+            self.notes
+                .push(format!("{}: what it expects is left out, as an earlier study of this report has its own", folder.root.display()));
         }
         self.file = self.file.take().or(study.file);
         self.profile = self.profile.take().or(study.profile);
@@ -136,7 +137,10 @@ fn trials_of(folder: &StudyFolder) -> Vec<(Trial, Option<PathBuf>)> {
     let mut trials: Vec<&TrialFile> = folder.trials.iter().filter(|trial| !parents.contains(trial.hash.as_str())).collect();
     trials.sort_by(|one, other| {
         let by_value = folder.study.keys.iter().map(|key| compare(one.parameters.get(key), other.parameters.get(key)));
-        by_value.fold(std::cmp::Ordering::Equal, std::cmp::Ordering::then).then(one.seed.cmp(&other.seed)).then_with(|| one.hash.cmp(&other.hash))
+        by_value
+            .fold(std::cmp::Ordering::Equal, std::cmp::Ordering::then)
+            .then(one.seed.cmp(&other.seed))
+            .then_with(|| one.hash.cmp(&other.hash))
     });
     let trial = |file: &TrialFile| Trial {
         hash: file.hash.clone(),

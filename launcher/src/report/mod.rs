@@ -13,8 +13,8 @@
 pub mod statistics;
 
 pub(crate) mod bounded;
-pub(crate) mod event_sample;
 pub(crate) mod evaluation;
+pub(crate) mod event_sample;
 pub(crate) mod loaded_run;
 pub(crate) mod study_folder;
 

@@ -26,7 +26,12 @@ pub fn html(report: &StudyReport) -> String {
          <title>{name}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{name}</h1>\n<ul class=\"facts\">\n{facts}</ul>\n"
     );
     let heading = if report.source.is_some() { "The paper's table with ours beside it" } else { "Scores" };
-    let _ = write!(page, "<section>\n<h2>{heading}</h2>\n{}<p class=\"quiet\">{}</p>\n", score_table(&report.table, heading), escaped(&legend(report)));
+    let _ = write!(
+        page,
+        "<section>\n<h2>{heading}</h2>\n{}<p class=\"quiet\">{}</p>\n",
+        score_table(&report.table, heading),
+        escaped(&legend(report))
+    );
     if let Some(remark) = &report.remark {
         let _ = writeln!(page, "<p>{}</p>", escaped(remark));
     }
@@ -76,7 +81,8 @@ fn score_row(row: &Row, columns: &[Column], with_paper: bool) -> String {
             continue;
         }
         let [paper, delta] = [number_text(cell.paper, column, false), number_text(cell.delta, column, true)];
-        let _ = write!(text, "<td class=\"group\">{paper}</td><td><b>{ours}</b></td><td>{}</td><td>{delta}</td>", interval_text(cell, column));
+        let _ =
+            write!(text, "<td class=\"group\">{paper}</td><td><b>{ours}</b></td><td>{}</td><td>{delta}</td>", interval_text(cell, column));
         text.push_str(&verdict(cell));
     }
     text + "</tr>\n"
@@ -135,7 +141,8 @@ fn figures(figures: &[Figure]) -> String {
 
 fn numbers(numbers: &Numbers) -> String {
     let head: String = numbers.header.iter().map(|name| format!("<th scope=\"col\">{}</th>", escaped(name))).collect();
-    let row = |row: &Vec<String>| format!("<tr>{}</tr>\n", row.iter().map(|cell| format!("<td>{}</td>", escaped(cell))).collect::<String>());
+    let row =
+        |row: &Vec<String>| format!("<tr>{}</tr>\n", row.iter().map(|cell| format!("<td>{}</td>", escaped(cell))).collect::<String>());
     let rows: String = numbers.rows.iter().take(MAX_NUMBER_ROWS).map(row).collect();
     let hidden = numbers.rows.len().saturating_sub(MAX_NUMBER_ROWS);
     let more = if hidden > 0 { format!("<p class=\"quiet\">and {hidden} more rows, which report.json has</p>\n") } else { String::new() };
@@ -161,5 +168,8 @@ fn trials(table: &ScoreTable) -> String {
     let count = all.clone().count();
     let rows: Vec<Vec<String>> = all.take(MAX_TRIALS).map(row).collect();
     let shown = if count > rows.len() { format!("{count} trials, the first {MAX_TRIALS} of them") } else { format!("{count} trials") };
-    format!("<section>\n<h2>Trials</h2>\n<details>\n<summary>{shown}</summary>\n{}</details>\n</section>\n", numbers(&Numbers { header, rows }))
+    format!(
+        "<section>\n<h2>Trials</h2>\n<details>\n<summary>{shown}</summary>\n{}</details>\n</section>\n",
+        numbers(&Numbers { header, rows })
+    )
 }

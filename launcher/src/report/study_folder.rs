@@ -125,7 +125,8 @@ impl StudyFolder {
 
 fn trial_files(folder: &Path, notes: &mut Vec<String>) -> Result<Vec<PathBuf>, Failure> {
     let folder = folder.join("trials");
-    let failed = |error: std::io::Error| Failure::new(FailureKind::Storage, "the trials cannot be listed").at(folder.display()).because(error);
+    let failed =
+        |error: std::io::Error| Failure::new(FailureKind::Storage, "the trials cannot be listed").at(folder.display()).because(error);
     let entries = match fs::read_dir(&folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),

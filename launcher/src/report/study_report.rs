@@ -78,8 +78,14 @@ pub fn report_study(folder: &Path) -> anyhow::Result<StudyReport> {
 /// folder that is neither.
 pub fn report_folders(folders: &[PathBuf], expected: Option<Expected>) -> anyhow::Result<StudyReport> {
     let mut material = Material::read(folders)?;
-    if expected.is_some() {
-        material.expected = expected;
+    if let Some(expected) = expected {
+        // Single runs have no swept keys: what tells the paper's rows apart stands in for them.
+        if material.keys.is_empty() {
+            let keys: std::collections::BTreeSet<&String> =
+                expected.rows.iter().flat_map(|row| row.arm.iter().flatten()).map(|(key, _)| key).collect();
+            material.keys = keys.into_iter().cloned().collect();
+        }
+        material.expected = Some(expected);
     }
     Ok(StudyReport::of(material))
 }

@@ -1,20 +1,20 @@
 //! A small writer of plots as SVG: axes with round ticks, marks, and labels beside the lines that they name.
 //!
 //! Colours are classes that the page fills in, so that one plot serves light and dark; an SVG library writes them into every mark. A plot
-//! is drawn small with large letters, because a phone shows it at two thirds of its size.
+//! is drawn small with large letters, because a phone shows it at three quarters of its size.
 
 use std::fmt::Write as _;
 
 /// Width of a plot.
-pub const WIDTH: f64 = 520.0;
+pub const WIDTH: f64 = 440.0;
 /// Height of a plot with a usual number of marks.
-pub const HEIGHT: f64 = 320.0;
+pub const HEIGHT: f64 = 300.0;
 /// Colours that the page has; more series than these are not drawn.
 pub const NUM_COLOURS: usize = 8;
 /// Smallest distance of two labels, which is the height of their letters.
 const LABEL_DISTANCE: f64 = 15.0;
-/// Width of a letter, on average.
-const LETTER_WIDTH: f64 = 6.6;
+/// Width of a bold letter, on average.
+const LETTER_WIDTH: f64 = 7.8;
 /// About this many ticks on an axis.
 const NUM_TICKS: f64 = 5.0;
 /// An axis is logarithmic where its largest value is this many times its smallest.
@@ -51,7 +51,8 @@ pub struct Axis {
 impl Axis {
     /// An axis that holds these values with some space around them. It is logarithmic where they span decades.
     pub fn around(name: &str, values: impl IntoIterator<Item = f64>) -> Self {
-        let (low, high) = values.into_iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
+        let (low, high) =
+            values.into_iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
         let name = name.to_owned();
         if !low.is_finite() || !high.is_finite() {
             return Self { name, low: 0.0, high: 1.0, is_log: false };
@@ -211,7 +212,11 @@ impl Plot {
         for (label, y) in sorted.iter().zip(places) {
             let text = fitted(&label.text, self.margins.right - 8.0);
             let title = if text == label.text { String::new() } else { format!("<title>{}</title>", escaped(&label.text)) };
-            self.add(&format!("<text class=\"label c{}\" x=\"{x:.1}\" y=\"{y:.1}\">{title}{}</text>", label.series % NUM_COLOURS, escaped(&text)));
+            self.add(&format!(
+                "<text class=\"label c{}\" x=\"{x:.1}\" y=\"{y:.1}\">{title}{}</text>",
+                label.series % NUM_COLOURS,
+                escaped(&text)
+            ));
         }
     }
 
@@ -342,7 +347,9 @@ mod tests {
         // Equal values and none at all still make an axis.
         assert!(ticks(&Axis::around("x", [5.0, 5.0])).len() > 2);
         assert!(ticks(&Axis::around("x", [])).len() > 2);
-        assert!(!Axis::around("x", [0.0, 1000.0]).is_log && !Axis::around("x", [1.0, 99.0]).is_log && Axis::around("x", [1.0, 100.0]).is_log);
+        assert!(
+            !Axis::around("x", [0.0, 1000.0]).is_log && !Axis::around("x", [1.0, 99.0]).is_log && Axis::around("x", [1.0, 100.0]).is_log
+        );
     }
 
     #[test]
@@ -361,13 +368,13 @@ mod tests {
         let picture = plot.finish("f1", "\"t\"", "d\0");
         assert!(picture.contains("&lt;x&gt;") && picture.contains("a &amp; b") && picture.contains("&quot;t&quot;"));
         assert!(!picture.contains("<script") && !picture.contains('\0'));
-        assert!(picture.contains("</path>") && picture.starts_with("<svg viewBox=\"0 0 520 320\" role=\"img\""));
+        assert!(picture.contains("</path>") && picture.starts_with("<svg viewBox=\"0 0 440 300\" role=\"img\""));
     }
 
     #[test]
     fn long_labels_are_cut() {
         assert_eq!(fitted("auxiliary=mlm", 200.0), "auxiliary=mlm");
-        assert_eq!(fitted("auxiliary=mlm, ratio=0.2", 100.0), "auxiliary=mlm,…");
+        assert_eq!(fitted("auxiliary=mlm, ratio=0.2", 118.0), "auxiliary=mlm,…");
         assert!(label_space(["a very very long label that no plot has space for"]) < WIDTH * 0.4);
     }
 }

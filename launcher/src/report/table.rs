@@ -91,7 +91,9 @@ pub struct Arm {
 pub fn arms(material: &Material) -> Vec<Arm> {
     let mut arms: Vec<Arm> = Vec::new();
     for (index, trial) in material.trials.iter().enumerate() {
-        let known = arms.iter_mut().find(|arm| !trial.stands_alone && !material.trials[arm.trials[0]].stands_alone && arm.parameters == trial.parameters);
+        let known = arms
+            .iter_mut()
+            .find(|arm| !trial.stands_alone && !material.trials[arm.trials[0]].stands_alone && arm.parameters == trial.parameters);
         match known {
             Some(arm) => arm.trials.push(index),
             None => arms.push(Arm { name: arm_name(material, trial), parameters: trial.parameters.clone(), trials: vec![index] }),
@@ -268,8 +270,18 @@ fn arm_name(material: &Material, trial: &Trial) -> String {
     if trial.parameters.is_empty() {
         return if material.name.is_empty() { "all seeds".to_owned() } else { material.name.clone() };
     }
-    let names = trial.parameters.iter().map(|(key, value)| format!("{}={}", short_key(trial, key), value_text(value)));
+    let varying: Vec<&(String, Value)> = trial.parameters.iter().filter(|(key, _)| varies(material, key)).collect();
+    let shown = if varying.is_empty() { trial.parameters.iter().collect() } else { varying };
+    let names = shown.into_iter().map(|(key, value)| format!("{}={}", short_key(trial, key), value_text(value)));
     names.collect::<Vec<_>>().join(", ")
+}
+
+/// Whether trials differ in a swept key.
+pub fn varies(material: &Material, key: &str) -> bool {
+    let value = |trial: &Trial| trial.parameters.iter().find(|(swept, _)| swept == key).map(|(_, value)| value.clone());
+    let mut values = material.trials.iter().filter(|trial| !trial.stands_alone).map(value);
+    let first = values.next();
+    values.any(|value| Some(&value) != first.as_ref())
 }
 
 /// The last part of a key, where no other swept key ends in the same.

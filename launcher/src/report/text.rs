@@ -195,7 +195,13 @@ fn markdown_table(scores: &ScoreTable) -> String {
     for column in &scores.columns {
         let name = escaped(&column.name);
         if with_paper {
-            header.extend([format!("{name}, paper"), format!("{name}, ours"), "95 % interval".to_owned(), "delta".to_owned(), "verdict".to_owned()]);
+            header.extend([
+                format!("{name}, paper"),
+                format!("{name}, ours"),
+                "95 % interval".to_owned(),
+                "delta".to_owned(),
+                "verdict".to_owned(),
+            ]);
         } else {
             header.push(name);
         }

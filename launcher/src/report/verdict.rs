@@ -196,19 +196,19 @@ fn judge_step(better: &Group, worse: &Group, more_is_better: bool, decimals: usi
         _ if difference == 0.0 => (OrderVerdict::Undecided, format!("{means} are equal")),
         None => (OrderVerdict::Undecided, format!("{means}, {direction}, but one seed says nothing about its spread")),
         Some(test) if test.p >= SIGNIFICANCE => {
-            (OrderVerdict::Undecided, format!("{means}, {direction}, but chance could explain it (Welch's t-test, p = {})", chance(test.p)))
+            (OrderVerdict::Undecided, format!("{means}, {direction}, but chance could explain it (Welch's t-test, p {})", chance(test.p)))
         }
         Some(test) => {
             let verdict = if is_as_expected { OrderVerdict::Holds } else { OrderVerdict::Broken };
-            (verdict, format!("{means}, {direction} (Welch's t-test, p = {})", chance(test.p)))
+            (verdict, format!("{means}, {direction} (Welch's t-test, p {})", chance(test.p)))
         }
     };
     OrderStep { better: first, worse: second, test, verdict, reason }
 }
 
-/// A probability for people.
+/// A probability for people, with the sign before it.
 fn chance(p: f64) -> String {
-    if p < 0.000_1 { "below 0.0001".to_owned() } else { format!("{p:.4}") }
+    if p < 0.000_1 { "< 0.0001".to_owned() } else { format!("= {p:.4}") }
 }
 
 #[cfg(test)]
@@ -221,10 +221,30 @@ mod tests {
     #[test]
     fn every_verdict_has_its_reason() {
         let table: [(&[f64], Terms<'_>, Verdict, &str); 9] = [
-            (&[30.9, 31.0, 31.1], TERMS, Verdict::Within, "+1.00, within the tolerance of 1.5; the 95 % interval 30.75 to 31.25 lies in it"),
-            (&[30.0, 31.0, 32.0], TERMS, Verdict::Within, "+1.00, within the tolerance of 1.5; the 95 % interval 28.52 to 33.48 reaches beyond it"),
-            (&[32.9, 33.0, 33.1], TERMS, Verdict::Above, "+3.00, more than the tolerance of 1.5; the 95 % interval 32.75 to 33.25 does not reach it"),
-            (&[25.0, 28.0, 28.0], TERMS, Verdict::Below, "-3.00, more than the tolerance of 1.5; the 95 % interval 22.70 to 31.30 reaches into it"),
+            (
+                &[30.9, 31.0, 31.1],
+                TERMS,
+                Verdict::Within,
+                "+1.00, within the tolerance of 1.5; the 95 % interval 30.75 to 31.25 lies in it",
+            ),
+            (
+                &[30.0, 31.0, 32.0],
+                TERMS,
+                Verdict::Within,
+                "+1.00, within the tolerance of 1.5; the 95 % interval 28.52 to 33.48 reaches beyond it",
+            ),
+            (
+                &[32.9, 33.0, 33.1],
+                TERMS,
+                Verdict::Above,
+                "+3.00, more than the tolerance of 1.5; the 95 % interval 32.75 to 33.25 does not reach it",
+            ),
+            (
+                &[25.0, 28.0, 28.0],
+                TERMS,
+                Verdict::Below,
+                "-3.00, more than the tolerance of 1.5; the 95 % interval 22.70 to 31.30 reaches into it",
+            ),
             (&[28.0], TERMS, Verdict::Below, "-2.00, more than the tolerance of 1.5; one seed, so that nothing is known of its spread"),
             (&[], TERMS, Verdict::NoVerdict, "no trial is evaluated yet"),
             (&[30.0], Terms { paper: None, ..TERMS }, Verdict::NoVerdict, "the paper has no value here"),
@@ -253,9 +273,9 @@ mod tests {
     fn orders() {
         let (high, low) = ([30.0, 30.1, 30.2], [25.0, 25.1, 25.2]);
         let table: [(&[f64], &[f64], bool, OrderVerdict, &str); 8] = [
-            (&high, &low, true, OrderVerdict::Holds, "a against b: 30.10 and 25.10, as expected (Welch's t-test, p = below 0.0001)"),
-            (&low, &high, true, OrderVerdict::Broken, "a against b: 25.10 and 30.10, against expectation (Welch's t-test, p = below 0.0001)"),
-            (&low, &high, false, OrderVerdict::Holds, "a against b: 25.10 and 30.10, as expected (Welch's t-test, p = below 0.0001)"),
+            (&high, &low, true, OrderVerdict::Holds, "a against b: 30.10 and 25.10, as expected (Welch's t-test, p < 0.0001)"),
+            (&low, &high, true, OrderVerdict::Broken, "a against b: 25.10 and 30.10, against expectation (Welch's t-test, p < 0.0001)"),
+            (&low, &high, false, OrderVerdict::Holds, "a against b: 25.10 and 30.10, as expected (Welch's t-test, p < 0.0001)"),
             (
                 &[30.0, 34.0],
                 &[29.0, 33.0],
@@ -263,10 +283,16 @@ mod tests {
                 OrderVerdict::Undecided,
                 "a against b: 32.00 and 31.00, as expected, but chance could explain it (Welch's t-test, p = 0.7575)",
             ),
-            (&[30.0], &low, true, OrderVerdict::Undecided, "a against b: 30.00 and 25.10, as expected, but one seed says nothing about its spread"),
+            (
+                &[30.0],
+                &low,
+                true,
+                OrderVerdict::Undecided,
+                "a against b: 30.00 and 25.10, as expected, but one seed says nothing about its spread",
+            ),
             (&[], &low, true, OrderVerdict::Undecided, "a against b: one of them has no value of ours"),
             (&low, &low, true, OrderVerdict::Undecided, "a against b: 25.10 and 25.10 are equal"),
-            (&[2.0, 2.0], &[1.0, 1.0], true, OrderVerdict::Holds, "a against b: 2.00 and 1.00, as expected (Welch's t-test, p = below 0.0001)"),
+            (&[2.0, 2.0], &[1.0, 1.0], true, OrderVerdict::Holds, "a against b: 2.00 and 1.00, as expected (Welch's t-test, p < 0.0001)"),
         ];
         for (better, worse, more_is_better, verdict, reason) in table {
             let order = judge_order("MMLU", vec![group("a", better), group("b", worse)], more_is_better, 2);

@@ -14,7 +14,7 @@ const MAX_MATRICES: usize = 24;
 /// Arms that each task has a matrix of.
 const MAX_ARMS: usize = 4;
 /// Space for the names of the right labels.
-const LEFT: f64 = 110.0;
+const LEFT: f64 = 100.0;
 /// Space for the names of the predicted labels.
 const TOP: f64 = 44.0;
 /// Largest side of a cell.
@@ -67,7 +67,10 @@ fn counts(material: &Material, row: &Row, task: &str, labels: &[String]) -> Opti
 
 fn figure(task: &str, labels: &[String], row: &Row, counts: &[Vec<u64>], number: usize) -> Figure {
     let cell = ((WIDTH - LEFT - 10.0) / labels.len() as f64).min(MAX_CELL);
-    let mut body = format!("<text class=\"start\" x=\"{LEFT}\" y=\"16\">predicted</text><text class=\"end\" x=\"{:.1}\" y=\"16\">right</text>\n", LEFT - 8.0);
+    let mut body = format!(
+        "<text class=\"start\" x=\"{LEFT}\" y=\"16\">predicted</text><text class=\"end\" x=\"{:.1}\" y=\"16\">right</text>\n",
+        LEFT - 8.0
+    );
     for (place, label) in labels.iter().enumerate() {
         let middle = LEFT + (place as f64 + 0.5) * cell;
         let _ = writeln!(body, "<text class=\"middle\" x=\"{middle:.1}\" y=\"{:.1}\">{}</text>", TOP - 8.0, escaped(&fitted(label, cell)));
@@ -96,13 +99,18 @@ fn figure(task: &str, labels: &[String], row: &Row, counts: &[Vec<u64>], number:
     let all: u64 = counts.iter().flatten().sum();
     let description = format!("Confusion matrix of {} labels; {right} of {all} answers are right", labels.len());
     let header = ["right \\ predicted".to_owned()].into_iter().chain(labels.iter().cloned()).collect();
-    let rows = labels.iter().zip(counts).map(|(label, line)| [label.clone()].into_iter().chain(line.iter().map(u64::to_string)).collect()).collect();
+    let rows = labels
+        .iter()
+        .zip(counts)
+        .map(|(label, line)| [label.clone()].into_iter().chain(line.iter().map(u64::to_string)).collect())
+        .collect();
     Figure {
         section: "Confusion".to_owned(),
         svg: picture(&id("confusion", number), (&title, &description), TOP + cell * labels.len() as f64 + 8.0, &body),
         title,
         description,
-        caption: "Rows by right label, columns by predicted label, all seeds together; a cell is as dark as its share of its row.".to_owned(),
+        caption: "Rows by right label, columns by predicted label, all seeds together; a cell is as dark as its share of its row."
+            .to_owned(),
         numbers: Numbers { header, rows },
     }
 }

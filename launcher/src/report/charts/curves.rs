@@ -92,7 +92,9 @@ fn between(line: &Line, step: f64) -> Option<f64> {
 
 fn numbers(row: &Row, seeds: usize, mean: &Line) -> Vec<String> {
     let last = mean.len().saturating_sub(1) as f64;
-    let at = |part: f64| mean.get((last * part).round() as usize).map_or_else(|| "-".to_owned(), |(step, loss)| format!("{loss:.4} (step {step})"));
+    let at = |part: f64| {
+        mean.get((last * part).round() as usize).map_or_else(|| "-".to_owned(), |(step, loss)| format!("{loss:.4} (step {step})"))
+    };
     [row.name.clone(), seeds.to_string()].into_iter().chain(PARTS.map(|(_, part)| at(part))).collect()
 }
 

@@ -51,7 +51,8 @@ pub fn figures(material: &Material, table: &ScoreTable) -> Vec<Figure> {
 pub(super) fn drawn<'a>(table: &'a ScoreTable, has_any: impl Fn(&Row) -> bool) -> (Vec<(usize, &'a Row)>, String) {
     let rows: Vec<&Row> = table.rows.iter().filter(|row| has_any(row)).collect();
     let hidden = rows.len().saturating_sub(MAX_ROWS);
-    let left_out = if hidden > 0 { format!(" Drawn are the first {MAX_ROWS} rows of the table; {hidden} more are not.") } else { String::new() };
+    let left_out =
+        if hidden > 0 { format!(" Drawn are the first {MAX_ROWS} rows of the table; {hidden} more are not.") } else { String::new() };
     (rows.into_iter().take(MAX_ROWS).enumerate().collect(), left_out)
 }
 

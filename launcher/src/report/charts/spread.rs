@@ -10,7 +10,7 @@ use super::figure::{Figure, Numbers, drawn, id};
 /// Tasks that are drawn.
 const MAX_TASKS: usize = 6;
 /// Height of one strip with its name.
-const STRIP_HEIGHT: f64 = 42.0;
+const STRIP_HEIGHT: f64 = 48.0;
 /// Files that stand in the numbers.
 const MAX_FILES: usize = 200;
 /// Dots lie on this many lines, so that equal values do not hide each other.
@@ -34,7 +34,8 @@ fn tasks(material: &Material) -> Vec<String> {
 
 fn figure(material: &Material, table: &ScoreTable, task: &str, number: usize) -> Option<Figure> {
     let (rows, left_out) = drawn(table, |row| !files(material, row, task).is_empty());
-    let strips: Vec<(usize, &Row, BTreeMap<String, f64>)> = rows.into_iter().map(|(series, row)| (series, row, files(material, row, task))).collect();
+    let strips: Vec<(usize, &Row, BTreeMap<String, f64>)> =
+        rows.into_iter().map(|(series, row)| (series, row, files(material, row, task))).collect();
     if strips.is_empty() {
         return None;
     }
@@ -45,7 +46,7 @@ fn figure(material: &Material, table: &ScoreTable, task: &str, number: usize) ->
     for (place, (series, row, files)) in strips.iter().enumerate() {
         let middle = count - place as f64 - 0.7;
         draw_strip(&mut plot, *series, middle, files);
-        plot.name_row(count - place as f64 - 0.28, *series, &row.name);
+        plot.name_row(count - place as f64 - 0.22, *series, &row.name);
     }
     let title = format!("Spread over the files of {task}");
     let description = format!("A strip of dots for each of {} arms: the accuracy on every file of {task}", strips.len());
@@ -101,7 +102,8 @@ fn numbers(strips: &[(usize, &Row, BTreeMap<String, f64>)]) -> Numbers {
     names.dedup();
     let text = |value: Option<&f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
     let row = |name: &&String| [(*name).clone()].into_iter().chain(strips.iter().map(|(_, _, files)| text(files.get(*name)))).collect();
-    let medians = ["median".to_owned()].into_iter().chain(strips.iter().map(|(_, _, files)| format!("{:.2}", median(files.values().copied()))));
+    let medians =
+        ["median".to_owned()].into_iter().chain(strips.iter().map(|(_, _, files)| format!("{:.2}", median(files.values().copied()))));
     let rows = [medians.collect()].into_iter().chain(names.iter().take(MAX_FILES).map(row)).collect();
     Numbers { header, rows }
 }

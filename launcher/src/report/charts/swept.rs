@@ -8,7 +8,7 @@ use super::super::material::{Material, Trial};
 use super::super::score;
 use super::super::statistics::Summary;
 use super::super::svg::{Axis, HEIGHT, Label, Margins, NUM_COLOURS, Plot, label_space};
-use super::super::table::{Column, ScoreTable, value_text};
+use super::super::table::{Column, ScoreTable, value_text, varies};
 use super::figure::{Figure, Numbers, drawn, id};
 
 /// Keys that are drawn.
@@ -95,11 +95,12 @@ fn series(material: &Material, table: &ScoreTable, key: &str, column: usize) -> 
 fn grouped(material: &Material, table: &ScoreTable, key: &str, column: usize, by_rest: bool) -> Vec<Series> {
     let mut groups: Vec<(String, BTreeMap<u64, Point>)> = Vec::new();
     let metric = &table.columns[column].metric;
+    let varying: Vec<&String> = material.keys.iter().filter(|key| varies(material, key)).collect();
     for row in &table.rows {
         for entry in &row.trials {
             let trial = &material.trials[entry.index];
             let Some(x) = value(trial, key).and_then(Value::as_f64) else { continue };
-            let name = if by_rest { rest(trial, key) } else { String::new() };
+            let name = if by_rest { rest(&varying, trial, key) } else { String::new() };
             let known = groups.iter().position(|(known, _)| *known == name);
             let index = known.unwrap_or_else(|| {
                 groups.push((name, BTreeMap::new()));
@@ -118,9 +119,9 @@ fn grouped(material: &Material, table: &ScoreTable, key: &str, column: usize, by
     groups.into_iter().map(series).filter(|series| !series.points.is_empty()).collect()
 }
 
-/// The other swept values of a trial.
-fn rest(trial: &Trial, key: &str) -> String {
-    let others = trial.parameters.iter().filter(|(swept, _)| swept != key);
+/// The other swept values of a trial, as far as trials differ in them.
+fn rest(varying: &[&String], trial: &Trial, key: &str) -> String {
+    let others = trial.parameters.iter().filter(|(swept, _)| swept != key && varying.contains(&swept));
     others.map(|(key, value)| format!("{}={}", key.rsplit('.').next().unwrap_or(key), value_text(value))).collect::<Vec<_>>().join(", ")
 }
 
@@ -132,19 +133,20 @@ fn draw(section: &str, (key, column): (&str, &Column), all: &[Series], number: u
         return None;
     }
     let reach = |point: &Point| {
-        let ours = Summary::of(&point.values).map(|ours| [ours.mean - ours.deviation.unwrap_or(0.0), ours.mean + ours.deviation.unwrap_or(0.0)]);
+        let ours =
+            Summary::of(&point.values).map(|ours| [ours.mean - ours.deviation.unwrap_or(0.0), ours.mean + ours.deviation.unwrap_or(0.0)]);
         ours.into_iter().flatten().chain(point.paper).collect::<Vec<f64>>()
     };
     let x = Axis::around(key, points().map(|point| point.x));
     let y = Axis::around(&score::axis_name(&column.metric), points().flat_map(reach));
-    let labelled = shown.len() > 1 || points().any(|point| point.paper.is_some());
-    let right = if labelled { label_space(shown.iter().map(|series| series.name.as_str()).chain(["paper"])) } else { Margins::default().right };
+    // A line that is alone needs no name, and the paper's is told by its dashes.
+    let right = if shown.len() > 1 { label_space(shown.iter().map(|series| series.name.as_str())) } else { Margins::default().right };
     let mut plot = Plot::new(x, y, Margins { right, ..Margins::default() }, HEIGHT);
     let mut labels = Vec::new();
     for (index, series) in shown.iter().enumerate() {
         labels.extend(draw_series(&mut plot, index, series, column));
     }
-    if labelled {
+    if shown.len() > 1 {
         plot.labels(&labels);
     }
     let title = format!("{} by {key}", column.name);
@@ -162,8 +164,8 @@ fn draw(section: &str, (key, column): (&str, &Column), all: &[Series], number: u
     })
 }
 
-/// Line, bars and marks of a series; its labels.
-fn draw_series(plot: &mut Plot, index: usize, series: &Series, column: &Column) -> Vec<Label> {
+/// Line, bars and marks of a series; its label.
+fn draw_series(plot: &mut Plot, index: usize, series: &Series, column: &Column) -> Option<Label> {
     let decimals = score::decimals(column.metric.score);
     let paper: Vec<(f64, f64)> = series.points.iter().filter_map(|point| Some((point.x, point.paper?))).collect();
     plot.line(&paper, index, "paper");
@@ -178,10 +180,7 @@ fn draw_series(plot: &mut Plot, index: usize, series: &Series, column: &Column) 
         }
         plot.mark((*x, ours.mean), index, "", &format!("{}: {:.decimals$} at {x}, {} seeds", series.name, ours.mean, ours.count));
     }
-    let name = if series.name.is_empty() { "ours" } else { &series.name };
-    let ours = ours.last().map(|(_, ours)| Label { text: name.to_owned(), value: ours.mean, series: index });
-    let paper = paper.last().map(|&(_, value)| Label { text: "paper".to_owned(), value, series: index });
-    ours.into_iter().chain(paper).collect()
+    ours.last().map(|(_, ours)| Label { text: series.name.clone(), value: ours.mean, series: index })
 }
 
 fn numbers(all: &[Series], key: &str, column: &Column) -> Numbers {
