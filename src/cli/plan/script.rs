@@ -29,7 +29,7 @@ pub(super) fn script(wanted: &Wanted<'_>) -> Result<Option<String>> {
     let request = JobRequest {
         name: format!("cloze-{}-{KEY_PLACE}-1", recipe.name),
         command: [program.display().to_string(), "allocation".to_owned(), folder.display().to_string()].to_vec(),
-        logs: folder.join("jobs").join("logs"),
+        logs: folder.join("logs"),
         folder,
         array: None,
         dependency: None,
