@@ -12,7 +12,7 @@ use clap::Parser;
 use cloze_recipes::failure::Failure;
 
 use cli::arguments::{Arguments, Command, DataCommand};
-use cli::{checkpoints, data, describe, join, load, plan, preflight, run, simulate, status, worker_process};
+use cli::{checkpoints, data, describe, jobs, join, load, plan, preflight, run, simulate, status, submit, worker_process};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -38,10 +38,14 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Data { command: DataCommand::Synth(arguments) } => data::synth(&arguments),
         Command::Plan(arguments) => plan::plan(&arguments, &mut stdout),
         Command::Train(arguments) => run::train(&arguments),
-        Command::Resume(arguments) => run::resume(&arguments),
+        Command::Resume(arguments) => run::resume(&arguments, &mut stdout),
         Command::Join(arguments) => join::join(&arguments),
         Command::Preflight(arguments) => preflight::preflight(&arguments, &mut stdout),
         Command::PreflightAgent => preflight::agent(&mut stdout),
+        Command::Submit(arguments) => submit::submit(&arguments, &mut stdout),
+        Command::Allocation(arguments) => jobs::allocation(&arguments),
+        Command::Cancel(arguments) => jobs::cancel(&arguments),
+        Command::Logs(arguments) => jobs::logs(&arguments, &mut stdout),
         Command::Status(arguments) => status::status(&arguments, &mut stdout),
         Command::Watch(arguments) => status::watch(&arguments, &mut stdout),
         Command::Eval(arguments) => worker_process::eval(&arguments),

@@ -31,11 +31,13 @@ mod worker;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use cloze_recipes::failure::Failure;
 use cloze_recipes::recipe::ModelShape;
+use signal_hook::consts::{SIGHUP, SIGTERM, SIGUSR1, SIGUSR2};
 use tch::Device;
 
 use bench::BenchOptions;
@@ -217,12 +219,23 @@ fn main() -> ExitCode {
     }
 }
 
+/// A batch system signals all processes of a job or step at once. The launcher hears it too and lets the workers save; one that ended by
+/// itself could not. SIGKILL still ends it, and it leaves by itself when nobody controls it any more.
+fn leave_signals_to_the_launcher() -> Result<()> {
+    for signal in [SIGTERM, SIGHUP, SIGUSR1, SIGUSR2] {
+        // Nobody reads the flag; that there is a handler is what counts.
+        signal_hook::flag::register(signal, Arc::default()).context("listen to signals")?;
+    }
+    Ok(())
+}
+
 /// Environment variables of this program are read here and in `main`; the object store reads its own.
 fn run(command: Command) -> Result<()> {
     let torch_folder = std::env::var_os(torch::cuda::TORCH_FOLDER_VARIABLE).map(PathBuf::from);
     let mut stdout = std::io::stdout().lock();
     match command {
         Command::Train(a) => {
+            leave_signals_to_the_launcher()?;
             let token = std::env::var("CLOZE_TOKEN").context("read the run's token from CLOZE_TOKEN")?;
             let TrainArguments { coordinator, run, worker, local_workers, drills } = a;
             worker::run(WorkerOptions { coordinator, run, worker, local_workers, token, torch_folder, drills })

@@ -42,6 +42,15 @@ pub enum Command {
     /// What `cloze preflight` starts on each node
     #[command(hide = true)]
     PreflightAgent,
+    /// Submit a recipe to the batch system of a cluster
+    Submit(super::submit::SubmitArguments),
+    /// What a job executes on its first node
+    #[command(hide = true)]
+    Allocation(super::jobs::AllocationArguments),
+    /// Cancel the jobs of a run
+    Cancel(super::jobs::CancelArguments),
+    /// Print the logs of a run
+    Logs(super::jobs::LogsArguments),
     /// Say how a run is
     Status(super::status::StatusArguments),
     /// Watch a run until it ends
@@ -204,6 +213,9 @@ pub struct TrainArguments {
 pub struct ResumeArguments {
     /// Run folder
     pub run: PathBuf,
+    /// Resume a run of jobs on this machine, instead of submitting it again
+    #[arg(long)]
+    pub here: bool,
     /// How many workers, and where.
     #[command(flatten)]
     pub workers: WorkerArguments,

@@ -5,6 +5,7 @@ pub mod checkpoints;
 pub mod data;
 pub mod describe;
 pub mod hosts;
+pub mod jobs;
 pub mod join;
 pub mod load;
 pub mod places;
@@ -13,6 +14,7 @@ pub mod preflight;
 pub mod run;
 pub mod simulate;
 pub mod status;
+pub mod submit;
 pub mod worker_process;
 
 mod errors;

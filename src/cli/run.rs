@@ -26,11 +26,7 @@ pub(super) const RUNS_FOLDER: &str = "runs";
 /// Starts a new run.
 pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
     let recipe = arguments.recipe.load()?;
-    check_model_folder(&recipe)?;
-    let dataset = Dataset::open(&recipe.data.output)?;
-    check_has_samples(&dataset, &recipe)?;
-    check_prepared(&recipe, dataset.manifest())?;
-    dataset.check_tokenizer(&Tokenizer::load(&recipe.model.tokenizer)?)?;
+    let dataset = check_inputs(&recipe)?;
     for (who, address) in [("coordinator", arguments.watch.listen), ("dashboard", arguments.watch.dashboard.0)] {
         address.map_or(Ok(()), |address| check_port(who, address))?;
     }
@@ -57,9 +53,36 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
     go(RunFolder::create(&root, &new)?, plan, hosts.as_ref(), arguments.watch.quiet)
 }
 
-/// Goes on with a run.
-pub fn resume(arguments: &ResumeArguments) -> Result<ExitCode> {
-    let (run, recipe) = RunFolder::open(&arguments.run)?;
+/// Goes on with a run: here, or in jobs where jobs brought it this far.
+pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
+    if let Some(code) = super::submit::resume(arguments, stdout)? {
+        return Ok(code);
+    }
+    let (run, recipe, total) = open_to_resume(&arguments.run)?;
+    let before = last_workers(run.paths())?.unwrap_or(1);
+    // The run folder does not say how many machines the recipe wanted.
+    let hosts = Hosts::of(&arguments.hosts, || {
+        let failure = Failure::new(FailureKind::Recipe, "`--cluster` does not say over which hosts a run goes on");
+        Err(failure.hint("name them: `--hosts a,b --workers-per-host N`").into())
+    })?;
+    let slots = Slots::of(&arguments.workers, before).over(hosts.as_ref(), arguments.watch.listen)?;
+    let plan = plan(slots, &arguments.watch, recipe, total)?;
+    go(run, LaunchPlan { resumed: true, ..plan }, hosts.as_ref(), arguments.watch.quiet)
+}
+
+/// Opens what a run reads, and checks that it belongs together.
+pub(super) fn check_inputs(recipe: &Recipe) -> Result<Dataset> {
+    check_model_folder(recipe)?;
+    let dataset = Dataset::open(&recipe.data.output)?;
+    check_has_samples(&dataset, recipe)?;
+    check_prepared(recipe, dataset.manifest())?;
+    dataset.check_tokenizer(&Tokenizer::load(&recipe.model.tokenizer)?)?;
+    Ok(dataset)
+}
+
+/// Opens a run that was started before, with its recipe and the steps of the whole run. Its data must be what it was.
+pub(super) fn open_to_resume(folder: &Path) -> Result<(RunFolder, Recipe, u64)> {
+    let (run, recipe) = RunFolder::open(folder)?;
     let dataset = Dataset::open(&recipe.data.output)?;
     let (expected, found) = (&run.info().data_fingerprint, dataset.manifest().fingerprint());
     if *expected != found {
@@ -71,15 +94,7 @@ pub fn resume(arguments: &ResumeArguments) -> Result<ExitCode> {
             .into());
     }
     let total = total_steps(&recipe.train, dataset.num_samples());
-    let before = last_workers(run.paths())?.unwrap_or(1);
-    // The run folder does not say how many machines the recipe wanted.
-    let hosts = Hosts::of(&arguments.hosts, || {
-        let failure = Failure::new(FailureKind::Recipe, "`--cluster` does not say over which hosts a run goes on");
-        Err(failure.hint("name them: `--hosts a,b --workers-per-host N`").into())
-    })?;
-    let slots = Slots::of(&arguments.workers, before).over(hosts.as_ref(), arguments.watch.listen)?;
-    let plan = plan(slots, &arguments.watch, recipe, total)?;
-    go(run, LaunchPlan { resumed: true, ..plan }, hosts.as_ref(), arguments.watch.quiet)
+    Ok((run, recipe, total))
 }
 
 /// How many workers there are to be.
@@ -214,7 +229,8 @@ fn check_model_folder(recipe: &Recipe) -> Result<(), Failure> {
     }
 }
 
-fn split(folder: &Path) -> Result<(PathBuf, String)> {
+/// The folder above a run folder, and its name.
+pub(super) fn split(folder: &Path) -> Result<(PathBuf, String)> {
     let name = folder.file_name().and_then(|name| name.to_str()).map(str::to_owned);
     let name = name.ok_or_else(|| Failure::new(FailureKind::Recipe, "the run folder has no name").at(folder.display()))?;
     Ok((folder.parent().map_or_else(PathBuf::new, Path::to_owned), name))

@@ -25,6 +25,7 @@ mod slot_locks;
 mod slots;
 mod supervisor;
 
+pub(crate) use adoption::forget_earlier;
 pub use drill::{Drill, DrillKind};
 pub use launch::{LaunchOptions, LaunchPlan, launch, launch_on_hosts};
 pub use slots::{SlotsOptions, last_workers, serve_slots};

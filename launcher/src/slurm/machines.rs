@@ -56,14 +56,9 @@ impl Machines {
         Ok(Self { job, name: get("SLURM_JOB_NAME").unwrap_or_default(), requeues, nodes })
     }
 
-    /// Where the coordinator listens: at this node's address on the way to the others; `None`, which is loopback, for a single node
-    /// without a container.
-    pub fn listen(&self, submission: &Submission) -> Result<Option<SocketAddr>, Failure> {
-        let Some(other) = self.nodes.get(1) else {
-            // A container of this node may have a network of its own, but shares loopback with enroot.
-            return Ok(None);
-        };
-        let _ = submission;
+    /// Where the coordinator listens: at this node's address on the way to the others; `None`, which is loopback, for a single node.
+    pub fn listen(&self) -> Result<Option<SocketAddr>, Failure> {
+        let Some(other) = self.nodes.get(1) else { return Ok(None) };
         address_towards(other).map(|address| Some(SocketAddr::new(address, 0))).map_err(|error| {
             Failure::new(FailureKind::Environment, "this node's address on the way to another node of the job is not known")
                 .at(other)

@@ -19,7 +19,7 @@ use super::paths::JobPaths;
 use super::script::{Dependency, JobRequest, render};
 use super::snapshot::Programs;
 use super::version::Version;
-use crate::run_folder::{READABLE, RunPaths, storage, write_whole};
+use crate::run_folder::{READABLE, RunPaths, remove_if_there, storage, write_whole};
 
 /// Version of `submission.json`.
 const VERSION: u32 = 1;
@@ -69,7 +69,8 @@ impl Submission {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(storage("read how a run was submitted", &path, &error).into()),
         };
-        let damaged = |cause: String| Failure::new(FailureKind::Damaged, "submission.json cannot be read").at(path.display()).because(cause);
+        let damaged =
+            |cause: String| Failure::new(FailureKind::Damaged, "submission.json cannot be read").at(path.display()).because(cause);
         let submission: Self = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
         if submission.version != VERSION {
             return Err(damaged(format!("version {} of it is not known", submission.version)).into());
@@ -249,6 +250,17 @@ impl<'a> Jobs<'a> {
         self.records = journal::jobs(journal::read(&self.paths.jobs())?);
         Ok(())
     }
+}
+
+/// Leaves the mark of `cloze cancel`, so that no job of the run goes on.
+pub fn mark_cancelled(paths: &JobPaths) -> anyhow::Result<()> {
+    let text = serde_json::to_vec(&serde_json::json!({ "time": unix_time()? })).context("serialise a mark")?;
+    write_whole(&paths.cancelled(), &text, READABLE)
+}
+
+/// Takes the mark away.
+pub fn unmark_cancelled(paths: &JobPaths) -> anyhow::Result<()> {
+    remove_if_there(&paths.cancelled()).map_err(|error| storage("remove a mark", &paths.cancelled(), &error).into())
 }
 
 /// Now, as Unix time in seconds.
