@@ -246,6 +246,7 @@ impl Job<'_> {
             attempts,
             max_jobs: slurm_site.max_jobs,
             bad_nodes,
+            num_nodes: self.machines.nodes.len(),
         };
         let (decision, reason) = decide(&circumstances);
         self.note_end(&decision, &reason.to_string(), &circumstances, failure.as_ref())?;
