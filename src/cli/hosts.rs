@@ -1,13 +1,20 @@
 //! Hosts of a run that a remote shell reaches: which slots each has, what is started there, and where the controller listens for them.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _, UdpSocket};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
 use cloze_cluster::host::host_name;
-use cloze_launcher::hosts::{HostSlots, HostsPlan, RemoteHost};
+use cloze_launcher::hosts::{HostSlots, HostsPlan, RemoteHost, shell_line};
+use cloze_launcher::preflight::NodeOptions;
 use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::recipe::Recipe;
+use cloze_recipes::site::{Preflight, Site, SiteKind, SshSite};
+use cloze_recipes::study::Resources;
+
+use super::preflight::{MachineCheck, agent_words, measure, verdict};
 
 /// Remote shell unless told otherwise. It must not ask: nobody answers.
 const REMOTE_SHELL: &str = "ssh -o BatchMode=yes";
@@ -23,7 +30,7 @@ const SOME_PORT: u16 = 9;
 pub struct HostsArguments {
     /// Hosts of the run, separated by commas; workers are started there through a remote shell. The run folder must be on a disk that all
     /// share. This machine may be among them, by its name or as localhost
-    #[arg(long, value_name = "HOSTS", value_delimiter = ',', conflicts_with_all = ["workers", "local"])]
+    #[arg(long, value_name = "HOSTS", value_delimiter = ',', conflicts_with_all = ["workers", "local", "cluster"])]
     pub hosts: Vec<String>,
     /// Workers on each of the hosts
     #[arg(long, value_name = "N", default_value_t = 1, requires = "hosts", value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -31,10 +38,13 @@ pub struct HostsArguments {
     /// Remote shell and its options, after which come the host and one quoted command line
     #[arg(long, value_name = "WORDS", default_value = REMOTE_SHELL, requires = "hosts")]
     pub remote_shell: String,
+    /// Cluster file: with `kind: ssh` the first of its hosts, as many as `resources.nodes` says; with `kind: local` this machine
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["workers", "local"])]
+    pub cluster: Option<PathBuf>,
 }
 
 /// The hosts of a run.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Hosts {
     /// Workers on this machine, from slot 0.
     pub local_workers: u32,
@@ -42,16 +52,67 @@ pub struct Hosts {
     pub workers: u32,
     /// The other hosts, with the slots after those.
     others: Vec<HostSlots>,
+    /// What the site does before anything is started there.
+    preparation: Preparation,
+    /// The site's folder for runs.
+    pub folder: Option<PathBuf>,
+    /// The check of the machines before step 0; `None` where no site asks for one.
+    preflight: Option<Preflight>,
+}
+
+/// What is done on a host before anything is started: modules, variables, lines of shell, those of the recipe after the site's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Preparation {
+    modules: Vec<String>,
+    environment: BTreeMap<String, String>,
+    setup: Vec<String>,
 }
 
 impl Hosts {
-    /// The hosts that were named; `None` where none was. One that is named twice is refused.
-    pub fn of(arguments: &HostsArguments) -> Result<Option<Self>, Failure> {
-        let shell = arguments.remote_shell.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
-        if arguments.hosts.is_empty() {
-            return Ok(None);
+    /// The hosts that were named, here or in a cluster file, for the resources of a recipe; `None` where none was. One that is named twice
+    /// is refused, and so is a site with a batch system.
+    pub fn of(arguments: &HostsArguments, resources: impl FnOnce() -> Result<Resources>) -> Result<Option<Self>> {
+        let Some(file) = &arguments.cluster else {
+            let shell = arguments.remote_shell.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+            if arguments.hosts.is_empty() {
+                return Ok(None);
+            }
+            return Ok(Some(Self::new(&arguments.hosts, arguments.workers_per_host, &shell, &host_name())?));
+        };
+        let site = cloze_recipes::load_site(file)?;
+        match &site.kind {
+            SiteKind::Local => {
+                let resources = resources()?;
+                let workers = resources.nodes.saturating_mul(resources.workers_per_node);
+                let (others, preparation) = (Vec::new(), Preparation::default());
+                Ok(Some(Self { local_workers: workers, workers, others, preparation, folder: site.folder, preflight: None }))
+            }
+            SiteKind::Slurm(_) => {
+                let failure = Failure::new(FailureKind::Recipe, "this cluster's machines are given out by a batch system");
+                Err(failure.at(file.display()).hint("use `cloze submit RECIPE --cluster FILE`").into())
+            }
+            SiteKind::Ssh(ssh) => {
+                let resources = resources()?;
+                Self::of_site(&site, ssh, &resources).map(Some).map_err(|failure| failure.at(file.display()).into())
+            }
         }
-        Self::new(&arguments.hosts, arguments.workers_per_host, &shell, &host_name()).map(Some)
+    }
+
+    /// The first hosts of a site, as many as the resources say.
+    fn of_site(site: &Site, ssh: &SshSite, resources: &Resources) -> Result<Self, Failure> {
+        let Some(names) = ssh.hosts.get(..resources.nodes as usize) else {
+            let failure = Failure::new(FailureKind::Recipe, "the cluster file names too few hosts").found(ssh.hosts.len());
+            return Err(failure.expected(format!("at least {} (`resources.nodes`)", resources.nodes)));
+        };
+        let mut hosts = Self::new(names, resources.workers_per_node, &ssh.command, &host_name())?;
+        hosts.folder.clone_from(&site.folder);
+        hosts.preflight = Some(site.preflight).filter(|preflight| preflight.enabled);
+        hosts.preparation = Preparation {
+            modules: [site.modules.clone(), resources.modules.clone()].concat(),
+            environment: site.environment.clone().into_iter().chain(resources.environment.clone()).collect(),
+            setup: [site.setup.clone(), resources.setup.clone()].concat(),
+        };
+        Ok(hosts)
     }
 
     /// Deals the slots out: first this machine's, if it is among them, then those of the others in their order.
@@ -76,14 +137,29 @@ impl Hosts {
             num_slots: workers_per_host,
         });
         let others: Vec<HostSlots> = others.collect();
-        Ok(Self { local_workers, workers: local_workers + others.len() as u32 * workers_per_host, others })
+        let workers = local_workers + others.len() as u32 * workers_per_host;
+        Ok(Self { local_workers, workers, others, preparation: Preparation::default(), folder: None, preflight: None })
+    }
+
+    /// Checks the machines, where the site asks for it; bad ones are named in the failure.
+    pub fn check_machines(&self, recipe: &Recipe, run: &Path) -> Result<()> {
+        let Some(limits) = self.preflight.filter(|_| !self.others.is_empty()) else { return Ok(()) };
+        let here = (self.local_workers > 0).then(|| RemoteHost::here(&host_name()));
+        let hosts = here.into_iter().chain(self.others.iter().map(|other| other.host.clone()));
+        let nodes = hosts.map(|host| NodeOptions { host, address: None }).collect();
+        let run = std::path::absolute(run).context("find the run folder")?;
+        let place = recipe.checkpoint.url.clone().unwrap_or_else(|| run.display().to_string());
+        let agent = [self.preparation.words(), agent_words()?].concat();
+        let devices = self.others.first().map_or(1, |other| other.num_slots);
+        let report = measure(MachineCheck { nodes, agent, recipe, place, devices, limits })?;
+        verdict(&report)?;
+        Ok(())
     }
 
     /// What is started on the others for a run.
     pub fn plan(&self, run: &Path) -> Result<HostsPlan> {
         let run = std::path::absolute(run).context("find the run folder")?;
-        let variables = VARIABLES.iter().filter_map(|name| Some(format!("{name}={}", std::env::var(name).ok()?))).collect::<Vec<_>>();
-        let mut words = if variables.is_empty() { Vec::new() } else { [vec!["env".to_owned()], variables].concat() };
+        let mut words = self.preparation.words();
         let program = std::env::current_exe().context("find this program")?;
         words.extend([program.display().to_string(), "join".to_owned(), run.display().to_string()]);
         words.extend(["--join-timeout".to_owned(), JOIN_TIMEOUT_S.to_string()]);
@@ -101,6 +177,24 @@ impl Hosts {
                 .because(error)
                 .hint("say where the coordinator listens: `--listen ADDRESS:0`, with an address that all hosts reach")),
         }
+    }
+}
+
+impl Preparation {
+    /// The words before a command that prepare the host for it.
+    fn words(&self) -> Vec<String> {
+        let own = VARIABLES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?)));
+        let variables: BTreeMap<String, String> = own.chain(self.environment.clone()).collect();
+        let mut words = if variables.is_empty() { Vec::new() } else { vec!["env".to_owned()] };
+        words.extend(variables.into_iter().map(|(name, value)| format!("{name}={value}")));
+        if !self.modules.is_empty() || !self.setup.is_empty() {
+            let modules = self.modules.iter().map(|module| format!("module load {}", shell_line(std::slice::from_ref(module))));
+            let lines: Vec<String> = modules.chain(self.setup.iter().cloned()).collect();
+            // A login shell knows `module`; the command follows as the script's own arguments.
+            let script = format!("set -e\n{}\nexec \"$@\"", lines.join("\n"));
+            words.extend(["bash".to_owned(), "-lc".to_owned(), script, "cloze".to_owned()]);
+        }
+        words
     }
 }
 
@@ -148,6 +242,21 @@ mod tests {
         for text in ["b,b", "a,localhost", "a,b,", "-oProxyCommand=x", "b c"] {
             assert_eq!(hosts(text).unwrap_err().kind, FailureKind::Recipe, "{text}");
         }
+    }
+
+    #[test]
+    fn a_host_is_prepared_by_the_words_before_the_command() {
+        let preparation = Preparation {
+            modules: vec!["a b".to_owned()],
+            environment: BTreeMap::from([("NAME".to_owned(), "two words".to_owned())]),
+            setup: vec!["module() { :; }".to_owned(), "LINE=set; export LINE".to_owned()],
+        };
+        let words = Preparation { modules: Vec::new(), ..preparation.clone() }.words();
+        let command =
+            [words, names("sh,-c").into_iter().chain(["echo $NAME $LINE \"$0\"".to_owned(), "it's".to_owned()]).collect()].concat();
+        let output = std::process::Command::new("sh").args(["-c", &shell_line(&command)]).output().unwrap();
+        assert_eq!(String::from_utf8(output.stdout).unwrap().lines().last(), Some("two words set it's"));
+        assert!(preparation.words().iter().any(|word| word.contains("set -e\nmodule load 'a b'\n")));
     }
 
     #[test]

@@ -62,28 +62,66 @@ pub struct PreflightArguments {
 /// Checks the nodes: a table on standard error, JSON on standard output. Bad nodes are exit code 5.
 pub fn preflight(arguments: &PreflightArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
     let (recipe, place) = what_is_run(arguments)?;
-    let mut say = |line: &str| drop(writeln!(std::io::stderr(), "{line}"));
-    let report = run_preflight(PreflightOptions {
+    let limits = Preflight {
+        enabled: true,
+        min_bandwidth_share: arguments.min_bandwidth_share,
+        max_slowdown: arguments.max_slowdown,
+        timeout_s: arguments.timeout,
+    };
+    let report = measure(MachineCheck {
         nodes: nodes(arguments)?,
-        agent: vec![std::env::current_exe().context("find this program")?.display().to_string(), "preflight-agent".to_owned()],
-        setup: setup(&recipe, place, arguments)?,
-        limits: Preflight {
-            enabled: true,
-            min_bandwidth_share: arguments.min_bandwidth_share,
-            max_slowdown: arguments.max_slowdown,
-            timeout_s: arguments.timeout,
-        },
-        progress: &mut say,
+        agent: agent_words()?,
+        recipe: &recipe,
+        place,
+        devices: arguments.devices,
+        limits,
     })?;
-    say(&table(&report));
     writeln!(stdout, "{}", serde_json::to_string(&report).context("encode the report")?).context("print the report")?;
+    verdict(&report)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What is checked before a run.
+pub(super) struct MachineCheck<'a> {
+    /// The nodes.
+    pub nodes: Vec<NodeOptions>,
+    /// The words that start an agent on a node.
+    pub agent: Vec<String>,
+    /// The run's recipe.
+    pub recipe: &'a Recipe,
+    /// Where its checkpoints go.
+    pub place: String,
+    /// Devices of each node.
+    pub devices: u32,
+    /// When a node is bad.
+    pub limits: Preflight,
+}
+
+/// The words that start an agent.
+pub(super) fn agent_words() -> Result<Vec<String>> {
+    Ok(vec![std::env::current_exe().context("find this program")?.display().to_string(), "preflight-agent".to_owned()])
+}
+
+/// Measures, with a table on standard error.
+pub(super) fn measure(check: MachineCheck<'_>) -> Result<PreflightReport> {
+    // Where nobody reads it, the verdict matters all the same.
+    let mut say = |line: &str| drop(writeln!(std::io::stderr(), "{line}"));
+    let setup = setup(&check)?;
+    let MachineCheck { nodes, agent, limits, .. } = check;
+    let report = run_preflight(PreflightOptions { nodes, agent, setup, limits, progress: &mut say })?;
+    say(&table(&report));
+    Ok(report)
+}
+
+/// Fails where there are bad nodes, naming each with its reason.
+pub(super) fn verdict(report: &PreflightReport) -> Result<(), Failure> {
     if report.ok {
-        return Ok(ExitCode::SUCCESS);
+        return Ok(());
     }
     let bad: Vec<String> = report.bad_nodes.iter().map(|bad| format!("{}: {}", bad.node, bad.reason)).collect();
     let failure =
         Failure::new(FailureKind::Environment, format!("{} of {} nodes must not be used", bad.len(), report.measured.nodes.len()));
-    Err(failure.because(bad.join("\n    ")).hint("exclude them, or mend what the reasons say").into())
+    Err(failure.because(bad.join("\n    ")).hint("exclude them, or mend what the reasons say"))
 }
 
 /// The agent of one node; it talks through standard input and output, and ends with its input.
@@ -109,18 +147,19 @@ fn what_is_run(arguments: &PreflightArguments) -> Result<(Recipe, String)> {
     Ok((recipe, place))
 }
 
-fn setup(recipe: &Recipe, place: String, arguments: &PreflightArguments) -> Result<Setup> {
+fn setup(check: &MachineCheck<'_>) -> Result<Setup> {
+    let recipe = check.recipe;
     let is_gpu = recipe.train.device == Device::Cuda;
     Ok(Setup {
         secret: Secret::random()?,
         node: String::new(),
         worker_binary: worker_binary()?,
         device: if is_gpu { "cuda" } else { "cpu" }.to_owned(),
-        num_devices: arguments.devices,
+        num_devices: check.devices,
         bfloat16: is_gpu && recipe.train.precision == Precision::Bfloat16,
-        place,
+        place: check.place.clone(),
         options: recipe.checkpoint.options.clone(),
-        task_timeout_s: u64::from(arguments.timeout),
+        task_timeout_s: u64::from(check.limits.timeout_s),
     })
 }
 

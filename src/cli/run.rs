@@ -31,10 +31,17 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
         address.map_or(Ok(()), |address| check_port(who, address))?;
     }
     let total = total_steps(&recipe.train, dataset.num_samples());
-    let hosts = Hosts::of(&arguments.hosts)?;
+    let hosts = Hosts::of(&arguments.hosts, || {
+        let changes = &arguments.recipe.changes;
+        Ok(cloze_recipes::load_study(&arguments.recipe.recipe, &changes.overrides, changes.profile.as_deref())?.resources)
+    })?;
     let slots = Slots::of(&arguments.workers, 1).over(hosts.as_ref(), arguments.watch.listen)?;
     let plan = plan(slots, &arguments.watch, recipe.clone(), total)?;
-    let folder = arguments.run.clone().unwrap_or_else(|| Path::new(RUNS_FOLDER).join(&recipe.name));
+    let runs = hosts.as_ref().and_then(|hosts| hosts.folder.clone()).unwrap_or_default().join(RUNS_FOLDER);
+    let folder = arguments.run.clone().unwrap_or_else(|| runs.join(&recipe.name));
+    if let Some(hosts) = &hosts {
+        hosts.check_machines(&recipe, &folder)?;
+    }
     let (root, name) = split(&folder)?;
     let new = NewRun {
         name: &name,
@@ -53,7 +60,11 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Exi
     }
     let (run, recipe, total) = open_to_resume(&arguments.run)?;
     let before = last_workers(run.paths())?.unwrap_or(1);
-    let hosts = Hosts::of(&arguments.hosts)?;
+    // The run folder does not say how many machines the recipe wanted.
+    let hosts = Hosts::of(&arguments.hosts, || {
+        let failure = Failure::new(FailureKind::Recipe, "`--cluster` does not say over which hosts a run goes on");
+        Err(failure.hint("name them: `--hosts a,b --workers-per-host N`").into())
+    })?;
     let slots = Slots::of(&arguments.workers, before).over(hosts.as_ref(), arguments.watch.listen)?;
     let plan = plan(slots, &arguments.watch, recipe, total)?;
     go(run, LaunchPlan { resumed: true, ..plan }, hosts.as_ref(), arguments.watch.quiet)
@@ -144,7 +155,8 @@ fn go(run: RunFolder, plan: LaunchPlan, hosts: Option<&Hosts>, quiet: bool) -> R
     let run_path = run.path().to_owned();
     let elsewhere = plan.local_workers < plan.workers;
     let again = match hosts {
-        Some(_) => " with the same `--hosts`".to_owned(),
+        Some(_) if elsewhere => " with the same hosts and `--workers-per-host`".to_owned(),
+        Some(_) => format!(" --workers {}", plan.workers),
         None if elsewhere => format!(" --workers {} --local {}", plan.workers, plan.local_workers),
         None => format!(" --workers {}", plan.workers),
     };

@@ -136,8 +136,8 @@ impl HostCrew {
     /// Keeps a line, and returns how it is shown.
     pub(crate) fn take_line(&mut self, place: usize, text: &str) -> String {
         let state = &mut self.states[place];
-        // `cloze join` says so with the first worker; what comes before is of the remote shell.
-        state.was_there |= text.starts_with("worker ");
+        // `cloze join` tells of its workers, or of one before it; anything else is of the remote shell.
+        state.was_there |= text.starts_with("worker ") || text.starts_with("another `cloze join`");
         state.tail.push_back(text.to_owned());
         if state.tail.len() > TAIL_LINES {
             state.tail.pop_front();

@@ -21,6 +21,7 @@ mod process;
 mod record;
 mod restart;
 mod signals;
+mod slot_locks;
 mod slots;
 mod supervisor;
 

@@ -24,6 +24,8 @@ use crate::hosts::RemoteHost;
 const MAX_STARTS: usize = 64;
 /// Share of the time that starting the agents may take.
 const START_SHARE: f64 = 0.4;
+/// Share of the time after which devices and place must have been checked, so that some is left for the links of those that have.
+const NODES_SHARE: f64 = 0.75;
 /// How long each direction of a link is measured, and what a pair needs beside that.
 const WINDOW_MS: u64 = 500;
 const PAIR_OVERHEAD_MS: u64 = 300;
@@ -104,7 +106,7 @@ impl Check {
         let mut check = Self { nodes, deadline: started + total };
         check.compare_clocks().await;
         progress("checking devices and the place of the checkpoints");
-        check.ask_nodes().await?;
+        check.ask_nodes(started + total.mul_f64(NODES_SHARE)).await?;
         let pairs = check.measure_pairs(progress).await?;
         let mut measured = Vec::new();
         for node in check.nodes {
@@ -129,28 +131,27 @@ impl Check {
     }
 
     /// Devices and place of every node; nodes of one machine come one after another, so that they do not slow each other down.
-    async fn ask_nodes(&mut self) -> anyhow::Result<()> {
+    async fn ask_nodes(&mut self, deadline: Instant) -> anyhow::Result<()> {
         let mut machines: BTreeMap<String, Vec<(usize, Node)>> = BTreeMap::new();
         for (place, node) in self.nodes.iter().enumerate() {
             if let Some(ready) = &node.ready {
                 machines.entry(ready.machine.clone()).or_default().push((place, node.clone()));
             }
         }
-        let deadline = self.deadline;
         let mut tasks = JoinSet::new();
         for nodes in machines.into_values() {
             tasks.spawn(async move {
                 let mut done = Vec::new();
                 for (place, mut node) in nodes {
                     ask_node(&mut node, deadline).await;
-                    done.push((place, node.measured));
+                    done.push((place, node));
                 }
                 done
             });
         }
         while let Some(done) = tasks.join_next().await {
-            for (place, measured) in done.context("check the devices of a node")? {
-                self.nodes[place].measured = measured;
+            for (place, node) in done.context("check the devices of a node")? {
+                self.nodes[place] = node;
             }
         }
         Ok(())
@@ -233,6 +234,12 @@ async fn clock_offset_s(node: &Node, deadline: Instant) -> Option<f64> {
 async fn ask_node(node: &mut Node, deadline: Instant) {
     match ask(node, &Request::Devices, deadline).await {
         Ok(Answer::Devices(devices)) => node.measured.devices = devices,
+        Err(error) => {
+            // Whoever does not answer is asked no more, and its links say nothing.
+            node.measured.device_error = Some(format!("{error:#}"));
+            node.ready = None;
+            return;
+        }
         other => node.measured.device_error = Some(reason(other)),
     }
     match ask(node, &Request::Store, deadline).await {

@@ -77,6 +77,11 @@ impl RunPaths {
         self.root.join("logs").join(format!("host-{plain}.log"))
     }
 
+    /// Held by the `cloze join` that fills a slot.
+    pub fn slot_lock(&self, worker: u32) -> PathBuf {
+        self.processes().join(format!("worker-{worker}.lock"))
+    }
+
     /// Which process fills a slot.
     pub fn process(&self, worker: u32) -> PathBuf {
         self.processes().join(format!("worker-{worker}.json"))
