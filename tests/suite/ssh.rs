@@ -72,8 +72,7 @@ fn a_host_that_is_not_there_is_named() {
     let world = World::prepared();
     let run = world.run("run");
     start(&world, &ssh, "login,n7", 10).wait().expect_code(5).expect_words(&["n7"]);
-    assert_eq!(run.live_workers(), 0);
-    std::fs::remove_dir_all(&run.path).expect("remove the run");
+    assert!(!run.path.exists(), "a run folder was made for nothing");
     // A machine without power answers nothing at all.
     ssh.fleet().cut("n1");
     start(&world, &ssh, "login,n1", 10).wait().expect_code(5).expect_words(&["n1", "cannot be reached"]);
