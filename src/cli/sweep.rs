@@ -265,19 +265,19 @@ impl Driven {
         if !self.end.is_interrupted {
             return Ok(());
         }
-        let shown = self.folder.display();
+        let shown = self.folder.display().to_string();
         let what = format!("the sweep was left: {}", counts(&self.end.records));
-        Err(Failure::new(FailureKind::Interrupted, what).at(shown).hint(format!("go on with: cloze sweep resume {shown}")))
+        Err(Failure::new(FailureKind::Interrupted, what).at(&shown).hint(format!("go on with: cloze sweep resume {shown}")))
     }
 
     /// Fails with kind `Run` where trials have failed.
     pub(super) fn check_trials(&self) -> Result<(), Failure> {
         let failed: Vec<&TrialRecord> = self.end.records.iter().filter(|record| record.state == TrialState::Failed).collect();
         let Some(first) = failed.first() else { return Ok(()) };
-        let shown = self.folder.display();
+        let shown = self.folder.display().to_string();
         let what = format!("{} of {} trials failed", failed.len(), self.end.records.len());
         let cause = first.failure.as_ref().map_or_else(String::new, |failure| format!("{}: {}", first.name, failure.what));
-        Err(Failure::new(FailureKind::Run, what).at(shown).because(cause).hint(format!(
+        Err(Failure::new(FailureKind::Run, what).at(&shown).because(cause).hint(format!(
             "look at {shown}/jobs/{}.log; `cloze sweep retry {shown}` tries them again",
             first.name
         )))

@@ -152,11 +152,11 @@ fn a_sweep_goes_on_after_its_controller_was_killed() {
     let world = World::with_corpus(2000);
     let around = "\
 sweep:
-  seeds: [1, 2, 3, 4]
+  seeds: [1, 2, 3]
   concurrency: 2
 ";
     let study = Study::new(&world, "killed", around);
-    let process = study.start(&["--set", "train.steps=400", "--set", "checkpoint.every_steps=20"]);
+    let process = study.start(&["--set", "train.steps=150", "--set", "checkpoint.every_steps=20"]);
     wait_until("two trials train", PATIENCE, || {
         study.records().iter().filter(|(name, record)| record["state"] == "training" && study.steps(name).len() > 5).count() == 2
     });
@@ -171,11 +171,11 @@ sweep:
         out.iter().zip(&before).all(|(name, &before)| study.steps(name).len() > before)
     });
 
-    world.done(&["sweep", "resume", &folder]).expect_words(&["2 trials of an earlier controller are out", "4 of 4 done"]);
+    world.done(&["sweep", "resume", &folder]).expect_words(&["2 trials of an earlier controller are out", "3 of 3 done"]);
     for (name, record) in study.records() {
         assert_eq!((record["state"].as_str(), record["attempts"].as_u64()), (Some("done"), Some(1)), "{name}");
         let steps = study.steps(&name);
-        assert_eq!((study.starts(&name), steps.len(), steps.last()), (1, 400, Some(&400)), "{name}");
+        assert_eq!((study.starts(&name), steps.len(), steps.last()), (1, 150, Some(&150)), "{name}");
     }
 }
 
@@ -183,7 +183,7 @@ sweep:
 fn a_sweep_that_is_stopped_saves_and_goes_on_elsewhere() {
     let world = World::with_corpus(2000);
     let study = Study::new(&world, "stopped", "sweep: {seeds: [1, 2, 3], concurrency: 2, metric: {score: loss}}\n");
-    let arguments = ["--set", "train.steps=400", "--set", "checkpoint.every_steps=1000", "--journal", "journal"];
+    let arguments = ["--set", "train.steps=150", "--set", "checkpoint.every_steps=1000", "--journal", "journal"];
     let process = study.start(&arguments);
     wait_until("two trials train", PATIENCE, || {
         study.records().iter().filter(|(name, record)| record["state"] == "training" && study.steps(name).len() > 5).count() == 2
