@@ -15,6 +15,7 @@ mod loading;
 mod models;
 mod multihost;
 mod network;
+mod papers;
 mod recipes;
 mod recovery;
 mod reference;
