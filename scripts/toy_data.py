@@ -64,9 +64,16 @@ def real(folder, output):
     for name, raft in [("ade", "ade_corpus_v2"), ("nis", "neurips_impact_statement_risks"), ("ose", "one_stop_english")]:
         copy(evaluation / "raft" / raft / "train.csv", output / "raft" / f"{name}.csv")
     for name, file in REAL_ZERO.items():
-        copy(evaluation / "hf_arrow" / f"{file}__validation.jsonl", output / "zero" / f"{name}.jsonl")
+        found = rows(evaluation / "hf_arrow" / f"{file}__validation.jsonl")
+        write_rows(output / "zero" / f"{name}.jsonl", [row for row in found if "answerKey" not in row or with_letter(row)])
     real_finetune(evaluation, unpacked("finetune"), output)
     shutil.rmtree(output / ".unpacked", ignore_errors=True)
+
+
+def with_letter(row):
+    """Whether a question has four options; its answer becomes a letter, where some of ARC have a number."""
+    row["answerKey"] = {"1": "A", "2": "B", "3": "C", "4": "D"}.get(row["answerKey"], row["answerKey"])
+    return len(row["choices"]["text"]) == 4
 
 
 REAL_ZERO = {

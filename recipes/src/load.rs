@@ -40,7 +40,9 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
+    use crate::check_file;
     use crate::failure::{Failure, FailureKind};
+    use crate::recipe::Device;
 
     const RECIPE: &str = "version: 1
 name: demo
@@ -227,7 +229,7 @@ evaluation: []
     fn shipped() -> Vec<PathBuf> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let mut files = Vec::new();
-        for folder in ["demo", "its-all-in-the-mask"] {
+        for folder in ["demo", "flan", "its-all-in-the-mask", "related"] {
             for entry in std::fs::read_dir(root.join(folder)).unwrap() {
                 files.push(entry.unwrap().path());
             }
@@ -240,13 +242,50 @@ evaluation: []
     #[test]
     fn shipped_recipes_load_and_read_back_from_their_own_text() {
         let files = shipped();
-        assert_eq!(files.len(), 5, "{files:?}");
+        assert_eq!(files.len(), 27, "{files:?}");
         for file in files {
             let recipe = load(&file, &[]).unwrap();
             let (_folder, path) = written("copy.yaml", &recipe.to_yaml());
             let copy = load(&path, &[]).unwrap();
             assert_eq!(copy, recipe, "{}", file.display());
             assert_eq!(copy.hash(), recipe.hash(), "{}", file.display());
+        }
+    }
+
+    #[test]
+    fn shipped_recipes_are_right_in_every_profile_and_every_trial() {
+        for file in shipped() {
+            let checked = check_file(&file, &[], None).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+            let profiles: Vec<&str> = checked.profiles.iter().map(|(name, _)| name.as_str()).collect();
+            let is_demo = file.parent().is_some_and(|folder| folder.ends_with("demo"));
+            assert_eq!(profiles, if is_demo { vec![] } else { vec!["toy"] }, "{}", file.display());
+            let toy = if is_demo { checked.study } else { crate::load_study(&file, &[], Some("toy")).unwrap() };
+            assert_eq!((toy.recipe.train.device, toy.resources.gpus_per_node), (Device::Cpu, 0), "{}", file.display());
+            assert!(is_demo || toy.recipe.data.sources.iter().all(|source| source.url.contains("/data/toy/")), "{}", file.display());
+        }
+    }
+
+    #[test]
+    fn the_tables_have_the_arms_of_the_paper() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let table = [
+            ("its-all-in-the-mask/table1.yaml", 9, 9),
+            ("its-all-in-the-mask/ratio.yaml", 27, 9),
+            ("its-all-in-the-mask/table2.yaml", 1, 1),
+            ("its-all-in-the-mask/table3-20ng.yaml", 9, 4),
+            ("its-all-in-the-mask/table4.yaml", 2, 2),
+            ("flan/held-out.yaml", 18, 6),
+            ("flan/clusters.yaml", 21, 7),
+            ("flan/tasks-per-cluster.yaml", 12, 4),
+            ("flan/mixing.yaml", 12, 4),
+            ("related/muppet-tasks.yaml", 21, 3),
+            ("related/quick-learners.yaml", 18, 6),
+            ("related/zeroprompt-tasks.yaml", 24, 4),
+            ("related/order-matters.yaml", 12, 3),
+        ];
+        for (file, trials, toy) in table {
+            let checked = check_file(&root.join(file), &[], None).unwrap();
+            assert_eq!((checked.trials.len(), checked.profiles[0].1), (trials, toy), "{file}");
         }
     }
 

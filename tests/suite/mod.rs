@@ -16,6 +16,7 @@ mod loading;
 mod models;
 mod multihost;
 mod network;
+mod papers;
 mod plan;
 mod preflight;
 mod recipes;

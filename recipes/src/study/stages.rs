@@ -9,7 +9,7 @@ use super::Trial;
 use crate::compose::{AFTER, ProfileChoice, assign, compose};
 use crate::problem::Problems;
 use crate::raw::defaults;
-use crate::recipe::{ModelRecipe, Recipe};
+use crate::recipe::{DataRecipe, ModelRecipe, Recipe};
 use crate::tree::{Node, Place, Scalar, Value};
 use crate::{check, paths, validate};
 
@@ -132,9 +132,8 @@ impl<'run> Stages<'run> {
     }
 
     fn finished(&self, mut recipe: Recipe, parent: Option<Trial>, (parameters, seed): (Vec<(String, Json)>, Option<u64>)) -> Trial {
-        let is_capped = recipe.data.cap_per_task.is_some() || recipe.data.wanted_total.is_some();
-        // Without a cap every sample is kept, whatever the seed: then all recipes prepare alike.
-        let data_seed = if is_capped { recipe.seed } else { defaults::seed() };
+        // Where nothing is drawn every sample is kept, whatever the seed: then all recipes prepare alike.
+        let data_seed = if draws_samples(&recipe.data) { recipe.seed } else { defaults::seed() };
         recipe.seed = seed.unwrap_or(recipe.seed);
         let data_hash = hash_of(&data_content(&recipe, data_seed));
         let hash = hash_of(&content(&recipe, &data_hash, parent.as_ref()));
@@ -186,10 +185,15 @@ fn put(root: &mut Node, key: &str, value: &Json) {
     let _ = assign(root, key, &place, Node::from_json(value, &place));
 }
 
-/// What prepared data depends on: all of `data` but its place, the tokenizer and the anchor, and the seed where samples are capped.
+/// Whether the preparation draws among tasks or samples.
+fn draws_samples(data: &DataRecipe) -> bool {
+    data.cap_per_task.is_some() || data.wanted_total.is_some() || data.max_tasks.is_some() || data.fraction < 1.0
+}
+
+/// What prepared data depends on: all of `data` but its place and what only the batches obey, the tokenizer and the anchor, and the seed where samples are capped.
 fn data_content(recipe: &Recipe, data_seed: u64) -> Json {
     let mut data = json!(recipe.data);
-    remove(&mut data, &["output"]);
+    remove(&mut data, &["output", "mixing_cap"]);
     json!({"data": data, "tokenizer": recipe.model.tokenizer, "anchor": recipe.model.anchor_token, "seed": data_seed})
 }
 
