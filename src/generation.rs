@@ -79,7 +79,13 @@ pub fn run(worker: &Arc<Worker>, assignment: Assignment, belongings: &mut Belong
     let (state, mut steps_done) = belongings.held.take(worker, collective.as_ref())?;
     let schedule = Schedule::new(&worker.recipe.train.schedule, worker.recipe.train.learning_rate, facts.total_steps);
     let mut trainer = Trainer::new(&worker.recipe, state, schedule, collective)?;
-    let result = restore_and_train(worker, &mut trainer, facts, belongings, &mut Origin { source, members, saves_only, steps_done: &mut steps_done });
+    let result = restore_and_train(
+        worker,
+        &mut trainer,
+        facts,
+        belongings,
+        &mut Origin { source, members, saves_only, steps_done: &mut steps_done },
+    );
     trainer.log_overlap();
     // The step that the copy waits for does not come any more.
     belongings.checkpointer.wait_for_copy();

@@ -23,5 +23,7 @@ pub use coordinator::{Control, Coordinator, CoordinatorOptions, RunEnd};
 pub use event::{Event, Recorded};
 pub use journal::Journal;
 pub use membership::HangLimits;
-pub use protocol::{CoordinatorMessage, FailureClass, Held, JoinRequest, Phase, SavedFile, StateSource, StepReport, Unreported, WorkerMessage};
+pub use protocol::{
+    CoordinatorMessage, FailureClass, Held, JoinRequest, Phase, SavedFile, StateSource, StepReport, Unreported, WorkerMessage,
+};
 pub use secret::Secret;

@@ -135,8 +135,9 @@ mod tests {
                 tracing::error!("some worker processes do not end");
             });
             let text = String::from_utf8(screen.0.lock().unwrap().clone()).unwrap();
-            let expected =
-                format!("{before}warning: a worker was refused (worker: 1, host: node-a)\n{before}error: some worker processes do not end\n");
+            let expected = format!(
+                "{before}warning: a worker was refused (worker: 1, host: node-a)\n{before}error: some worker processes do not end\n"
+            );
             assert_eq!(text, expected);
         }
     }

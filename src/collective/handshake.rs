@@ -109,12 +109,14 @@ pub struct Attempt<'a> {
     timeout: Duration,
     interrupt: &'a AtomicBool,
     fault: Mutex<Option<Fault>>,
+    /// What became of the last connection that was not wanted; it may be why nothing else comes.
+    note: Mutex<String>,
 }
 
 impl<'a> Attempt<'a> {
     /// An attempt that starts now, ends after `timeout`, and gives up as soon as `interrupt` becomes true.
     pub fn new(timeout: Duration, interrupt: &'a AtomicBool) -> Self {
-        Self { started: Instant::now(), timeout, interrupt, fault: Mutex::new(None) }
+        Self { started: Instant::now(), timeout, interrupt, fault: Mutex::new(None), note: Mutex::default() }
     }
 
     /// Keeps the first fault, and returns it.
@@ -124,7 +126,7 @@ impl<'a> Attempt<'a> {
     }
 
     /// Fails when the other side has failed, when interrupted, and when the time is up.
-    fn check(&self, peer: usize, note: &str) -> Result<(), Fault> {
+    fn check(&self, peer: usize) -> Result<(), Fault> {
         if let Some(fault) = self.fault.lock().unwrap_or_else(PoisonError::into_inner).clone() {
             return Err(fault);
         }
@@ -136,7 +138,8 @@ impl<'a> Attempt<'a> {
             return Ok(());
         }
         let timeout_ms = self.timeout.as_millis() as u64;
-        Err(self.fail(peer, CollectiveCause::TimedOut { timeout_ms, note: note.to_owned() }))
+        let note = self.note.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Err(self.fail(peer, CollectiveCause::TimedOut { timeout_ms, note }))
     }
 
     fn is_over(&self) -> bool {
@@ -183,7 +186,7 @@ fn dial(identity: &Identity, peers: &[String], attempt: &Attempt) -> Result<TcpS
     let peer = identity.next();
     let mut failures = 0;
     loop {
-        attempt.check(peer, "")?;
+        attempt.check(peer)?;
         match dial_once(identity, &peers[peer], attempt) {
             Ok((stream, Verdict::Accepted)) => return Ok(stream),
             Ok((_, Verdict::NotYet)) => {}
@@ -191,7 +194,7 @@ fn dial(identity: &Identity, peers: &[String], attempt: &Attempt) -> Result<TcpS
             Err(error) => {
                 failures += 1;
                 if failures >= DIAL_ATTEMPTS {
-                    attempt.check(peer, "")?;
+                    attempt.check(peer)?;
                     let text = format!("no connection to {} after {failures} attempts: {error}", peers[peer]);
                     return Err(attempt.fail(peer, CollectiveCause::Io(text)));
                 }
@@ -243,8 +246,6 @@ struct Found {
     previous: Option<TcpStream>,
     /// It is there; nobody else is wanted.
     is_complete: bool,
-    /// What became of the last one that was not wanted.
-    note: String,
 }
 
 /// Accepts connections until one comes from the previous rank. Others are told why they are refused.
@@ -258,7 +259,7 @@ fn accept(listener: &TcpListener, identity: &Identity, attempt: &Attempt) -> Res
             if let Some(stream) = hall.lock().previous.take() {
                 return Ok(stream);
             }
-            attempt.check(peer, &hall.lock().note)?;
+            attempt.check(peer)?;
             if hall.num_visitors.load(Ordering::SeqCst) >= VISITORS_MAX {
                 thread::sleep(Duration::from_millis(POLL_MS));
                 continue;
@@ -291,7 +292,7 @@ impl Hall<'_> {
                 Err(error) => Some(format!("; a connection from {address} failed: {error}")),
             };
             if let Some(note) = note {
-                self.lock().note = note;
+                *self.attempt.note.lock().unwrap_or_else(PoisonError::into_inner) = note;
             }
             self.num_visitors.fetch_sub(1, Ordering::SeqCst);
         };

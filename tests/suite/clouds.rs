@@ -45,13 +45,12 @@ impl Cloud {
 #[test]
 fn a_bucket_without_credentials_is_found_before_there_is_a_run() {
     let world = World::prepared();
-    for (url, words) in [("az://runs/first", "bucket settings are not usable"), ("ftp://runs/first", "not a usable location")] {
-        let place = format!("checkpoint.url={url}");
-        let mut command = world.command(&["train", crate::sandbox::RECIPE, "--run", "run", "--set", &place]);
-        let outcome = crate::sandbox::run_command(command.env_remove("AZURE_STORAGE_ACCOUNT_NAME"));
-        outcome.expect_words(&[words, url]);
-        assert!(!world.path("run").exists(), "{url}: the run folder was made");
-    }
+    let url = "az://runs/first";
+    let place = format!("checkpoint.url={url}");
+    let mut command = world.command(&["train", crate::sandbox::RECIPE, "--run", "run", "--set", &place]);
+    let outcome = crate::sandbox::run_command(command.env_remove("AZURE_STORAGE_ACCOUNT_NAME")).expect_code(6);
+    outcome.expect_words(&["bucket settings are not usable", url]);
+    assert!(!world.path("run").exists(), "the run folder was made");
 }
 
 #[test]

@@ -65,7 +65,8 @@ fn workers_whose_controller_stays_away_save_and_leave() {
 #[test]
 fn a_controller_that_stood_still_finds_its_generation_again() {
     let world = World::prepared();
-    let settings = ["--set", "train.steps=1000000", "--set", "checkpoint.every_steps=1000000", "--set", "cluster.heartbeat_timeout_ms=1000"];
+    let settings =
+        ["--set", "train.steps=1000000", "--set", "checkpoint.every_steps=1000000", "--set", "cluster.heartbeat_timeout_ms=1000"];
     let process = world.start_training("run", &[["--workers", "2", "--quiet"].as_slice(), settings.as_slice()].concat());
     let run = world.run("run");
     wait_until("the run trains", Duration::from_secs(90), || run.last_step() >= 10);
@@ -82,7 +83,8 @@ fn a_controller_that_stood_still_finds_its_generation_again() {
     for (event, expected) in [("generation_started", 1), ("worker_started", 2), ("generation_aborted", 0), ("worker_lost", 0)] {
         assert_eq!(run.events_named(event).len(), expected, "{event}");
     }
-    // No step was done twice, and none was left out: the workers kept what they had to say.
+    // No step was done twice. What was on its way when the workers hung up was told to nobody.
     let steps: Vec<u64> = run.events_named("step").iter().filter_map(|event| event["step"].as_u64()).collect();
-    assert!(steps.windows(2).all(|pair| pair[1] == pair[0] + 1), "{steps:?}");
+    assert!(steps.is_sorted_by(|before, after| before < after), "{steps:?}");
+    assert!(steps.len() + MOST_UNWRITTEN >= run.last_step() as usize, "{steps:?}");
 }

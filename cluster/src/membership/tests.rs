@@ -510,11 +510,7 @@ fn time_in_which_nobody_listened_is_given_back() {
 fn waits_are_longer_by_the_time_in_which_nobody_listened() {
     let setback = setback(0, FailureClass::NotFinite, true);
     let broken = Some(Broken { worker: 0, cause: "x".to_owned(), at: at(9.5) });
-    let stages = [
-        gathering(9.0, Vec::new()),
-        adopting(9.0, Vec::new()),
-        State { broken, setbacks: vec![setback], ..running(Vec::new()) },
-    ];
+    let stages = [gathering(9.0, Vec::new()), adopting(9.0, Vec::new()), State { broken, setbacks: vec![setback], ..running(Vec::new()) }];
     let [gathering, adopting, running] = stages.map(|mut state| {
         excuse(at(60.0), at(49.0), &mut state, &limits());
         state

@@ -276,7 +276,13 @@ mod tests {
     fn recovery() -> Vec<Event> {
         vec![
             lost(Some(1), "connection closed"),
-            Event::GenerationAborted { generation: 1, reason: "worker 1 (rank 1) lost: connection closed".to_owned(), step: 57, worker: Some(1), rank: Some(1) },
+            Event::GenerationAborted {
+                generation: 1,
+                reason: "worker 1 (rank 1) lost: connection closed".to_owned(),
+                step: 57,
+                worker: Some(1),
+                rank: Some(1),
+            },
             Event::WorkerRestarted { worker: 1, attempt: 1, budget_left: 2 },
             generation(2),
             Event::Restored {

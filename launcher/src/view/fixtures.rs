@@ -64,7 +64,13 @@ pub(crate) fn lost(rank: Option<u32>) -> Event {
 
 /// A generation ends because of worker 1.
 pub(crate) fn aborted(generation: u64, step: u64) -> Event {
-    Event::GenerationAborted { generation, reason: "worker 1 (rank 1) lost: connection closed".to_owned(), step, worker: Some(1), rank: Some(1) }
+    Event::GenerationAborted {
+        generation,
+        reason: "worker 1 (rank 1) lost: connection closed".to_owned(),
+        step,
+        worker: Some(1),
+        rank: Some(1),
+    }
 }
 
 /// The end of worker 1's first process.

@@ -162,7 +162,8 @@ fn a_worker_that_tells_its_own_failure_has_one_record() {
     assert_eq!((records.len(), record.worker, record.class), (1, Some(1), FailureClass::OutOfMemory));
     assert_eq!((record.decision, record.exit.is_some()), (Some(Decision::Replaced), true));
     // The loss of another worker is another failure.
-    let events = vec![abort("worker 11 (rank 1): out of memory", Some(11)), lost(None), exited(), generation(2, &[0]), recovered(2, 1, CLOSED)];
+    let events =
+        vec![abort("worker 11 (rank 1): out of memory", Some(11)), lost(None), exited(), generation(2, &[0]), recovered(2, 1, CLOSED)];
     assert_eq!(story(events).0.len(), 2);
 }
 

@@ -100,7 +100,11 @@ fn steps_without_a_report_count() {
     ];
     for (name, more, (step, steps, tokens, position)) in cases {
         let view = after(&steady(), more);
-        assert_eq!((view.progress.step, view.totals.steps, view.totals.tokens, view.progress.examples), (step, steps, tokens, position), "{name}");
+        assert_eq!(
+            (view.progress.step, view.totals.steps, view.totals.tokens, view.progress.examples),
+            (step, steps, tokens, position),
+            "{name}"
+        );
     }
 }
 
