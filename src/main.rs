@@ -13,7 +13,8 @@ use cloze_recipes::failure::Failure;
 
 use cli::arguments::{Arguments, Command, DataCommand};
 use cli::{
-    checkpoints, data, describe, jobs, join, load, plan, preflight, report, reproduce, run, runs, simulate, status, submit, sweep, worker_process,
+    checkpoints, data, describe, jobs, join, load, plan, preflight, report, reproduce, run, runs, simulate, status, submit, sweep,
+    worker_process,
 };
 
 fn main() -> ExitCode {

@@ -12,7 +12,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 pub(crate) use self::frame::read_frame_within;
 pub use self::frame::{
-    Frame, FrameError, MAX_FRAME_BYTES, StartFrames, StartTerms, decode, encode, read_frame, read_frame_blocking, write_message, write_message_blocking,
+    Frame, FrameError, MAX_FRAME_BYTES, StartFrames, StartTerms, decode, encode, read_frame, read_frame_blocking, write_message,
+    write_message_blocking,
 };
 use crate::secret::Secret;
 

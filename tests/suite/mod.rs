@@ -29,6 +29,6 @@ mod slurm;
 mod slurm_sandbox;
 mod ssh;
 mod stop;
-mod sweep;
 mod studies;
+mod sweep;
 mod world_size;

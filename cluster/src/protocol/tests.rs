@@ -151,8 +151,7 @@ fn a_start_that_is_encoded_once_is_each_ranks_own() {
                 source: told_source,
                 until_step,
                 saves_only,
-            } =
-                decode(&body).unwrap()
+            } = decode(&body).unwrap()
             else {
                 panic!("a start")
             };

@@ -91,8 +91,7 @@ pub fn counts(records: &[TrialRecord]) -> String {
     let count = |state| records.iter().filter(|record| record.wanted && record.state == state).count();
     let total = records.iter().filter(|record| record.wanted).count();
     let mut text = format!("{} of {total} done", count(TrialState::Done));
-    let others =
-        [(TrialState::Training, "out"), (TrialState::StoppedEarly, "stopped early"), (TrialState::Failed, "failed")];
+    let others = [(TrialState::Training, "out"), (TrialState::StoppedEarly, "stopped early"), (TrialState::Failed, "failed")];
     for (number, name) in others.map(|(state, name)| (count(state), name)) {
         if number > 0 {
             text += &format!(", {number} {name}");
