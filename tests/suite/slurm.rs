@@ -188,8 +188,9 @@ exec RUN/bin/DRY-RUN/cloze allocation RUN
 fn put_back_on_a_warning(site: &Site, undisturbed: &Undisturbed) {
     let (run, job) = site.submit_and_wait("main.yaml", "warned", undisturbed);
     let steps = format!("train.steps={}", undisturbed.steps);
-    let again = site.cloze(&submit_arguments("main.yaml", "warned", &["--set", &steps]));
-    again.expect_code(9).expect_words(&["jobs that are not over"]);
+    let queue = site.queue();
+    site.cloze(&submit_arguments("main.yaml", "warned", &["--set", &steps])).expect_code(9).expect_words(&["warned"]);
+    assert_eq!(site.queue(), queue, "a run was submitted twice");
     site.cluster.run("scancel", &["--batch", "--signal=USR2", &job.to_string()]).expect_code(0);
     site.expect_same_end(&run, undisturbed);
 
