@@ -5,16 +5,22 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::sandbox::{CLOZE, Outcome, RECIPE, Run, SlurmCluster, SlurmOptions, World, run_command, wait_until};
 
-/// Steps of a run that goes to its end; several seconds, so that something can happen on the way.
-const STEPS: u64 = 600;
-/// The step after which it happens.
-const DISTURBED_STEP: u64 = 60;
+/// How long a run that goes to its end is to train, in seconds, so that something can happen on the way.
+const RUN_S: f64 = 8.0;
+/// Bounds of its steps, whatever the pace of this machine.
+const FEWEST_STEPS: u64 = 120;
+const MOST_STEPS: u64 = 5000;
+/// Steps by which the pace is measured.
+const PACE_STEPS: u64 = 40;
+/// The step after which something happens.
+const DISTURBED_STEP: u64 = 30;
 /// Longest wait for something that takes seconds on a free machine.
 const TIMEOUT: Duration = Duration::from_mins(3);
 /// Settings of all runs: two nodes with a worker each, and few checkpoints besides those that are asked for.
@@ -33,6 +39,13 @@ const SETTINGS: [&str; 8] = [
 struct Site {
     cluster: SlurmCluster,
     world: World,
+}
+
+/// A run that nothing happens to.
+struct Undisturbed {
+    steps: u64,
+    /// Its last checkpoint.
+    tensors: BTreeMap<String, Vec<u8>>,
 }
 
 impl Site {
@@ -56,8 +69,8 @@ impl Site {
     }
 
     /// Submits it with as many steps as the undisturbed run, and waits until something may happen.
-    fn submit_and_wait(&self, cluster_file: &str, name: &str) -> (Run, u64) {
-        let (run, job) = self.submit(cluster_file, name, &["--set", &format!("train.steps={STEPS}")]);
+    fn submit_and_wait(&self, cluster_file: &str, name: &str, undisturbed: &Undisturbed) -> (Run, u64) {
+        let (run, job) = self.submit(cluster_file, name, &["--set", &format!("train.steps={}", undisturbed.steps)]);
         self.wait_for_step(&run, DISTURBED_STEP);
         (run, job)
     }
@@ -67,10 +80,10 @@ impl Site {
     }
 
     /// Waits for the end of the run and of all jobs. No process may be left, and the weights must be those of an undisturbed run.
-    fn expect_same_end(&self, run: &Run, undisturbed: &Tensors) {
+    fn expect_same_end(&self, run: &Run, undisturbed: &Undisturbed) {
         self.cluster.wait_for_change("the run is finished", || !run.events_named("run_finished").is_empty());
         self.expect_no_job(run);
-        assert!(run.checkpoint_tensors(STEPS) == *undisturbed, "the weights differ from those of an undisturbed run");
+        assert!(run.checkpoint_tensors(undisturbed.steps) == undisturbed.tensors, "the weights differ from those of an undisturbed run");
     }
 
     /// Waits until nothing is queued and nothing runs.
@@ -84,13 +97,33 @@ impl Site {
     }
 }
 
-type Tensors = BTreeMap<String, Vec<u8>>;
+impl Drop for Site {
+    /// A test that fails shows what the jobs said, which goes with the world.
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let runs = fs::read_dir(self.world.path("")).into_iter().flatten().filter_map(Result::ok);
+        let logs = runs.flat_map(|run| fs::read_dir(run.path().join("logs")).into_iter().flatten().filter_map(Result::ok));
+        for log in logs.filter(|log| log.file_name().to_string_lossy().starts_with("job-")) {
+            let text = fs::read_to_string(log.path()).unwrap_or_default();
+            let shown = format!("== {}\n{text}\n", log.path().display());
+            std::io::stderr().write_all(shown.as_bytes()).expect("write to stderr");
+        }
+    }
+}
 
-/// The last checkpoint of a run on this machine, with as many workers.
-fn undisturbed(world: &World) -> Tensors {
-    let steps = format!("train.steps={STEPS}");
-    let arguments = [["--workers", "2", "--quiet", "--set", &steps].as_slice(), SETTINGS.as_slice()].concat();
-    world.train("undisturbed", &arguments).checkpoint_tensors(STEPS)
+/// A run on this machine with as many workers, of as many steps as take some seconds.
+fn undisturbed(world: &World) -> Undisturbed {
+    let train = |name: &str, steps: u64| {
+        let steps = format!("train.steps={steps}");
+        world.train(name, &[["--workers", "2", "--quiet", "--set", &steps].as_slice(), SETTINGS.as_slice()].concat())
+    };
+    let pace = train("pace", PACE_STEPS).events_named("step");
+    let time = |event: Option<&Value>| event.and_then(|event| event["time"].as_f64()).expect("a step has a time");
+    let step_s = (time(pace.last()) - time(pace.first())) / (PACE_STEPS - 1) as f64;
+    let steps = ((RUN_S / step_s.max(1e-6)) as u64).clamp(FEWEST_STEPS, MOST_STEPS);
+    Undisturbed { steps, tensors: train("undisturbed", steps).checkpoint_tensors(steps) }
 }
 
 fn cluster_file(slurm: &str) -> String {
@@ -152,11 +185,12 @@ exec RUN/bin/DRY-RUN/cloze allocation RUN
 }
 
 /// A warning ahead of the time limit, as SLURM sends it; a second submission meanwhile; logs and status at the end.
-fn put_back_on_a_warning(site: &Site, undisturbed: &Tensors) {
-    let (run, job) = site.submit_and_wait("main.yaml", "warned");
-    let steps = format!("train.steps={STEPS}");
-    let again = site.cloze(&submit_arguments("main.yaml", "warned", &["--set", &steps]));
-    assert_ne!(again.code, Some(0), "a run was submitted twice");
+fn put_back_on_a_warning(site: &Site, undisturbed: &Undisturbed) {
+    let (run, job) = site.submit_and_wait("main.yaml", "warned", undisturbed);
+    let steps = format!("train.steps={}", undisturbed.steps);
+    let queue = site.queue();
+    site.cloze(&submit_arguments("main.yaml", "warned", &["--set", &steps])).expect_code(9).expect_words(&["warned"]);
+    assert_eq!(site.queue(), queue, "a run was submitted twice");
     site.cluster.run("scancel", &["--batch", "--signal=USR2", &job.to_string()]).expect_code(0);
     site.expect_same_end(&run, undisturbed);
 
@@ -167,7 +201,7 @@ fn put_back_on_a_warning(site: &Site, undisturbed: &Tensors) {
     // It went on from the checkpoint that the warning was for, not from one of the regular ones.
     let restored = run.restored_steps();
     assert_eq!(restored.len(), 2);
-    assert_eq!(run.events_named("step").len() as u64, STEPS, "a step was done twice, restored at {restored:?}");
+    assert_eq!(run.events_named("step").len() as u64, undisturbed.steps, "a step was done twice, restored at {restored:?}");
 
     let run_path = run.path.display().to_string();
     let logs = site.cloze(&["logs", &run_path]).expect_code(0).stdout;
@@ -178,8 +212,8 @@ fn put_back_on_a_warning(site: &Site, undisturbed: &Tensors) {
     assert!(status.contains(&format!("job {job}: completed")) && status.contains("attempt 2 on "), "{status}");
 }
 
-fn cancel_and_resume(site: &Site, undisturbed: &Tensors) {
-    let (run, job) = site.submit_and_wait("main.yaml", "cancelled");
+fn cancel_and_resume(site: &Site, undisturbed: &Undisturbed) {
+    let (run, job) = site.submit_and_wait("main.yaml", "cancelled", undisturbed);
     let run_path = run.path.display().to_string();
     site.cloze(&["cancel", &run_path]).expect_code(0).expect_words(&[&job.to_string()]);
     site.expect_no_job(&run);
@@ -193,8 +227,8 @@ fn cancel_and_resume(site: &Site, undisturbed: &Tensors) {
 }
 
 /// The job dies without a word, and SLURM does not put it back.
-fn go_on_in_a_successor(site: &Site, undisturbed: &Tensors) {
-    let (run, job) = site.submit_and_wait("main.yaml", "killed");
+fn go_on_in_a_successor(site: &Site, undisturbed: &Undisturbed) {
+    let (run, job) = site.submit_and_wait("main.yaml", "killed", undisturbed);
     site.cluster.kill_script(job);
     site.expect_same_end(&run, undisturbed);
     let jobs: Vec<Value> = attempts(&run, "started").iter().map(|attempt| attempt["job"].clone()).collect();
@@ -213,19 +247,19 @@ fn runs_make_room_and_leave_lost_nodes() {
     stay_cancelled(&site);
 }
 
-fn make_room(site: &Site, undisturbed: &Tensors) {
-    let (run, job) = site.submit_and_wait("spot.yaml", "preempted");
+fn make_room(site: &Site, undisturbed: &Undisturbed) {
+    let (run, job) = site.submit_and_wait("spot.yaml", "preempted", undisturbed);
     let urgent = site.cluster.submit(&["--partition=urgent", "--nodes=4", "--exclusive"], "sleep 1");
     site.cluster.wait_for_state(urgent, &["COMPLETED"]);
     site.expect_same_end(&run, undisturbed);
     let jobs: Vec<Value> = attempts(&run, "started").iter().map(|attempt| attempt["job"].clone()).collect();
     assert_eq!(jobs, [jobs[0].clone(), jobs[0].clone()], "the same job goes on");
     assert_eq!(site.cluster.job_field(job, "Restarts").as_deref(), Some("1"));
-    assert_eq!(run.events_named("step").len() as u64, STEPS, "it left with a checkpoint, so no step was done twice");
+    assert_eq!(run.events_named("step").len() as u64, undisturbed.steps, "it left with a checkpoint, so no step was done twice");
 }
 
-fn leave_a_lost_node(site: &Site, undisturbed: &Tensors) {
-    let (run, job) = site.submit_and_wait("main.yaml", "lost");
+fn leave_a_lost_node(site: &Site, undisturbed: &Undisturbed) {
+    let (run, job) = site.submit_and_wait("main.yaml", "lost", undisturbed);
     let lost = site.cluster.nodes_of(job)[1].clone();
     site.cluster.kill_node(&lost);
     site.expect_same_end(&run, undisturbed);
@@ -263,7 +297,8 @@ fn a_run_goes_on_beyond_its_time_limit() {
     assert_eq!((&ended[0]["decision"], &ended[0]["reason"]), (&"requeue".into(), &"the time limit is near".into()));
     let before = run.last_step();
     site.wait_for_step(&run, before + 1);
-    assert_eq!(run.events_named("step").len() as u64, run.last_step(), "no step was done twice");
+    let steps: Vec<Value> = run.events_named("step").iter().map(|event| event["step"].clone()).collect();
+    assert_eq!(steps, (1..=steps.len() as u64).map(Value::from).collect::<Vec<_>>(), "no step was done twice");
     assert_eq!(site.cluster.job_field(job, "Restarts").as_deref(), Some("1"));
     site.cloze(&["cancel", &run.path.display().to_string()]).expect_code(0);
     site.expect_no_job(&run);

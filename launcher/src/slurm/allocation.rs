@@ -9,7 +9,7 @@ use cloze_cluster::RunEnd;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
 
-use super::begin::{Arrival, Begin, decide_begin};
+use super::begin::{Arrival, Begin, Predecessor, decide_begin};
 use super::client::Slurm;
 use super::job::{JobId, JobState, State};
 use super::journal::{self, AttemptEvent, JobRecord, Role};
@@ -126,8 +126,8 @@ impl Job<'_> {
         let max_jobs = self.submission.slurm()?.max_jobs;
         let (predecessor, last_decision) = match self.role {
             // One that was put back has begun before, and nobody has gone on in its place.
-            Role::Successor { of } if self.machines.requeues == 0 => (Some(self.end_of(of)?), decision_of(&attempts, of)),
-            _ => (None, None),
+            Role::Successor { of } if self.machines.requeues == 0 => (self.end_of(of)?, decision_of(&attempts, of)),
+            _ => (Predecessor::None, None),
         };
         let is_cancelled = self.paths().cancelled().exists();
         let (begin, reason) = decide_begin(&Arrival { predecessor, last_decision, is_cancelled, attempts: begun, max_jobs });
@@ -220,7 +220,7 @@ impl Job<'_> {
         loop {
             match (self.options.open)(&self.options.paths) {
                 Err(error) if is_locked(&error) && Instant::now() < deadline && self.warnings.seen().is_none() => {
-                    sleep(Duration::from_secs(1))
+                    sleep(Duration::from_secs(1));
                 }
                 result => return result,
             }
@@ -319,12 +319,12 @@ impl Job<'_> {
     }
 
     /// The state of a job once it is over, or as it is when the wait for that is over.
-    fn end_of(&self, job: JobId) -> anyhow::Result<Option<State>> {
+    fn end_of(&self, job: JobId) -> anyhow::Result<Predecessor> {
         let deadline = Instant::now() + Duration::from_secs(PREDECESSOR_WAIT_S);
         loop {
             let state = self.slurm.states(&[job])?.get(&job).map(|job| job.state);
             if state != Some(State::Completing) || Instant::now() >= deadline {
-                return Ok(state);
+                return Ok(state.map_or(Predecessor::Forgotten, Predecessor::Known));
             }
             sleep(Duration::from_secs(PREDECESSOR_POLL_S));
         }

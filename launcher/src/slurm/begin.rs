@@ -8,8 +8,8 @@ use super::verdict::Decision;
 /// What is known when a job starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Arrival {
-    /// The job that this one waited for to fail: its state, where anybody knows it. `None` for a job that did not wait.
-    pub predecessor: Option<Option<State>>,
+    /// The job that this one waited for to fail.
+    pub predecessor: Predecessor,
     /// What that job decided at its end, if it came to that.
     pub last_decision: Option<Decision>,
     /// Whether `cloze cancel` was called.
@@ -18,6 +18,17 @@ pub struct Arrival {
     pub attempts: u32,
     /// Most attempts.
     pub max_jobs: u32,
+}
+
+/// The job that another one waited for to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Predecessor {
+    /// There is none.
+    None,
+    /// Nobody knows it any more.
+    Forgotten,
+    /// It is in this state.
+    Known(State),
 }
 
 /// What follows.
@@ -55,11 +66,11 @@ pub fn decide_begin(arrival: &Arrival) -> (Begin, BeginReason) {
     if arrival.is_cancelled {
         return (Begin::Nothing, BeginReason::Cancelled);
     }
-    if let Some(predecessor) = arrival.predecessor {
-        match predecessor {
-            Some(State::Cancelled) => return (Begin::Nothing, BeginReason::PredecessorCancelled),
-            Some(State::Completed) => return (Begin::Nothing, BeginReason::PredecessorDone),
-            Some(state) if !state.is_end() => return (Begin::Nothing, BeginReason::PredecessorLives),
+    if arrival.predecessor != Predecessor::None {
+        match arrival.predecessor {
+            Predecessor::Known(State::Cancelled) => return (Begin::Nothing, BeginReason::PredecessorCancelled),
+            Predecessor::Known(State::Completed) => return (Begin::Nothing, BeginReason::PredecessorDone),
+            Predecessor::Known(state) if !state.is_end() => return (Begin::Nothing, BeginReason::PredecessorLives),
             _ => {}
         }
         if matches!(arrival.last_decision, Some(Decision::Finish | Decision::GiveUp { .. } | Decision::Replace { .. })) {
@@ -92,21 +103,21 @@ mod tests {
 
     #[test]
     fn who_may_begin() {
-        let free = Arrival { predecessor: None, last_decision: None, is_cancelled: false, attempts: 0, max_jobs: 3 };
-        let after = |state| Arrival { predecessor: Some(state), ..free.clone() };
-        let decided = |decision| Arrival { last_decision: Some(decision), ..after(Some(State::Failed)) };
+        let free = Arrival { predecessor: Predecessor::None, last_decision: None, is_cancelled: false, attempts: 0, max_jobs: 3 };
+        let after = |state| Arrival { predecessor: Predecessor::Known(state), ..free.clone() };
+        let decided = |decision| Arrival { last_decision: Some(decision), ..after(State::Failed) };
         let cases = [
             (free.clone(), Begin::Go, BeginReason::Free),
             (Arrival { is_cancelled: true, ..free.clone() }, Begin::Nothing, BeginReason::Cancelled),
             (Arrival { attempts: 3, ..free.clone() }, Begin::GiveUp, BeginReason::NoAttemptLeft),
-            (after(Some(State::Cancelled)), Begin::Nothing, BeginReason::PredecessorCancelled),
-            (after(Some(State::Completed)), Begin::Nothing, BeginReason::PredecessorDone),
-            (after(Some(State::Pending)), Begin::Nothing, BeginReason::PredecessorLives),
-            (after(Some(State::Running)), Begin::Nothing, BeginReason::PredecessorLives),
-            (after(Some(State::Timeout)), Begin::Go, BeginReason::Free),
-            (after(Some(State::NodeFail)), Begin::Go, BeginReason::Free),
-            (after(Some(State::Preempted)), Begin::Go, BeginReason::Free),
-            (after(None), Begin::Go, BeginReason::Free),
+            (after(State::Cancelled), Begin::Nothing, BeginReason::PredecessorCancelled),
+            (after(State::Completed), Begin::Nothing, BeginReason::PredecessorDone),
+            (after(State::Pending), Begin::Nothing, BeginReason::PredecessorLives),
+            (after(State::Running), Begin::Nothing, BeginReason::PredecessorLives),
+            (after(State::Timeout), Begin::Go, BeginReason::Free),
+            (after(State::NodeFail), Begin::Go, BeginReason::Free),
+            (after(State::Preempted), Begin::Go, BeginReason::Free),
+            (Arrival { predecessor: Predecessor::Forgotten, ..free.clone() }, Begin::Go, BeginReason::Free),
             (decided(Decision::GiveUp { code: 3 }), Begin::Nothing, BeginReason::PredecessorDecided),
             (decided(Decision::Replace { exclude: Vec::new() }), Begin::Nothing, BeginReason::PredecessorDecided),
             (decided(Decision::Leave { code: 130 }), Begin::Go, BeginReason::Free),

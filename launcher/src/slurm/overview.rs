@@ -1,5 +1,7 @@
 //! The jobs of a run, as `cloze status` shows them.
 
+use std::fmt::Write as _;
+
 use cloze_recipes::failure::Failure;
 use serde::Serialize;
 
@@ -58,7 +60,7 @@ pub fn view_jobs(run: &RunPaths) -> anyhow::Result<Option<JobsView>> {
     let Some(submission) = Submission::read(&paths)? else { return Ok(None) };
     let records = journal::jobs(journal::read(&paths.jobs())?);
     let ids: Vec<JobId> = records.iter().filter_map(|record| record.job).collect();
-    let asked = submission.slurm().and_then(|site| Slurm::find(site)).and_then(|slurm| slurm.states(&ids));
+    let asked = submission.slurm().and_then(Slurm::find).and_then(|slurm| slurm.states(&ids));
     let (states, unasked) = match asked {
         Ok(states) => (states, None),
         Err(failure) => (std::collections::BTreeMap::new(), Some(failure)),
@@ -89,9 +91,10 @@ fn view_job(record: JobRecord, state_of: impl Fn(JobId) -> Option<JobState>, eve
 
 /// The jobs as lines of text.
 pub fn jobs_text(view: &JobsView) -> String {
+    // Writing to a String cannot fail.
     let mut text = String::new();
     if let Some(failure) = &view.unasked {
-        text += &format!("jobs as the run's folder knows them; SLURM could not be asked: {}\n", failure.what);
+        let _ = writeln!(text, "jobs as the run's folder knows them; SLURM could not be asked: {}", failure.what);
     }
     if view.is_cancelled {
         text += "cancelled by `cloze cancel`\n";
@@ -105,7 +108,7 @@ pub fn jobs_text(view: &JobsView) -> String {
                 _ if runs && place + 1 == job.attempts.len() => "runs".to_owned(),
                 _ => "no word of its end".to_owned(),
             };
-            text += &format!("  attempt {} on {}: {end}\n", attempt.attempt, attempt.nodes.join(", "));
+            let _ = writeln!(text, "  attempt {} on {}: {end}", attempt.attempt, attempt.nodes.join(", "));
         }
     }
     text

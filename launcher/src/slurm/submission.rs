@@ -190,20 +190,20 @@ impl<'a> Jobs<'a> {
         let script = submission.script(self.paths.run(), &wanted, self.slurm.version())?;
         let path = self.paths.script(&wanted.name);
         write_whole(&path, script.as_bytes(), READABLE)?;
-        self.note(JobEvent::Intent { time: unix_time()?, name: wanted.name.clone(), role, exclude: wanted.exclude.clone() })?;
+        self.note(&JobEvent::Intent { time: unix_time()?, name: wanted.name.clone(), role, exclude: wanted.exclude.clone() })?;
         match self.slurm.submit(&path, &[]) {
             Ok(job) => {
-                self.note(JobEvent::Submitted { time: unix_time()?, name: wanted.name, job })?;
+                self.note(&JobEvent::Submitted { time: unix_time()?, name: wanted.name, job })?;
                 Ok(job)
             }
             Err(failure) => {
                 // By its deadline a submission may have gone through all the same.
                 if let Some(job) = self.slurm.find_by_name(&wanted.name).ok().and_then(|jobs| jobs.last().copied()) {
-                    self.note(JobEvent::Submitted { time: unix_time()?, name: wanted.name, job })?;
+                    self.note(&JobEvent::Submitted { time: unix_time()?, name: wanted.name, job })?;
                     return Ok(job);
                 }
                 if failure.what.contains("refused") {
-                    self.note(JobEvent::Dropped { time: unix_time()?, name: wanted.name, reason: failure.to_string() })?;
+                    self.note(&JobEvent::Dropped { time: unix_time()?, name: wanted.name, reason: failure.to_string() })?;
                 }
                 Err(failure.into())
             }
@@ -216,7 +216,7 @@ impl<'a> Jobs<'a> {
             return Ok(());
         }
         self.slurm.cancel(jobs)?;
-        jobs.iter().try_for_each(|&job| self.note(JobEvent::Cancelled { time: unix_time()?, job }))
+        jobs.iter().try_for_each(|&job| self.note(&JobEvent::Cancelled { time: unix_time()?, job }))
     }
 
     /// Asks for the jobs whose submission has no outcome. The attempts know the names of jobs that the batch system has forgotten.
@@ -236,7 +236,7 @@ impl<'a> Jobs<'a> {
                 None => self.slurm.find_by_name(&open)?.last().copied(),
             };
             let time = unix_time()?;
-            self.note(match found {
+            self.note(&match found {
                 Some(job) => JobEvent::Submitted { time, name: open, job },
                 None => JobEvent::Dropped { time, name: open, reason: "nobody knows a job of this name".to_owned() },
             })?;
@@ -245,8 +245,8 @@ impl<'a> Jobs<'a> {
     }
 
     /// Writes a line and remembers it.
-    fn note(&mut self, event: JobEvent) -> anyhow::Result<()> {
-        journal::append(&self.paths.jobs(), &event)?;
+    fn note(&mut self, event: &JobEvent) -> anyhow::Result<()> {
+        journal::append(&self.paths.jobs(), event)?;
         self.records = journal::jobs(journal::read(&self.paths.jobs())?);
         Ok(())
     }

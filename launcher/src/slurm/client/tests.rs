@@ -33,7 +33,7 @@ fn a_submission_names_its_job() {
     assert_eq!(fs::read_to_string(folder.path().join("asked")).unwrap(), "--parsable --hold /run/job.sh\n");
 }
 
-/// The queue knows 1 and the array 2; it says that 2_0 is over. 3 and 4 are forgotten there.
+/// The queue knows 1 and the array 2; it says that `2_0` is over. 3 and 4 are forgotten there.
 const SQUEUE: (&str, &str) =
     ("squeue", "printf '1|RUNNING|0:05|1:00|n1|None\\n2_0|FAILED|0:03|1:00|n1|None\\n2_1|PENDING|0:00|1:00||Priority\\n'");
 /// Only the controller's memory knows 4.

@@ -93,6 +93,45 @@ exec /shared/runs/first/bin/1f/cloze allocation /shared/runs/first
     );
 }
 
+const SEVERAL_NODES: &str = "\
+#!/bin/bash
+#SBATCH --job-name=cloze-first-1
+#SBATCH --chdir=/shared/runs/first
+#SBATCH --output=/shared/runs/first/logs/job-%j.log
+#SBATCH --open-mode=append
+#SBATCH --partition=main,big
+#SBATCH --account=lab
+#SBATCH --qos=high
+#SBATCH --constraint=ib&nvme
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=96
+#SBATCH --mem=500000M
+#SBATCH --gres=gpu:h100:8
+#SBATCH --time=720
+#SBATCH --signal=B:USR2@300
+#SBATCH --requeue
+#SBATCH --no-kill
+#SBATCH --exclude=n3,n7
+#SBATCH --dependency=afternotok:41
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --reservation=x
+#SBATCH \"--comment=a b\"
+
+fail() { echo \"error: the setup of the job failed: $1\" >&2; exit 5; }
+module load cuda/13 || fail 'module load cuda/13'
+module load nccl/2.28 || fail 'module load nccl/2.28'
+
+export NOTE='it'\\''s $mine'
+export OMP_NUM_THREADS=12
+{ source /etc/site.sh
+} || fail 'source /etc/site.sh'
+{ ulimit -n 65536 # many files
+} || fail 'ulimit -n 65536 # many files'
+
+exec /shared/runs/first/bin/1f/cloze allocation /shared/runs/first
+";
+
 #[test]
 fn several_nodes_with_gpus_and_everything_a_site_can_say() {
     let resources = Resources {
@@ -131,49 +170,7 @@ fn several_nodes_with_gpus_and_everything_a_site_can_say() {
         survives_node_loss: true,
         ..request()
     };
-    check(
-        &request,
-        &resources,
-        &site,
-        "\
-#!/bin/bash
-#SBATCH --job-name=cloze-first-1
-#SBATCH --chdir=/shared/runs/first
-#SBATCH --output=/shared/runs/first/logs/job-%j.log
-#SBATCH --open-mode=append
-#SBATCH --partition=main,big
-#SBATCH --account=lab
-#SBATCH --qos=high
-#SBATCH --constraint=ib&nvme
-#SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
-#SBATCH --cpus-per-task=96
-#SBATCH --mem=500000M
-#SBATCH --gres=gpu:h100:8
-#SBATCH --time=720
-#SBATCH --signal=B:USR2@300
-#SBATCH --requeue
-#SBATCH --no-kill
-#SBATCH --exclude=n3,n7
-#SBATCH --dependency=afternotok:41
-#SBATCH --kill-on-invalid-dep=yes
-#SBATCH --reservation=x
-#SBATCH \"--comment=a b\"
-
-fail() { echo \"error: the setup of the job failed: $1\" >&2; exit 5; }
-module load cuda/13 || fail 'module load cuda/13'
-module load nccl/2.28 || fail 'module load nccl/2.28'
-
-export NOTE='it'\\''s $mine'
-export OMP_NUM_THREADS=12
-{ source /etc/site.sh
-} || fail 'source /etc/site.sh'
-{ ulimit -n 65536 # many files
-} || fail 'ulimit -n 65536 # many files'
-
-exec /shared/runs/first/bin/1f/cloze allocation /shared/runs/first
-",
-    );
+    check(&request, &resources, &site, SEVERAL_NODES);
 }
 
 #[test]
