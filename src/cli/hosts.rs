@@ -44,7 +44,7 @@ pub struct HostsArguments {
 }
 
 /// The hosts of a run.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Hosts {
     /// Workers on this machine, from slot 0.
     pub local_workers: u32,
