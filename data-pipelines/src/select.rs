@@ -143,7 +143,8 @@ mod tests {
 
     #[test]
     fn a_share_is_rounded_and_leaves_no_task_empty() {
-        let cases = [(0, 0.5, 0), (1, 0.01, 1), (10, 0.06, 1), (100, 0.07, 7), (100, 0.25, 25), (3, 0.5, 2), (7, 1.0, 7), (1 << 60, 1.0, 1 << 60)];
+        let cases =
+            [(0, 0.5, 0), (1, 0.01, 1), (10, 0.06, 1), (100, 0.07, 7), (100, 0.25, 25), (3, 0.5, 2), (7, 1.0, 7), (1 << 60, 1.0, 1 << 60)];
         for (count, fraction, share) in cases {
             assert_eq!(share_of(count, fraction), share, "{fraction} of {count}");
         }

@@ -115,7 +115,10 @@ mod tests {
         assert!(round.values().all(|times| [1, 5].contains(times)), "{round:?}");
         assert_eq!(times(&mixture, 0..35).values().copied().collect::<Vec<_>>(), [7, 35, 7, 35, 7, 7, 7, 7, 7, 7, 7, 7]);
         assert_ne!(times(&mixture, 0..1), times(&mixture, 1..2), "another epoch takes others");
-        assert_ne!((0..5).map(|epoch| mixture.sample(3, epoch, 0)).collect::<Vec<_>>(), (5..10).map(|epoch| mixture.sample(3, epoch, 0)).collect::<Vec<_>>());
+        assert_ne!(
+            (0..5).map(|epoch| mixture.sample(3, epoch, 0)).collect::<Vec<_>>(),
+            (5..10).map(|epoch| mixture.sample(3, epoch, 0)).collect::<Vec<_>>()
+        );
     }
 
     #[test]
