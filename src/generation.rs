@@ -204,7 +204,7 @@ fn feed_plan(worker: &Worker, trainer: &Trainer, from_step: u64, total_steps: u6
     };
     FeedPlan {
         dataset: Arc::clone(&worker.dataset),
-        spec: BatchSpec::new(&worker.recipe, facts, worker.dataset.as_ref()),
+        spec: BatchSpec::new(&worker.recipe, facts, &*worker.dataset),
         from_step,
         total_steps,
         rank: trainer.collective.rank(),

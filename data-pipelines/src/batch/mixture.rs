@@ -70,8 +70,6 @@ impl Mixture {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
     use crate::batch::fixture::{VecSource, batch_spec};
     use crate::batch::{BatchPlan, slots};
@@ -95,11 +93,12 @@ mod tests {
     #[test]
     fn an_epoch_takes_the_smaller_of_count_and_cap() {
         let source = source(&[1, 3, 10]);
-        for (cap, expected) in [(1, [1, 1, 1]), (3, [1, 3, 3]), (7, [1, 3, 7]), (10, [1, 3, 10]), (99, [1, 3, 10])] {
+        let table: [(u64, [u64; 3]); 5] = [(1, [1, 1, 1]), (3, [1, 3, 3]), (7, [1, 3, 7]), (10, [1, 3, 10]), (99, [1, 3, 10])];
+        for (cap, expected) in table {
             let mixture = Mixture::new(&source, cap);
             assert_eq!(mixture.epoch_samples(), expected.iter().sum::<u64>());
             for epoch in 0..20 {
-                let mut found = [0; 3];
+                let mut found = [0_u64; 3];
                 (0..mixture.epoch_samples()).for_each(|place| found[source.task(mixture.sample(3, epoch, place)) as usize] += 1);
                 assert_eq!(found, expected, "cap {cap}, epoch {epoch}");
             }
