@@ -12,7 +12,9 @@ use clap::Parser;
 use cloze_recipes::failure::Failure;
 
 use cli::arguments::{Arguments, Command, DataCommand};
-use cli::{checkpoints, data, describe, join, load, plan, report, reproduce, run, runs, simulate, status, sweep, worker_process};
+use cli::{
+    checkpoints, data, describe, jobs, join, load, plan, preflight, report, reproduce, run, runs, simulate, status, submit, sweep, worker_process,
+};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -38,10 +40,16 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Data { command: DataCommand::Synth(arguments) } => data::synth(&arguments),
         Command::Plan(arguments) => plan::plan(&arguments, &mut stdout),
         Command::Train(arguments) => run::train(&arguments),
-        Command::Resume(arguments) => run::resume(&arguments),
+        Command::Resume(arguments) => run::resume(&arguments, &mut stdout),
         Command::Join(arguments) => join::join(&arguments),
         Command::Sweep { command } => sweep::sweep(&command, &mut stdout),
         Command::Reproduce(arguments) => reproduce::reproduce(&arguments, &mut stdout),
+        Command::Preflight(arguments) => preflight::preflight(&arguments, &mut stdout),
+        Command::PreflightAgent => preflight::agent(&mut stdout),
+        Command::Submit(arguments) => submit::submit(&arguments, &mut stdout),
+        Command::Allocation(arguments) => jobs::allocation(&arguments),
+        Command::Cancel(arguments) => jobs::cancel(&arguments),
+        Command::Logs(arguments) => jobs::logs(&arguments, &mut stdout),
         Command::Status(arguments) => status::status(&arguments, &mut stdout),
         Command::Watch(arguments) => status::watch(&arguments, &mut stdout),
         Command::Eval(arguments) => worker_process::eval(&arguments),

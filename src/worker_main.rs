@@ -19,6 +19,7 @@ mod generation;
 mod model;
 mod optim;
 mod predict;
+mod preflight;
 mod restore;
 mod sharding;
 mod step;
@@ -30,11 +31,13 @@ mod worker;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::ModelShape;
+use signal_hook::consts::{SIGHUP, SIGTERM, SIGUSR1, SIGUSR2};
 use tch::Device;
 
 use bench::BenchOptions;
@@ -45,6 +48,7 @@ use evaluate::EvaluateOptions;
 use forward::{ForwardExtras, ForwardFiles};
 use model::modernbert::Placement;
 use predict::PredictOptions;
+use preflight::PreflightOptions;
 use worker::WorkerOptions;
 
 #[derive(Parser)]
@@ -79,6 +83,8 @@ enum Command {
         #[command(subcommand)]
         command: checkpoints_command::CheckpointsCommand,
     },
+    /// Check the devices of this machine.
+    Preflight(PreflightArguments),
     /// Time the all-reduce of the ring between processes of this machine.
     BenchCollective(BenchCollectiveArguments),
 }
@@ -172,6 +178,16 @@ struct BenchArguments {
 }
 
 #[derive(Args)]
+struct PreflightArguments {
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    #[arg(long, default_value_t = 1)]
+    devices: u32,
+    #[arg(long)]
+    bfloat16: bool,
+}
+
+#[derive(Args)]
 struct BenchCollectiveArguments {
     #[arg(long, default_value_t = 2)]
     ranks: usize,
@@ -203,6 +219,16 @@ fn main() -> ExitCode {
     }
 }
 
+/// A batch system signals all processes of a job or step at once. The launcher hears it too and lets the workers save; one that ended by
+/// itself could not. SIGKILL still ends it, and it leaves by itself when nobody controls it any more.
+fn leave_signals_to_the_launcher() -> Result<()> {
+    for signal in [SIGTERM, SIGHUP, SIGUSR1, SIGUSR2] {
+        // Nobody reads the flag; that there is a handler is what counts.
+        signal_hook::flag::register(signal, Arc::default()).context("listen to signals")?;
+    }
+    Ok(())
+}
+
 /// Environment variables of this program are read here and in `main`; the object store reads its own.
 fn run(command: Command) -> Result<()> {
     let torch_folder = std::env::var_os(torch::cuda::TORCH_FOLDER_VARIABLE).map(PathBuf::from);
@@ -210,6 +236,7 @@ fn run(command: Command) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
     match command {
         Command::Train(a) => {
+            leave_signals_to_the_launcher()?;
             let token = std::env::var("CLOZE_TOKEN").context("read the run's token from CLOZE_TOKEN")?;
             let TrainArguments { coordinator, run, worker, local_workers, drills } = a;
             worker::run(WorkerOptions { coordinator, run, worker, local_workers, cores, token, torch_folder, drills })
@@ -233,6 +260,9 @@ fn run(command: Command) -> Result<()> {
         }
         Command::BenchCheckpoint { place, params } => {
             bench_checkpoint::run(&CheckpointBenchOptions { place, num_parameters: params }, &mut stdout)
+        }
+        Command::Preflight(PreflightArguments { device, devices, bfloat16 }) => {
+            preflight::preflight(&PreflightOptions { device, num_devices: devices, bfloat16, torch_folder }, &mut stdout)
         }
         Command::Checkpoints { command } => checkpoints_command::run(command),
         Command::BenchCollective(BenchCollectiveArguments { ranks, mib, repeat, rank }) => {

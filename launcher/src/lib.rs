@@ -5,10 +5,12 @@
 //! worker processes of a run whose controller is on another host.
 
 pub mod dashboard;
+pub mod hosts;
 pub mod local;
 pub mod plan;
 pub mod registry;
 pub mod report;
+pub mod preflight;
 pub mod reporter;
 pub mod run_folder;
 pub mod simulate;
@@ -20,6 +22,6 @@ pub mod view;
 mod sample;
 
 pub use cloze_cluster::RunEnd;
-pub use local::{Drill, DrillKind, LaunchOptions, LaunchPlan, SlotsOptions, last_workers, launch, serve_slots};
+pub use local::{Drill, DrillKind, LaunchOptions, LaunchPlan, SlotsOptions, last_workers, launch, launch_on_hosts, serve_slots};
 pub use reporter::TerminalStyle;
 pub use run_folder::{ControlFile, NewRun, RunFolder, RunInfo, RunPaths};

@@ -196,15 +196,15 @@ impl Context<'_> {
         self.read_section(name, value)
     }
 
-    /// An optional section. At and below the keys of `nulls`, dotted and through lists, `null` is a value and does not unset a key.
-    fn section_with<T: DeserializeOwned>(&mut self, name: &str, nulls: &[&str]) -> Option<Option<T>> {
-        let Some(node) = self.root.get(name) else { return Some(None) };
+    /// An optional section, or an error where its form is wrong. At and below the keys of `nulls`, dotted and through lists, `null` is a value and does not unset a key.
+    fn section_with<T: DeserializeOwned>(&mut self, name: &str, nulls: &[&str]) -> Result<Option<T>, ()> {
+        let Some(node) = self.root.get(name) else { return Ok(None) };
         let mut value = node.json();
         for path in nulls {
             let keys: Vec<&str> = path.split('.').collect();
             restore_nulls(node, &mut value, &keys);
         }
-        self.read_section(name, value).map(Some)
+        self.read_section(name, value).map(Some).ok_or(())
     }
 
     fn read_section<T: DeserializeOwned>(&mut self, name: &str, value: Json) -> Option<T> {

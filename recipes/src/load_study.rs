@@ -14,7 +14,7 @@ use crate::{check, paths, schema, validate};
 /// Fails like that function. The trials are checked by [`Study::trials`].
 pub fn load_study(path: &Path, overrides: &[String], profile: Option<&str>) -> anyhow::Result<Study> {
     let shown = path.display().to_string();
-    study_of(path, overrides, profile)?.map(|(study, _)| study).map_err(|problems| problems.into_failure(&shown).into())
+    study_of(path, overrides, profile)?.map_err(|problems| problems.into_failure(&shown).into())
 }
 
 /// What [`check_file`] found right.
@@ -58,7 +58,7 @@ fn checked_under(
     problems: &mut Problems,
 ) -> anyhow::Result<Option<(Study, Vec<Trial>)>> {
     let study = match study_of(path, overrides, profile)? {
-        Ok((study, _)) => study,
+        Ok(study) => study,
         Err(found) => {
             problems.absorb(found, None);
             return Ok(None);
@@ -79,13 +79,15 @@ fn named_profiles(path: &Path, overrides: &[String]) -> anyhow::Result<Vec<Strin
     Ok(profile_names(&root).into_iter().map(str::to_owned).collect())
 }
 
-/// The study with its earlier stage, or everything that is wrong with both.
-fn study_of(path: &Path, overrides: &[String], profile: Option<&str>) -> anyhow::Result<Result<(Study, Option<Trial>), Problems>> {
+/// The study, or everything that is wrong with it and its earlier stage.
+fn study_of(path: &Path, overrides: &[String], profile: Option<&str>) -> anyhow::Result<Result<Study, Problems>> {
     let current_folder = current_folder()?;
     let mut problems = Problems::default();
     let choice = profile.map(|name| ProfileChoice { name, required: true });
     let mut root = compose(path, overrides, choice, &current_folder, &mut problems)?;
-    let file = path.canonicalize().with_context(|| format!("find {}", path.display()))?;
+    // A link to a file stays one: paths in it start at the folder of the link.
+    let folder = paths::canonical_folder(path.parent().unwrap_or(Path::new("")))?;
+    let file = folder.join(path.file_name().unwrap_or_default());
 
     let schema = schema::schema();
     let scope = Scope { profile, current_folder: &current_folder, folder: &current_folder, schema: &schema };
@@ -95,15 +97,14 @@ fn study_of(path: &Path, overrides: &[String], profile: Option<&str>) -> anyhow:
     }
     validate::validate(&root, &schema, &mut problems);
     let checked = check::check_study(&root, problems, &current_folder);
-    let (checked, parent) = match (checked, parent) {
-        (Ok(checked), Ok(parent)) => (checked, parent),
+    let (recipe, around) = match (checked, parent) {
+        (Ok(checked), Ok(_)) => checked,
         (Ok(_), Err(problems)) | (Err(problems), Ok(_)) => return Ok(Err(problems)),
         (Err(mut problems), Err(stage)) => {
             problems.absorb(stage, None);
             return Ok(Err(problems));
         }
     };
-    let (recipe, around) = checked;
     let study = Study {
         file,
         recipe,
@@ -114,7 +115,7 @@ fn study_of(path: &Path, overrides: &[String], profile: Option<&str>) -> anyhow:
         profile: profile.map(str::to_owned),
         overrides: overrides.to_vec(),
     };
-    Ok(Ok((study, parent)))
+    Ok(Ok(study))
 }
 
 fn current_folder() -> anyhow::Result<std::path::PathBuf> {

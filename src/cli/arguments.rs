@@ -35,7 +35,7 @@ pub enum Command {
     Resume(ResumeArguments),
     /// Fill slots of a run with workers of this host
     Join(JoinArguments),
-    /// Say what a run of a recipe will need: steps, tokens, memory of a worker
+    /// Say what a run of a recipe will need, and everything that is wrong before it is started
     Plan(super::plan::PlanArguments),
     /// Run every point of a recipe's sweep, and survive whatever happens to the controller
     Sweep {
@@ -45,6 +45,20 @@ pub enum Command {
     },
     /// Run everything that a paper's table needs, and print it beside ours
     Reproduce(super::reproduce::ReproduceArguments),
+    /// Check the machines of a run before step 0 and name those that must not be used
+    Preflight(super::preflight::PreflightArguments),
+    /// What `cloze preflight` starts on each node
+    #[command(hide = true)]
+    PreflightAgent,
+    /// Submit a recipe to the batch system of a cluster
+    Submit(super::submit::SubmitArguments),
+    /// What a job executes on its first node
+    #[command(hide = true)]
+    Allocation(super::jobs::AllocationArguments),
+    /// Cancel the jobs of a run
+    Cancel(super::jobs::CancelArguments),
+    /// Print the logs of a run
+    Logs(super::jobs::LogsArguments),
     /// Say how a run is
     Status(super::status::StatusArguments),
     /// Watch a run until it ends
@@ -197,6 +211,9 @@ pub struct TrainArguments {
     /// How many workers, and where.
     #[command(flatten)]
     pub workers: WorkerArguments,
+    /// The other hosts.
+    #[command(flatten)]
+    pub hosts: super::hosts::HostsArguments,
     /// Run folder [default: runs/ and the recipe's name]
     #[arg(long)]
     pub run: Option<PathBuf>,
@@ -210,9 +227,15 @@ pub struct TrainArguments {
 pub struct ResumeArguments {
     /// Run folder
     pub run: PathBuf,
+    /// Resume a run of jobs on this machine, instead of submitting it again
+    #[arg(long)]
+    pub here: bool,
     /// How many workers, and where.
     #[command(flatten)]
     pub workers: WorkerArguments,
+    /// The other hosts.
+    #[command(flatten)]
+    pub hosts: super::hosts::HostsArguments,
     /// How the run is watched.
     #[command(flatten)]
     pub watch: WatchArguments,

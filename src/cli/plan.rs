@@ -1,28 +1,24 @@
-//! `cloze plan`: what a run of a recipe will need, without starting anything.
+//! `cloze plan`: what a run of a recipe will need, and everything that is wrong before it is started. It needs no GPU and starts nothing.
+
+mod checks;
+mod facts;
+mod script;
+mod text;
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Args;
 use cloze_data::batch::total_steps;
-use cloze_data::manifest::Manifest;
-use cloze_data::tokenizer::Tokenizer;
-use cloze_launcher::plan::{MemoryPlan, memory, parameters};
+use cloze_launcher::plan::{Check, CheckLevel, DataFacts, PlanFacts, RunPlan, check_memory, check_time};
 use cloze_recipes::failure::{Failure, FailureKind};
-use cloze_recipes::raw::Preset;
-use cloze_recipes::recipe::{ModelShape, Recipe};
-use comfy_table::{CellAlignment, Table, presets};
-use serde::Deserialize;
+use cloze_recipes::site::Site;
+use cloze_recipes::study::Study;
+use serde::Serialize;
 
 use super::arguments::RecipeArguments;
-
-/// The vocabulary of a new model is rounded up to a multiple of this.
-const VOCABULARY_MULTIPLE: u32 = 64;
-
-/// Largest config.json that is read, in bytes; real ones have a few thousand.
-const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
 /// Arguments of `cloze plan`.
 #[derive(Args)]
@@ -30,161 +26,104 @@ pub struct PlanArguments {
     /// The recipe.
     #[command(flatten)]
     pub recipe: RecipeArguments,
-    /// Workers of the run
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16_384))]
-    pub workers: u32,
+    /// Cluster file; without, the run is planned for this machine
+    #[arg(long, value_name = "FILE")]
+    pub cluster: Option<PathBuf>,
+    /// Workers of the run [default: `resources.nodes` times `resources.workers_per_node`]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=16_384))]
+    pub workers: Option<u32>,
+    /// Tokens that one worker trains on in a second, by `cloze bench` [default: from the cluster file]
+    #[arg(long, value_name = "TOKENS")]
+    pub tokens_per_second: Option<f64>,
+    /// Look at nothing but this machine: no bucket, no batch system
+    #[arg(long)]
+    pub offline: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
-/// Prints parameters, steps, tokens of a step, and the memory of one worker.
+/// What is printed.
+#[derive(Serialize)]
+struct Printed {
+    /// No check has failed.
+    ok: bool,
+    /// The numbers; `None` where the model is not known.
+    plan: Option<RunPlan>,
+    /// Every check.
+    checks: Vec<Check>,
+    /// The batch script of the run's first job.
+    script: Option<String>,
+}
+
+/// What is planned.
+struct Wanted<'a> {
+    study: &'a Study,
+    site: &'a Site,
+    workers: u32,
+    offline: bool,
+}
+
+/// Prints numbers, script and checks. A check that failed decides the exit code; one of the recipe comes before all others.
 pub fn plan(arguments: &PlanArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
-    let recipe = arguments.recipe.load()?;
-    let (shape, vocab) = model_of(&recipe)?;
-    let data = Manifest::find(&recipe.data.output)?;
-    let memory = memory(&shape, vocab, &recipe.train, arguments.workers);
-    let facts = facts(&recipe, parameters(&shape, vocab), data.as_ref(), arguments.workers);
-    write!(stdout, "{}", text(&facts, &memory)).context("print the plan")?;
-    Ok(ExitCode::SUCCESS)
+    let changes = &arguments.recipe.changes;
+    let study = cloze_recipes::load_study(&arguments.recipe.recipe, &changes.overrides, changes.profile.as_deref())?;
+    let site = arguments.cluster.as_deref().map_or_else(|| Ok(Site::local()), cloze_recipes::load_site)?;
+    let workers = arguments.workers.unwrap_or_else(|| study.resources.nodes.saturating_mul(study.resources.workers_per_node));
+    let wanted = Wanted { study: &study, site: &site, workers, offline: arguments.offline };
+    let printed = compute(&wanted, arguments)?;
+    if arguments.json {
+        writeln!(stdout, "{}", serde_json::to_string_pretty(&printed).context("encode the plan")?)
+    } else {
+        write!(stdout, "{}", text::text(&printed))
+    }
+    .context("print the plan")?;
+    verdict(&arguments.recipe.recipe, &printed.checks)
 }
 
-/// Extents of the model and rows of its embedding.
-fn model_of(recipe: &Recipe) -> Result<(ModelShape, u64)> {
-    match (&recipe.model.path, &recipe.model.shape) {
-        (Some(folder), _) => Ok(model_in(folder)?),
-        (None, Some(shape)) => {
-            let tokenizer = Tokenizer::load(&recipe.model.tokenizer)?;
-            Ok((shape.clone(), tokenizer.vocab_size().next_multiple_of(VOCABULARY_MULTIPLE).into()))
+fn compute(wanted: &Wanted<'_>, arguments: &PlanArguments) -> Result<Printed> {
+    let mut checks = Vec::new();
+    let model = checks::model(wanted.study, &mut checks)?;
+    let data = checks::data(wanted, &mut checks);
+    checks::places(wanted, &mut checks);
+    checks::machines(wanted, &mut checks);
+    let plan = match model {
+        Some((shape, vocab)) => {
+            let facts = facts::facts(wanted, arguments, (shape, vocab), data)?;
+            let plan = RunPlan::new(&facts, steps(&facts));
+            checks.push(check_memory(&facts, &plan.memory));
+            checks.push(check_time(&plan, &facts.machine));
+            Some(plan)
         }
-        (None, None) => Err(Failure::new(FailureKind::Recipe, "the recipe names neither a model folder nor a shape").into()),
-    }
-}
-
-/// The part of a model folder's config.json that decides about memory.
-#[derive(Deserialize)]
-struct ConfigSizes {
-    vocab_size: u64,
-    hidden_size: u32,
-    intermediate_size: u32,
-    num_hidden_layers: u32,
-    num_attention_heads: u32,
-    max_position_embeddings: Option<u32>,
-}
-
-fn model_in(folder: &Path) -> Result<(ModelShape, u64), Failure> {
-    let path = folder.join("config.json");
-    let unreadable = |error: std::io::Error| {
-        Failure::new(FailureKind::Input, "a file of the model folder cannot be read").at(path.display()).because(error)
+        None => None,
     };
-    let size = std::fs::metadata(&path).map_err(unreadable)?.len();
-    if size > CONFIG_BYTES_MAX {
-        return Err(Failure::new(FailureKind::Input, "config.json is too large")
-            .at(path.display())
-            .expected(format!("at most {CONFIG_BYTES_MAX} bytes"))
-            .found(size));
-    }
-    let bytes = std::fs::read(&path).map_err(unreadable)?;
-    let config: ConfigSizes = serde_json::from_slice(&bytes)
-        .map_err(|error| Failure::new(FailureKind::Damaged, "config.json is not valid").at(path.display()).because(error))?;
-    let defaults = Preset::Base.shape();
-    let shape = ModelShape {
-        hidden_size: config.hidden_size,
-        intermediate_size: config.intermediate_size,
-        num_hidden_layers: config.num_hidden_layers,
-        num_attention_heads: config.num_attention_heads,
-        max_position_embeddings: config.max_position_embeddings.unwrap_or(defaults.max_position_embeddings),
-        ..defaults
-    };
-    Ok((shape, config.vocab_size))
-}
-
-/// What is known of the run, by name.
-fn facts(recipe: &Recipe, parameters: u64, data: Option<&Manifest>, workers: u32) -> Vec<(&'static str, String)> {
-    let steps = match (data, recipe.train.steps) {
-        (Some(data), _) => grouped(total_steps(&recipe.train, data.samples)),
-        (None, Some(steps)) => grouped(steps),
-        (None, None) => "known when the data is prepared".to_owned(),
-    };
-    let examples = u64::from(recipe.train.batch_examples);
-    let tokens = match data.filter(|data| data.samples > 0) {
-        Some(data) => format!("about {}", grouped((data.tokens as f64 / data.samples as f64 * examples as f64).round() as u64)),
-        None => format!("at most {}", grouped(examples * u64::from(recipe.data.max_length))),
-    };
-    vec![
-        ("recipe", format!("{}, hash {}", recipe.name, recipe.hash())),
-        ("parameters", grouped(parameters)),
-        ("steps", steps),
-        ("examples of a step", grouped(examples)),
-        ("tokens of a step", tokens),
-        ("workers", grouped(workers.into())),
-    ]
-}
-
-fn text(facts: &[(&'static str, String)], memory: &MemoryPlan) -> String {
-    let lines: String = facts.iter().map(|(name, value)| format!("{name}: {value}\n")).collect();
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN).set_header(["memory of a worker", "MiB"]);
-    for (name, bytes) in memory.parts.iter().copied().chain([("total", memory.total)]) {
-        table.add_row([name.to_owned(), mebibytes(bytes)]);
-    }
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    format!("{lines}\n{table}\n")
-}
-
-/// Rounded up, so that what needs memory never shows as zero.
-fn mebibytes(bytes: u64) -> String {
-    grouped(bytes.div_ceil(1 << 20))
-}
-
-/// A number with its digits in groups of three.
-fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (place, digit) in digits.chars().enumerate() {
-        if place > 0 && (digits.len() - place).is_multiple_of(3) {
-            text.push(' ');
+    let script = match script::script(wanted) {
+        Ok(script) => script,
+        Err(error) => {
+            checks.push(Check::error("batch script", &error));
+            None
         }
-        text.push(digit);
-    }
-    text
+    };
+    let ok = checks.iter().all(|check| check.level != CheckLevel::Fail);
+    Ok(Printed { ok, plan, checks, script })
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn digits_are_grouped() {
-        for (number, text) in [(0, "0"), (999, "999"), (1000, "1 000"), (12_345_678, "12 345 678")] {
-            assert_eq!(grouped(number), text);
-        }
+/// Steps of the run, where the recipe or prepared data says so.
+fn steps(facts: &PlanFacts) -> Option<u64> {
+    match (facts.data, facts.recipe.train.steps) {
+        (DataFacts::Prepared { samples, .. }, _) => Some(total_steps(&facts.recipe.train, samples)),
+        (_, steps) => steps,
     }
+}
 
-    #[test]
-    fn the_plan_is_read_at_a_glance() {
-        let memory = MemoryPlan { parts: vec![("parameters", 4 << 20), ("activations", 1)], total: (4 << 20) + 1 };
-        let expected = "\
-parameters: 149 014 272
-steps: 10
-
-| memory of a worker | MiB |
-|--------------------|-----|
-| parameters         |   4 |
-| activations        |   1 |
-| total              |   5 |
-";
-        assert_eq!(text(&[("parameters", grouped(149_014_272)), ("steps", grouped(10))], &memory), expected);
-    }
-
-    #[test]
-    fn the_sizes_of_a_model_folder_are_read() {
-        let folder = tempfile::tempdir().unwrap();
-        let config = r#"{"vocab_size": 50368, "hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22,
-            "num_attention_heads": 12, "model_type": "modernbert"}"#;
-        std::fs::write(folder.path().join("config.json"), config).unwrap();
-        let (shape, vocab) = model_in(folder.path()).unwrap();
-        assert_eq!((shape, vocab), (Preset::Base.shape(), 50_368));
-        std::fs::write(folder.path().join("config.json"), "{}").unwrap();
-        assert_eq!(model_in(folder.path()).unwrap_err().kind, FailureKind::Damaged);
-    }
+fn verdict(recipe: &Path, checks: &[Check]) -> Result<ExitCode> {
+    let failed: Vec<&Check> = checks.iter().filter(|check| check.level == CheckLevel::Fail).collect();
+    let kinds = || failed.iter().filter_map(|check| check.kind);
+    let Some(kind) = kinds().find(|kind| *kind == FailureKind::Recipe).or_else(|| kinds().next()) else {
+        return Ok(ExitCode::SUCCESS);
+    };
+    let names = failed.iter().map(|check| format!("{}: {}", check.name, check.found)).collect::<Vec<_>>().join("\n    ");
+    let failure = Failure::new(kind, format!("{} of {} checks failed", failed.len(), checks.len())).at(recipe.display()).because(names);
+    let hint = failed.iter().find(|check| check.kind == Some(kind)).and_then(|check| check.hint.clone());
+    Err(hint.map_or(failure.clone(), |hint| failure.hint(hint)).into())
 }

@@ -12,30 +12,36 @@ use cloze_data::batch::total_steps;
 use cloze_data::dataset::Dataset;
 use cloze_data::prepare::check_prepared;
 use cloze_data::tokenizer::Tokenizer;
-use cloze_launcher::{Drill, LaunchOptions, LaunchPlan, NewRun, RunEnd, RunFolder, TerminalStyle, last_workers, launch};
+use cloze_launcher::{Drill, LaunchOptions, LaunchPlan, NewRun, RunEnd, RunFolder, TerminalStyle, last_workers, launch_on_hosts};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
 
 use super::arguments::{ResumeArguments, TrainArguments, WatchArguments, WorkerArguments};
+use super::hosts::Hosts;
 use super::worker_process::worker_binary;
 
 /// Folder of runs that are given no folder.
-const RUNS_FOLDER: &str = "runs";
+pub(super) const RUNS_FOLDER: &str = "runs";
 
 /// Starts a new run.
 pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
     let recipe = arguments.recipe.load()?;
-    check_model_folder(&recipe)?;
-    let dataset = Dataset::open(&recipe.data.output)?;
-    check_has_samples(&dataset, &recipe)?;
-    check_prepared(&recipe, dataset.manifest())?;
-    dataset.check_tokenizer(&Tokenizer::load(&recipe.model.tokenizer)?)?;
+    let dataset = check_inputs(&recipe)?;
     for (who, address) in [("coordinator", arguments.watch.listen), ("dashboard", arguments.watch.dashboard.0)] {
         address.map_or(Ok(()), |address| check_port(who, address))?;
     }
     let total = total_steps(&recipe.train, dataset.num_samples());
-    let plan = plan(Slots::of(&arguments.workers, 1), &arguments.watch, recipe.clone(), total)?;
-    let folder = arguments.run.clone().unwrap_or_else(|| Path::new(RUNS_FOLDER).join(&recipe.name));
+    let hosts = Hosts::of(&arguments.hosts, || {
+        let changes = &arguments.recipe.changes;
+        Ok(cloze_recipes::load_study(&arguments.recipe.recipe, &changes.overrides, changes.profile.as_deref())?.resources)
+    })?;
+    let slots = Slots::of(&arguments.workers, 1).over(hosts.as_ref(), arguments.watch.listen)?;
+    let plan = plan(slots, &arguments.watch, recipe.clone(), total)?;
+    let runs = hosts.as_ref().and_then(|hosts| hosts.folder.clone()).unwrap_or_default().join(RUNS_FOLDER);
+    let folder = arguments.run.clone().unwrap_or_else(|| runs.join(&recipe.name));
+    if let Some(hosts) = &hosts {
+        hosts.check_machines(&recipe, &folder)?;
+    }
     let (root, name) = split(&folder)?;
     let new = NewRun {
         name: &name,
@@ -44,12 +50,39 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
         command_line: std::env::args().collect(),
         worker_build: build_name(),
     };
-    go(RunFolder::create(&root, &new)?, plan, arguments.watch.quiet)
+    go(RunFolder::create(&root, &new)?, plan, hosts.as_ref(), arguments.watch.quiet)
 }
 
-/// Goes on with a run.
-pub fn resume(arguments: &ResumeArguments) -> Result<ExitCode> {
-    let (run, recipe) = RunFolder::open(&arguments.run)?;
+/// Goes on with a run: here, or in jobs where jobs brought it this far.
+pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
+    if let Some(code) = super::submit::resume(arguments, stdout)? {
+        return Ok(code);
+    }
+    let (run, recipe, total) = open_to_resume(&arguments.run)?;
+    let before = last_workers(run.paths())?.unwrap_or(1);
+    // The run folder does not say how many machines the recipe wanted.
+    let hosts = Hosts::of(&arguments.hosts, || {
+        let failure = Failure::new(FailureKind::Recipe, "`--cluster` does not say over which hosts a run goes on");
+        Err(failure.hint("name them: `--hosts a,b --workers-per-host N`").into())
+    })?;
+    let slots = Slots::of(&arguments.workers, before).over(hosts.as_ref(), arguments.watch.listen)?;
+    let plan = plan(slots, &arguments.watch, recipe, total)?;
+    go(run, LaunchPlan { resumed: true, ..plan }, hosts.as_ref(), arguments.watch.quiet)
+}
+
+/// Opens what a run reads, and checks that it belongs together.
+pub(super) fn check_inputs(recipe: &Recipe) -> Result<Dataset> {
+    check_model_folder(recipe)?;
+    let dataset = Dataset::open(&recipe.data.output)?;
+    check_has_samples(&dataset, recipe)?;
+    check_prepared(recipe, dataset.manifest())?;
+    dataset.check_tokenizer(&Tokenizer::load(&recipe.model.tokenizer)?)?;
+    Ok(dataset)
+}
+
+/// Opens a run that was started before, with its recipe and the steps of the whole run. Its data must be what it was.
+pub(super) fn open_to_resume(folder: &Path) -> Result<(RunFolder, Recipe, u64)> {
+    let (run, recipe) = RunFolder::open(folder)?;
     let dataset = Dataset::open(&recipe.data.output)?;
     let (expected, found) = (&run.info().data_fingerprint, dataset.manifest().fingerprint());
     if *expected != found {
@@ -61,9 +94,7 @@ pub fn resume(arguments: &ResumeArguments) -> Result<ExitCode> {
             .into());
     }
     let total = total_steps(&recipe.train, dataset.num_samples());
-    let before = last_workers(run.paths())?.unwrap_or(1);
-    let plan = plan(Slots::of(&arguments.workers, before), &arguments.watch, recipe, total)?;
-    go(run, LaunchPlan { resumed: true, ..plan }, arguments.watch.quiet)
+    Ok((run, recipe, total))
 }
 
 /// How many workers there are to be.
@@ -72,6 +103,8 @@ struct Slots {
     workers: u32,
     local_workers: u32,
     join_timeout: Duration,
+    /// Where the coordinator listens, where the hosts decide it.
+    listen: Option<SocketAddr>,
 }
 
 impl Slots {
@@ -79,13 +112,20 @@ impl Slots {
     fn of(arguments: &WorkerArguments, workers: u32) -> Self {
         let workers = arguments.workers.unwrap_or(workers);
         let local_workers = arguments.local.unwrap_or(workers);
-        Self { workers, local_workers, join_timeout: Duration::from_secs(arguments.join_timeout) }
+        Self { workers, local_workers, join_timeout: Duration::from_secs(arguments.join_timeout), listen: None }
+    }
+
+    /// Those of the hosts, where hosts were named.
+    fn over(self, hosts: Option<&Hosts>, listen: Option<SocketAddr>) -> Result<Self, Failure> {
+        let Some(hosts) = hosts else { return Ok(self) };
+        let listen = if listen.is_some() { listen } else { hosts.listen()? };
+        Ok(Self { workers: hosts.workers, local_workers: hosts.local_workers, listen, ..self })
     }
 }
 
 /// What is to be done, of a new run.
 fn plan(slots: Slots, watch: &WatchArguments, recipe: Recipe, total_steps: u64) -> Result<LaunchPlan> {
-    let Slots { workers, local_workers, join_timeout } = slots;
+    let Slots { workers, local_workers, join_timeout, listen } = slots;
     let plan = LaunchPlan {
         recipe,
         total_steps,
@@ -93,7 +133,7 @@ fn plan(slots: Slots, watch: &WatchArguments, recipe: Recipe, total_steps: u64) 
         local_workers,
         worker_binary: worker_binary()?,
         worker_build: build_name(),
-        bind: watch.listen,
+        bind: watch.listen.or(listen),
         join_timeout,
         resumed: false,
         dashboard: watch.dashboard.0,
@@ -112,13 +152,20 @@ fn drills(watch: &WatchArguments) -> Result<Vec<Drill>, Failure> {
 }
 
 /// Launches, and says what to do next.
-fn go(run: RunFolder, plan: LaunchPlan, quiet: bool) -> Result<ExitCode> {
+fn go(run: RunFolder, plan: LaunchPlan, hosts: Option<&Hosts>, quiet: bool) -> Result<ExitCode> {
     let run_path = run.path().to_owned();
     let until_step = plan.until_step;
     let elsewhere = plan.local_workers < plan.workers;
-    let again = if elsewhere { format!(" --local {}", plan.local_workers) } else { String::new() };
-    let again = format!("cloze resume {} --workers {}{again}", run_path.display(), plan.workers);
-    let end = launch(LaunchOptions { run, plan, output: Box::new(std::io::stderr()), style: terminal_style(quiet) })?;
+    let again = match hosts {
+        Some(_) if elsewhere => " with the same hosts and `--workers-per-host`".to_owned(),
+        Some(_) => format!(" --workers {}", plan.workers),
+        None if elsewhere => format!(" --workers {} --local {}", plan.workers, plan.local_workers),
+        None => format!(" --workers {}", plan.workers),
+    };
+    let again = format!("cloze resume {}{again}", run_path.display());
+    let others = hosts.map(|hosts| hosts.plan(&run_path)).transpose()?.unwrap_or_default();
+    let options = LaunchOptions { run, plan, output: Box::new(std::io::stderr()), style: terminal_style(quiet) };
+    let end = launch_on_hosts(options, others)?;
     let shown = run_path.display().to_string();
     match end {
         RunEnd::Finished { .. } => {
@@ -188,7 +235,8 @@ fn check_model_folder(recipe: &Recipe) -> Result<(), Failure> {
     }
 }
 
-fn split(folder: &Path) -> Result<(PathBuf, String)> {
+/// The folder above a run folder, and its name.
+pub(super) fn split(folder: &Path) -> Result<(PathBuf, String)> {
     let name = folder.file_name().and_then(|name| name.to_str()).map(str::to_owned);
     let name = name.ok_or_else(|| Failure::new(FailureKind::Recipe, "the run folder has no name").at(folder.display()))?;
     Ok((folder.parent().map_or_else(PathBuf::new, Path::to_owned), name))

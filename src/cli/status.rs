@@ -8,7 +8,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use clap::Args;
+use cloze_launcher::RunPaths;
 use cloze_launcher::dashboard::{ViewStream, fetch_view};
+use cloze_launcher::slurm::{JobsView, jobs_text, view_jobs};
 use cloze_launcher::view::{EventLog, RunState, RunView, controller_lives, status_line, status_page};
 use cloze_recipes::failure::{Failure, FailureKind};
 use serde::Serialize;
@@ -48,23 +50,31 @@ struct Status<'a> {
     /// Whether a controller holds the run's lock.
     controller_lives: bool,
     run: &'a RunView,
+    /// The run's jobs, where it has any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    jobs: Option<&'a JobsView>,
 }
 
 /// Prints how a run is.
 pub fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
-    let (view, controller_lives) = if is_address(&arguments.run) {
-        (fetch_view(&arguments.run)?, true)
+    let (view, controller_lives, jobs) = if is_address(&arguments.run) {
+        (fetch_view(&arguments.run)?, true, None)
     } else {
         let folder = Path::new(&arguments.run);
+        let jobs = view_jobs(&RunPaths::find(folder)?)?;
         let mut log = EventLog::of_run(folder);
-        log.read_new()?;
+        // The first job of a run may still wait.
+        if jobs.is_none() || folder.join("events.jsonl").exists() {
+            log.read_new()?;
+        }
         tell_passed_over(&log)?;
-        (log.into_view(), lives(folder)?)
+        (log.into_view(), lives(folder)?, jobs)
     };
     let text = if arguments.json {
-        serde_json::to_string_pretty(&Status { controller_lives, run: &view }).context("serialise the status")? + "\n"
+        let status = Status { controller_lives, run: &view, jobs: jobs.as_ref() };
+        serde_json::to_string_pretty(&status).context("serialise the status")? + "\n"
     } else {
-        status_page(&view, controller_lives, now()?)
+        status_page(&view, controller_lives, now()?) + &jobs.as_ref().map(jobs_text).unwrap_or_default()
     };
     stdout.write_all(text.as_bytes()).context("print the status")?;
     Ok(ExitCode::SUCCESS)

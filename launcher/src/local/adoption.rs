@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant as StdInstant};
 
 use anyhow::Context as _;
 use cloze_recipes::failure::{Failure, FailureKind};
@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
 
 use super::crew::KILL_TIMEOUT_S;
-use super::record::{ProcessRecord, elsewhere, living};
+use super::record::{ProcessRecord, all, elsewhere, living};
 use crate::run_folder::{ControlFile, RunPaths};
 
 /// Interval at which killed processes are looked for.
@@ -116,6 +116,21 @@ impl Legacy {
         self.living.clear();
         Ok(())
     }
+}
+
+/// Forgets an earlier controller and its workers, for a caller who knows that all of them were ended, wherever they ran. What lives on
+/// this host all the same is killed.
+pub(crate) fn forget_earlier(paths: &RunPaths) -> anyhow::Result<()> {
+    ControlFile::remove(paths)?;
+    let left = living(paths)?;
+    for record in &left {
+        record.signal(Signal::KILL).with_context(|| format!("kill worker process {}", record.process_id))?;
+    }
+    let deadline = StdInstant::now() + Duration::from_secs(KILL_TIMEOUT_S);
+    while left.iter().any(ProcessRecord::is_alive) && StdInstant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(KILL_POLL_MS));
+    }
+    all(paths)?.iter().try_for_each(|record| ProcessRecord::remove(paths, record.worker))
 }
 
 /// Decides what becomes of what was left.

@@ -13,14 +13,15 @@ use tokio::sync::mpsc;
 use tracing::Instrument as _;
 
 use super::adoption::{Adoption, AdoptionReason, Legacy, Wanted, decide_adoption};
-use super::crew::Crew;
+use super::crew::{Crew, LEAVE_TIMEOUT_S};
 use super::drill::Drill;
 use super::process::WorkerCommand;
 use super::record::ProcessRecord;
 use super::restart::RestartLimits;
 use super::signals::Signals;
-use super::supervisor::{CoordinatorTask, Supervisor, SupervisorLimits};
+use super::supervisor::{CoordinatorTask, Supervisor, SupervisorLimits, last_signal};
 use crate::dashboard::{Dashboard, DashboardOptions, DashboardOrder};
+use crate::hosts::{HostCrew, HostsPlan};
 use crate::reporter::{Reporters, TerminalStyle};
 use crate::run_folder::{ControlFile, RunFolder};
 
@@ -41,6 +42,9 @@ const DASHBOARD_ORDERS: usize = 16;
 
 /// Shortest time for workers of an earlier controller to come back before they are killed; longer than the coordinator waits for them.
 const COME_BACK_TIMEOUT_S: u64 = 15;
+
+/// Beyond the time that the workers of other hosts have to leave, how long their `cloze join` may take to notice and to end.
+const HOSTS_EXTRA_S: u64 = 10;
 
 /// Where a coordinator listens unless told otherwise: on loopback, at a free port.
 const DEFAULT_BIND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -95,6 +99,12 @@ pub struct LaunchPlan {
 /// controller may live on another host (`Environment`), the run folder cannot be written (`Storage`), its journal cannot be read
 /// (`Damaged`).
 pub fn launch(options: LaunchOptions) -> anyhow::Result<RunEnd> {
+    launch_on_hosts(options, HostsPlan::default())
+}
+
+/// The same over other hosts, on each of which `cloze join` is kept alive until the run ends. A host that cannot be reached ends the
+/// run, unless enough others are left for `cluster.min_workers`.
+pub fn launch_on_hosts(options: LaunchOptions, hosts: HostsPlan) -> anyhow::Result<RunEnd> {
     let LaunchOptions { run, plan, output, style } = options;
     plan.check()?;
     // Before anything is written: what cannot begin leaves a run that others may still work on as it is.
@@ -113,6 +123,7 @@ pub fn launch(options: LaunchOptions) -> anyhow::Result<RunEnd> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(RUNTIME_THREADS).thread_name("launcher").enable_all().build();
     let runtime = runtime.context("start the launcher's runtime")?;
     runtime.block_on(async {
+        let mut hosts = HostCrew::new(hosts);
         // With an error the workers of the earlier controller live on, so it is not told as the end of the run.
         let taken_over = take_over(&run, &plan, &mut inheritance, &mut reporters).await?;
         let outcome = async {
@@ -120,10 +131,12 @@ pub fn launch(options: LaunchOptions) -> anyhow::Result<RunEnd> {
                 Some(opened) => opened,
                 None => open_anew(&run, &plan, inheritance, &mut reporters).await?,
             };
-            Box::pin(control(&run, &plan, opened, &mut reporters, &signals)).await
+            Box::pin(control(&run, &plan, opened, (&mut reporters, &mut hosts), &signals)).await
         };
         let outcome = outcome.await;
         let end = report_end(&mut reporters, outcome, started.elapsed());
+        // They read of the end in the event log.
+        dismiss_hosts(&mut hosts, &mut reporters, &signals).await;
         reporters.close().await;
         end
     })
@@ -228,7 +241,7 @@ async fn control(
     run: &RunFolder,
     plan: &LaunchPlan,
     opened: Opened,
-    reporters: &mut Reporters,
+    (reporters, hosts): (&mut Reporters, &mut HostCrew),
     signals: &Signals,
 ) -> anyhow::Result<RunEnd> {
     let (order_sender, orders) = mpsc::channel(DASHBOARD_ORDERS);
@@ -246,6 +259,7 @@ async fn control(
         let (crew, coordinator) = muster(run, plan, opened);
         let mut supervisor = Supervisor::new(crew, plan.supervisor_limits(), reporters, signals);
         supervisor.practise(&plan.drills);
+        supervisor.reach_out(hosts);
         supervisor.run(coordinator, orders).await
     };
     let outcome = outcome.await;
@@ -254,6 +268,21 @@ async fn control(
     let end = outcome?;
     removed?;
     Ok(end)
+}
+
+/// Waits for `cloze join` on the other hosts to end, unless somebody signals meanwhile.
+async fn dismiss_hosts(hosts: &mut HostCrew, reporters: &mut Reporters, signals: &Signals) {
+    // Where nobody reads what is shown, the end matters all the same.
+    let show = |line: &str| drop(reporters.say(line));
+    let late = tokio::select! {
+        biased;
+        late = hosts.end(Duration::from_secs(LEAVE_TIMEOUT_S + HOSTS_EXTRA_S), show) => late,
+        _ = last_signal(signals, 1) => hosts.end(Duration::ZERO, |_| {}).await,
+    };
+    if !late.is_empty() {
+        let line = format!("warning: these hosts were left before they were done: {}; `cloze join` ends there by itself", late.join(", "));
+        drop(reporters.say(&line));
+    }
 }
 
 /// Starts the coordinator, and gathers the processes that live already.

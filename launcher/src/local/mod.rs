@@ -21,9 +21,11 @@ mod process;
 mod record;
 mod restart;
 pub(crate) mod signals;
+mod slot_locks;
 mod slots;
 mod supervisor;
 
+pub(crate) use adoption::forget_earlier;
 pub use drill::{Drill, DrillKind};
-pub use launch::{LaunchOptions, LaunchPlan, launch};
+pub use launch::{LaunchOptions, LaunchPlan, launch, launch_on_hosts};
 pub use slots::{SlotsOptions, last_workers, serve_slots};

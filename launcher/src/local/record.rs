@@ -117,7 +117,7 @@ pub(super) fn elsewhere(paths: &RunPaths) -> anyhow::Result<Vec<ProcessRecord>> 
 }
 
 /// All records of a run, by slot.
-fn all(paths: &RunPaths) -> anyhow::Result<Vec<ProcessRecord>> {
+pub(super) fn all(paths: &RunPaths) -> anyhow::Result<Vec<ProcessRecord>> {
     let folder = paths.processes();
     let entries = match fs::read_dir(&folder) {
         Ok(entries) => entries,

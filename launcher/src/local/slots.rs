@@ -19,6 +19,7 @@ use super::process::{Exit, WorkerCommand};
 use super::record::{ProcessRecord, living};
 use super::restart::{ExitDecision, RestartLimits};
 use super::signals::{Request, Signals};
+use super::slot_locks::{RunEndWatch, SlotLocks};
 use super::supervisor::exit_failure;
 use crate::run_folder::{ControlFile, RunPaths, storage};
 
@@ -63,6 +64,8 @@ pub fn serve_slots(options: SlotsOptions) -> anyhow::Result<()> {
     let signals = Signals::listen().context("listen to signals")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the launcher's runtime")?;
     runtime.block_on(Box::pin(async {
+        let mut options = options;
+        let Some(_locks) = take_slots(&mut options, &signals).await? else { return Ok(()) };
         let mut outpost = Outpost::open(options, &signals).await?;
         let outcome = outpost.drive().await;
         outpost.crew.end(Duration::ZERO).await;
@@ -296,6 +299,30 @@ impl<'a> Outpost<'a> {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             result => result.context("write progress to standard error"),
         }
+    }
+}
+
+/// Waits until no other `cloze join` fills one of the slots; `None` when the run ends before that.
+async fn take_slots(options: &mut SlotsOptions, signals: &Signals) -> anyhow::Result<Option<SlotLocks>> {
+    let mut watch = RunEndWatch::new(&options.paths);
+    let mut is_told = false;
+    loop {
+        let slot = match SlotLocks::take(&options.paths, &options.slots)? {
+            Ok(locks) => return Ok(Some(locks)),
+            Err(slot) => slot,
+        };
+        if !std::mem::replace(&mut is_told, true) {
+            let line = format!("another `cloze join` fills slot {slot}; this one takes its place when it ends");
+            // Nobody who reads it is no reason not to stand by.
+            drop(writeln!(options.output, "{line}").and_then(|()| options.output.flush()));
+        }
+        if watch.has_ended() {
+            return Ok(None);
+        }
+        if let Some(signal) = signals.take(Request::Stop).or_else(|| signals.take(Request::EarlyStop)) {
+            return Err(Failure::new(FailureKind::Interrupted, "stopped while waiting for a slot").found(signal).into());
+        }
+        sleep(Duration::from_millis(RETRY_MS)).await;
     }
 }
 

@@ -18,6 +18,7 @@ use super::process::{Exit, ProcessOrder};
 use super::restart::{ExitDecision, ExitReason, RestartLimits};
 use super::signals::{Request, Signals};
 use crate::dashboard::DashboardOrder;
+use crate::hosts::{HostCrew, HostDecision, HostEvent};
 use crate::reporter::Reporters;
 
 /// Interval at which signals and due times are looked at.
@@ -60,6 +61,8 @@ enum Stop {
 /// The state of the loop.
 pub(super) struct Supervisor<'a> {
     crew: Crew,
+    /// `cloze join` on other hosts, where this program starts it.
+    hosts: Option<&'a mut HostCrew>,
     limits: SupervisorLimits,
     /// Processes that are still to be killed or frozen on purpose.
     drills: Vec<Drill>,
@@ -71,7 +74,12 @@ pub(super) struct Supervisor<'a> {
 impl<'a> Supervisor<'a> {
     /// A loop for a crew; processes that were found are in it already.
     pub(super) fn new(crew: Crew, limits: SupervisorLimits, reporters: &'a mut Reporters, signals: &'a Signals) -> Self {
-        Self { crew, limits, drills: Vec::new(), reporters, signals, stop: Stop::No }
+        Self { crew, hosts: None, limits, drills: Vec::new(), reporters, signals, stop: Stop::No }
+    }
+
+    /// Keeps `cloze join` alive on other hosts too.
+    pub(super) fn reach_out(&mut self, hosts: &'a mut HostCrew) {
+        self.hosts = Some(hosts);
     }
 
     /// Kills or freezes processes on purpose.
@@ -109,6 +117,9 @@ impl<'a> Supervisor<'a> {
         for worker in self.crew.vacant() {
             self.start(worker)?;
         }
+        if let Some(hosts) = &mut self.hosts {
+            hosts.start(&self.crew.command().paths)?;
+        }
         let mut tick = interval(Duration::from_millis(TICK_MS));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let end = loop {
@@ -120,6 +131,7 @@ impl<'a> Supervisor<'a> {
                 Some(event) = coordinator.events.recv() => self.take_event(event)?,
                 Some(exit) = self.crew.next_exit() => self.take_exit(&coordinator.control, &exit?)?,
                 Some(order) = orders.recv() => self.take_order(&coordinator.control, order)?,
+                Some(event) = next_of(&mut self.hosts) => self.hear_host(&coordinator.control, event)?,
             }
         };
         let end = end.context("run the coordinator")?;
@@ -153,7 +165,40 @@ impl<'a> Supervisor<'a> {
             self.reporters.write(Event::WorkerRestarted { worker, attempt, budget_left })?;
             self.start(worker)?;
         }
+        if let Some(hosts) = &mut self.hosts {
+            for host in hosts.restart_due(now, &self.crew.command().paths)? {
+                self.reporters.write(Event::Warning { message: format!("host {host}: `cloze join` is started again") })?;
+            }
+        }
         Ok(())
+    }
+
+    /// What another host says, and what follows when its process ends.
+    fn hear_host(&mut self, control: &mpsc::Sender<Control>, event: HostEvent) -> anyhow::Result<()> {
+        let Some(hosts) = &mut self.hosts else { return Ok(()) };
+        let (place, code, status) = match event {
+            HostEvent::Line { place, text } => {
+                let line = hosts.take_line(place, &text);
+                return self.reporters.say(&line);
+            }
+            HostEvent::Ended { place, code, status } => (place, code, status),
+        };
+        let limits = (self.limits.restart.max_restarts, self.limits.restart.min_workers);
+        let (decision, reason) = hosts.take_end(place, code, limits, self.crew.command().slots);
+        match decision {
+            HostDecision::Expected => Ok(()),
+            HostDecision::Restart { .. } => {
+                let message = format!("host {}: {reason} ({status})", hosts.name(place));
+                self.reporters.write(Event::Warning { message })
+            }
+            HostDecision::LeaveEmpty => {
+                let message = format!("host {} is used no more: {reason} ({status})", hosts.name(place));
+                let slots = hosts.slots(place);
+                self.reporters.write(Event::Warning { message })?;
+                slots.into_iter().try_for_each(|worker| tell(control, Control::NoReplacement { worker }))
+            }
+            HostDecision::GiveUp { kind } => tell(control, Control::GiveUp { failure: hosts.failure(place, kind, reason, &status) }),
+        }
     }
 
     fn take_order(&mut self, control: &mpsc::Sender<Control>, order: DashboardOrder) -> anyhow::Result<()> {
@@ -171,6 +216,9 @@ impl<'a> Supervisor<'a> {
                 self.warn(format!("{who}: the workers finish their step, save and leave{second}"))?;
                 self.stop = Stop::Asked { deadline: now + self.limits.stop_timeout, firm };
                 self.crew.stop_replacing();
+                if let Some(hosts) = &mut self.hosts {
+                    hosts.stop_restarting();
+                }
                 tell(control, Control::Stop { reason: who.to_owned() })
             }
             Stop::Asked { deadline, firm: false } if firm => {
@@ -263,8 +311,16 @@ impl<'a> Supervisor<'a> {
     }
 }
 
+/// The next thing that another host has to tell; never, where there is none.
+async fn next_of(hosts: &mut Option<&mut HostCrew>) -> Option<HostEvent> {
+    match hosts {
+        Some(hosts) => hosts.next().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Waits for so many signals that ask for a stop; returns the name of the last.
-async fn last_signal(signals: &Signals, num_signals: u32) -> &'static str {
+pub(super) async fn last_signal(signals: &Signals, num_signals: u32) -> &'static str {
     let mut num_seen = 0;
     loop {
         sleep(Duration::from_millis(TICK_MS)).await;

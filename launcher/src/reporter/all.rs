@@ -55,12 +55,12 @@ impl Reporters {
         }
         self.failures.write(&recorded).map_err(|error| storage("write the failure log", &self.paths.failures(), &error))?;
         self.tensorboard.write(&recorded).map_err(|error| storage("write a TensorBoard file", &self.paths.tensorboard(), &error))?;
-        match self.terminal.write(&recorded) {
-            // Somebody closed the other end, as `| head` does; the run goes on, and the files have everything.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            Err(error) => Err(Failure::new(FailureKind::Storage, "failed to write progress to standard error").because(error).into()),
-            Ok(()) => Ok(()),
-        }
+        shown(self.terminal.write(&recorded))
+    }
+
+    /// Shows a line that is no event of the run, such as one of another host; only the terminal has it.
+    pub fn say(&mut self, line: &str) -> anyhow::Result<()> {
+        shown(self.terminal.say(line))
     }
 
     /// Lets the dashboard's readers see the end.
@@ -68,6 +68,15 @@ impl Reporters {
         if let Some(dashboard) = self.dashboard.take() {
             dashboard.close().await;
         }
+    }
+}
+
+fn shown(result: io::Result<()>) -> anyhow::Result<()> {
+    match result {
+        // Somebody closed the other end, as `| head` does; the run goes on, and the files have everything.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        Err(error) => Err(Failure::new(FailureKind::Storage, "failed to write progress to standard error").because(error).into()),
+        Ok(()) => Ok(()),
     }
 }
 

@@ -83,6 +83,11 @@ impl Terminal {
         }
     }
 
+    /// Shows a line that is no event.
+    pub fn say(&mut self, line: &str) -> io::Result<()> {
+        self.line(Tone::Plain, line)
+    }
+
     fn step(&mut self, time: f64, report: &StepReport) -> io::Result<()> {
         let first = *self.first_step.get_or_insert((report.step, time));
         if self.style.quiet {

@@ -69,6 +69,19 @@ impl RunPaths {
         self.root.join("logs").join(format!("worker-{worker}.log"))
     }
 
+    /// What `cloze join` on another host says, where the controller started it. The name is of a host, which may hold what no file
+    /// name does.
+    pub fn host_log(&self, host: &str) -> PathBuf {
+        let plain: String =
+            host.chars().map(|letter| if letter.is_ascii_alphanumeric() || ".-".contains(letter) { letter } else { '_' }).collect();
+        self.root.join("logs").join(format!("host-{plain}.log"))
+    }
+
+    /// Held by the `cloze join` that fills a slot.
+    pub fn slot_lock(&self, worker: u32) -> PathBuf {
+        self.processes().join(format!("worker-{worker}.lock"))
+    }
+
     /// Which process fills a slot.
     pub fn process(&self, worker: u32) -> PathBuf {
         self.processes().join(format!("worker-{worker}.json"))

@@ -294,4 +294,6 @@ fn hint_of(complaints: &str) -> Option<&'static str> {
 }
 
 #[cfg(test)]
+pub(super) mod fixtures;
+#[cfg(test)]
 mod tests;

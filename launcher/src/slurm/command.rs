@@ -23,7 +23,10 @@ const END_POLL_MS: u64 = 5;
 const DISTRACTING_PREFIXES: [&str; 4] = ["SQUEUE_", "SINFO_", "SACCT_", "SLURM_TIME_FORMAT"];
 
 /// Variables of a job around this process that a new job must not inherit; what names the cluster stays.
-const JOB_PREFIX: &str = "SLURM_";
+const JOB_PREFIXES: [&str; 3] = ["SLURM_", "SLURMD_", "PMI"];
+
+/// Variables that say which GPUs a job has.
+const GPU_VARIABLES: [&str; 4] = ["CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "GPU_DEVICE_ORDINAL"];
 
 /// Variables that begin like those of a job and name the cluster.
 const CLUSTER_VARIABLES: [&str; 3] = ["SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS"];
@@ -135,8 +138,8 @@ impl Question {
 /// Whether a variable is kept from a program.
 fn is_removed(name: &str, submits: bool) -> bool {
     let distracts = DISTRACTING_PREFIXES.iter().any(|prefix| name.starts_with(prefix));
-    let of_a_job = submits && name.starts_with(JOB_PREFIX) && !CLUSTER_VARIABLES.contains(&name);
-    distracts || of_a_job
+    let of_a_job = JOB_PREFIXES.iter().any(|prefix| name.starts_with(prefix)) && !CLUSTER_VARIABLES.contains(&name);
+    distracts || (submits && (of_a_job || GPU_VARIABLES.contains(&name)))
 }
 
 fn end(child: &mut Child) {
@@ -226,6 +229,9 @@ mod tests {
             ("SLURM_JOB_ID", false, false),
             ("SLURM_JOB_ID", true, true),
             ("SLURM_MEM_PER_CPU", true, true),
+            ("SLURMD_NODENAME", true, true),
+            ("CUDA_VISIBLE_DEVICES", true, true),
+            ("CUDA_VISIBLE_DEVICES", false, false),
             ("SLURM_CONF", true, false),
             ("SBATCH_ACCOUNT", true, false),
             ("AWS_ACCESS_KEY_ID", true, false),

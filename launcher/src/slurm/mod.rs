@@ -1,26 +1,53 @@
 //! Runs on a cluster whose batch system is SLURM.
+//!
+//! `client.rs` is the batch system: a few calls with deadlines, over `command.rs`; `parse.rs` reads what its programs print, and
+//! `version.rs` says what differs between versions. `script.rs` writes batch scripts. `submission.rs` submits the jobs of one run, never
+//! twice, by way of `journal.rs`. `allocation.rs` is what such a job executes: it takes the run to its end or to the end of the job.
+//! Three decisions are pure: whether a job begins (`begin.rs`), what follows at its end (`verdict.rs`), when to ask again (`poll.rs`).
+//!
+//! | task             | name               | on error                                       | on stop                               |
+//! |------------------|--------------------|------------------------------------------------|---------------------------------------|
+//! | a program's pipe | `output`, `complaints` | the call fails                             | ends with the program                 |
+//! | a sleeping step  | `preemption watch` | a warning; preemption is then heard of later   | asked, killed after 5 s, with its job |
+//!
+//! Nothing outside this folder knows the batch system, besides the command line.
 
+mod allocation;
+mod begin;
 mod client;
 mod command;
 mod element;
 mod job;
 mod journal;
+mod logs;
+mod machines;
+mod overview;
 mod parse;
 mod partition;
 mod paths;
 mod poll;
+mod preflight;
 mod quote;
 mod script;
 mod snapshot;
+mod submission;
 mod verdict;
 mod version;
+mod watch;
 
+pub use allocation::{AllocationOptions, JobOutcome, run_in_job};
 pub use client::Slurm;
 pub use element::array_element;
 pub use job::{ExitStatus, JobId, JobState, State};
+pub use journal::{AttemptEvent, JobEvent, JobRecord, Role};
+pub use logs::{LogChoice, show_logs};
+pub use overview::{AttemptView, JobView, JobsView, jobs_text, view_jobs};
 pub use partition::{Partition, Wish};
+pub use paths::JobPaths;
 pub use poll::next_poll;
 pub use quote::{shell_word, shell_words};
 pub use script::{ArrayRange, Dependency, JobRequest, container_options, cpus_per_node, render};
 pub use snapshot::Programs;
+pub use submission::{Jobs, Submission, Wanted, mark_cancelled, unmark_cancelled};
+pub use verdict::Decision;
 pub use version::{Dialect, Version};

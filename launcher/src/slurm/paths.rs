@@ -12,7 +12,7 @@
 //!     cancelled.json      left by `cloze cancel`
 //!     lock                held by whoever submits
 //!   logs/job-ID.log       output of each job, over all its starts
-//!   logs/node-NAME.log    output of what a job starts on its other nodes
+//!   logs/host-NODE.log    output of what a job starts on its other nodes
 //! ```
 
 use std::path::PathBuf;
@@ -79,11 +79,6 @@ impl JobPaths {
     /// The folder of all logs.
     pub fn logs(&self) -> PathBuf {
         self.run.root().join("logs")
-    }
-
-    /// The output of what a job starts on another node.
-    pub fn node_log(&self, node: &str) -> PathBuf {
-        self.logs().join(format!("node-{node}.log"))
     }
 
     /// The programs as they were when the run was submitted.

@@ -59,6 +59,8 @@ pub struct Circumstances {
     pub max_jobs: u32,
     /// Nodes that are to blame.
     pub bad_nodes: Vec<String>,
+    /// Nodes of the job.
+    pub num_nodes: usize,
 }
 
 /// What follows.
@@ -129,8 +131,9 @@ pub fn decide(now: &Circumstances) -> (Decision, Reason) {
         return (Decision::GiveUp { code: interrupted }, Reason::Cancelled);
     }
     if let AttemptEnd::Failed(kind) = now.end {
-        let has_bad_nodes = !now.bad_nodes.is_empty() && matches!(kind, FailureKind::Environment | FailureKind::Run);
-        if has_bad_nodes {
+        // Where all of several nodes seem bad, something is wrong that other nodes would have too.
+        let is_theirs = !now.bad_nodes.is_empty() && (now.bad_nodes.len() < now.num_nodes || now.num_nodes == 1);
+        if is_theirs && matches!(kind, FailureKind::Environment | FailureKind::Run) {
             return again(now, Decision::Replace { exclude: now.bad_nodes.clone() }, Reason::BadNode);
         }
         match (kind, now.warning) {
@@ -228,6 +231,7 @@ mod tests {
             attempts: 3,
             max_jobs: 20,
             bad_nodes: Vec::new(),
+            num_nodes: 2,
         }
     }
 
@@ -252,6 +256,11 @@ mod tests {
                 Circumstances { warning: Some(Warning::Early), ..failed(FailureKind::Mismatch) },
                 Decision::GiveUp { code: 8 },
                 Reason::Permanent(FailureKind::Mismatch),
+            ),
+            (
+                Circumstances { bad_nodes: vec!["n3".to_owned(), "n4".to_owned()], ..failed(FailureKind::Environment) },
+                Decision::GiveUp { code: 5 },
+                Reason::Permanent(FailureKind::Environment),
             ),
             (Circumstances { attempts: 20, ..warned(Warning::Early) }, Decision::GiveUp { code: 9 }, Reason::NoAttemptLeft(20)),
             (Circumstances { attempts: 20, ..failed(FailureKind::Storage) }, Decision::GiveUp { code: 6 }, Reason::NoAttemptLeft(20)),
@@ -281,7 +290,8 @@ mod tests {
             (Circumstances { state: Some(State::Requeued), ..warned(Warning::Terminate) }, leave.clone(), Reason::PutBack),
             (Circumstances { state: None, ..warned(Warning::Terminate) }, leave, Reason::StateUnknown),
             (bad(FailureKind::Run), replace.clone(), Reason::BadNode),
-            (bad(FailureKind::Environment), replace, Reason::BadNode),
+            (bad(FailureKind::Environment), replace.clone(), Reason::BadNode),
+            (Circumstances { num_nodes: 1, ..bad(FailureKind::Environment) }, replace, Reason::BadNode),
             (bad(FailureKind::Recipe), Decision::GiveUp { code: 3 }, Reason::Permanent(FailureKind::Recipe)),
             (failed(FailureKind::Storage), Decision::Requeue, Reason::Storage),
         ];

@@ -24,10 +24,10 @@ pub(super) fn check(context: &mut Context<'_>) -> Option<Around> {
     let resources = resources.map(|raw| checked_resources(context, raw));
     let after = context.section_with("after", AFTER_NULLS).map(|raw: Option<AfterRaw>| raw.and_then(|raw| checked_after(context, raw)));
     let sweep = context.section_with("sweep", SWEEP_NULLS).map(|raw: Option<_>| raw.map(|raw| sweep::check(context, raw)));
-    let swept = sweep.as_ref().map(|sweep| sweep.as_ref().map_or_else(Vec::new, Sweep::keys));
+    let swept = sweep.as_ref().ok().map(|sweep| sweep.as_ref().map_or_else(Vec::new, Sweep::keys));
     let expected = context.section_with("expected", EXPECTED_NULLS);
     let expected = expected.map(|raw: Option<_>| raw.map(|raw| expected::check(context, raw, swept.as_deref())));
-    Some(Around { resources: resources?, after: after?, sweep: sweep?, expected: expected? })
+    Some(Around { resources: resources?, after: after.ok()?, sweep: sweep.ok()?, expected: expected.ok()? })
 }
 
 /// Where `null` is a value and does not leave the key out: in what is to be changed in a recipe.

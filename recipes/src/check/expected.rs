@@ -73,7 +73,7 @@ fn checked_order(context: &mut Context<'_>, index: usize, raw: OrderRaw, known: 
             match rows.iter().find(|row| row.name == *name) {
                 None => context.mismatch_in(&keys, found, "the name of a row"),
                 Some(row) if row.arm.is_none() => {
-                    context.mismatch_in(&keys, format!("{found}, which is only quoted"), "a row with an `arm`")
+                    context.mismatch_in(&keys, format!("{found}, which is only quoted"), "a row with an `arm`");
                 }
                 Some(_) if met.contains(&name.as_str()) => context.mismatch_in(&keys, format!("{found} a second time"), "each row once"),
                 Some(_) => {}

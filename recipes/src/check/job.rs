@@ -97,7 +97,7 @@ fn is_secret(name: &str) -> bool {
     let upper = name.to_ascii_uppercase();
     let words: Vec<&str> = upper.split('_').collect();
     let pair = |window: &[&str]| SECRET_PAIRS.iter().any(|pair| pair == window);
-    words.iter().any(|word| SECRET_WORDS.contains(word)) || words.windows(2).any(pair)
+    words.iter().any(|word| SECRET_WORDS.contains(word) || word.ends_with("PASSWORD")) || words.windows(2).any(pair)
 }
 
 #[cfg(test)]
@@ -111,7 +111,7 @@ mod tests {
             ("AWS_SECRET_ACCESS_KEY", true),
             ("aws_access_key_id", true),
             ("OPENAI_API_KEY", true),
-            ("PGPASSWORD", false),
+            ("PGPASSWORD", true),
             ("DB_PASSWORD", true),
             ("TOKENIZERS_PARALLELISM", false),
             ("NCCL_SOCKET_IFNAME", false),

@@ -169,6 +169,9 @@ fn list(context: &mut Context<'_>, keys: &mut Keys, raw: Vec<Map<String, Json>>)
 
 fn random(context: &mut Context<'_>, keys: &mut Keys, raw: RandomRaw) -> RandomSpace {
     let place = ["sweep", "random", "keys"];
+    if raw.keys.is_empty() {
+        context.mismatch_in(&place, "no keys", "at least one key to draw");
+    }
     let mut drawn = Vec::new();
     for (key, value) in raw.keys {
         keys.add(context, &place, &key);
@@ -177,9 +180,6 @@ fn random(context: &mut Context<'_>, keys: &mut Keys, raw: RandomRaw) -> RandomS
             Ok(stated) => drawn.extend(distribution(context, &inner, stated).map(|distribution| (key.clone(), distribution))),
             Err(error) => context.problem_in(&inner, error.to_string()),
         }
-    }
-    if drawn.is_empty() {
-        context.mismatch_in(&place, "no keys", "at least one key to draw");
     }
     RandomSpace { samples: raw.samples, seed: raw.seed, keys: drawn }
 }

@@ -55,10 +55,9 @@ pub(super) fn apply_profile(root: &mut Node, choice: ProfileChoice<'_>) -> Resul
             merge(root, Node { place, value: Value::Map(kept) });
             Ok(())
         }
-        // What is not a map is reported by the schema.
-        Some(_) => Ok(()),
         None if choice.required => Err(unknown_profile(root, choice.name)),
-        None => Ok(()),
+        // What is not a map is reported by the schema.
+        _ => Ok(()),
     }
 }
 

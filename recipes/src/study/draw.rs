@@ -44,7 +44,7 @@ fn fraction(bits: u64) -> f64 {
     (bits >> (u64::BITS - FRACTION_BITS)) as f64 / (1_u64 << FRACTION_BITS) as f64
 }
 
-/// Rounded to six digits, as tables and `--set` show it.
+/// Rounded to six digits, as tables and `--set` show it; that also hides what the logarithms of two machines differ in.
 fn six_digits(value: f64) -> f64 {
     format!("{value:.5e}").parse().unwrap_or(value)
 }
@@ -60,7 +60,7 @@ mod tests {
         assert_eq!(drawn, FIXED, "a change of these numbers changes every random sweep");
     }
 
-    const FIXED: [f64; 3] = [0.0, 0.0, 0.0];
+    const FIXED: [f64; 3] = [5.9624e-5, 5.65505e-5, 1.13391e-5];
 
     #[test]
     fn draws_lie_within_their_bounds_and_fill_them() {
@@ -78,7 +78,7 @@ mod tests {
 
         let integers = all(&Distribution::Integer(-2, 2));
         for value in -2..=2 {
-            let count = integers.iter().filter(|drawn| **drawn == Json::from(value)).count();
+            let count = integers.iter().filter(|drawn| drawn.as_i64() == Some(value)).count();
             assert!((600..1000).contains(&count), "{value}: {count} of 4000");
         }
         let choice = all(&Distribution::Choice(vec!["a".into(), Json::Null]));

@@ -6,10 +6,11 @@ use super::draw::draw;
 use super::{Space, Sweep};
 use crate::tree::{Node, Place};
 
-/// One key, the value that it is to have, and the place in the recipe that says so.
+/// One key, the value that it is to have, and the places in the recipe that say so.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Change {
     pub(super) key: String,
+    pub(super) key_place: Place,
     pub(super) value: Json,
     pub(super) place: Place,
 }
@@ -41,9 +42,11 @@ pub(super) fn points(sweep: &Sweep, root: &Node) -> Vec<Point> {
 
 /// The parts of the space whose product the points are, in order; each holds at least one choice.
 fn axes(space: &Space, root: &Node) -> Vec<Vec<Choice>> {
+    let place = |keys: &[&str]| root.place_at(["sweep"].iter().chain(keys).copied()).clone();
+    // A list stands at its key, a value of it at itself.
     let change = |key: &str, value: &Json, keys: &[&str]| {
-        let place = root.place_at(["sweep"].iter().chain(keys).copied()).clone();
-        Change { key: key.to_owned(), value: value.clone(), place }
+        let key_end = keys.iter().position(|known| *known == key).map_or(keys.len(), |index| index + 1);
+        Change { key: key.to_owned(), key_place: place(&keys[..key_end]), value: value.clone(), place: place(keys) }
     };
     let mut axes: Vec<Vec<Choice>> = Vec::new();
     for (key, values) in &space.grid {
@@ -163,5 +166,6 @@ mod tests {
         let points = points(&sweep(space, &[]), &root);
         let places: Vec<String> = points[1].changes.iter().map(|change| change.place.to_string()).collect();
         assert_eq!(places, ["r.yaml:2:27", "r.yaml:3:16"]);
+        assert_eq!(points[1].changes[0].key_place.to_string(), "r.yaml:2:10");
     }
 }

@@ -74,8 +74,7 @@ impl<'run> Stages<'run> {
         let checked = check::check(&root, problems, self.scope.current_folder);
         match (checked, stage_problems) {
             (Ok(recipe), None) => Ok(self.finished(recipe, parent, (parameters, seed))),
-            (Ok(_), Some(problems)) => Err(problems),
-            (Err(problems), None) => Err(problems),
+            (Ok(_), Some(problems)) | (Err(problems), None) => Err(problems),
             (Err(mut problems), Some(stage)) => {
                 problems.absorb(stage, None);
                 Err(problems)

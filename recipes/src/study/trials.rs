@@ -85,7 +85,7 @@ fn one(point: &Point, root: &Node, stages: &mut Stages<'_>) -> Result<Trial, Pro
     let mut root = root.clone();
     let mut problems = Problems::default();
     for change in &point.changes {
-        if let Err(message) = assign(&mut root, &change.key, &change.place, Node::from_json(&change.value, &change.place)) {
+        if let Err(message) = assign(&mut root, &change.key, &change.key_place, Node::from_json(&change.value, &change.place)) {
             problems.push(&change.place, &change.key, message);
         }
     }

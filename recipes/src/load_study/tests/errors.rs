@@ -119,35 +119,32 @@ fn a_sweep_contradicts_neither_itself_nor_the_recipe() {
 
 #[test]
 fn every_trial_is_checked_like_a_recipe_and_named() {
-    assert_each(
-        &[
-            (
-                "sweep: {grid: {train.lerning_rate: [1, 2]}, seeds: [1, 2]}",
-                "r.yaml:7:37: train.lerning_rate: unknown key; did you mean `learning_rate`? (in the trial train.lerning_rate=1, seed 1)",
-            ),
-            (
-                "sweep: {grid: {train.steps: [5, -1], train.batch_examples: [1, 2]}}",
-                "r.yaml:7:33: train.steps: found -1, expected an integer from 1 to 1000000000 (in the trial train.steps=-1, train.batch_examples=1)",
-            ),
-            (
-                "sweep: {list: [{data.max_length: 512}]}",
-                "r.yaml:5:59: train.micro_batch_tokens: found 256, expected at least data.max_length, which is 512 (in the trial data.max_length=512)",
-            ),
-            (
-                "sweep: {list: [{train.steps.x: 512}]}",
-                "r.yaml:7:32: train.steps.x: found 10, expected a map or a list that has `x` (in the trial train.steps.x=512)",
-            ),
-            (
-                "sweep: {grid: {train.steps: [5, 6, 5]}}",
-                "r.yaml:7:1: sweep: found the same run twice: train.steps=5 and train.steps=5, expected points that differ in what they train",
-            ),
-            (
-                "sweep: {list: [{}, {objective.mask_probability: 0.3}]}",
-                "r.yaml:7:1: sweep: found the same run twice: the recipe as it is and objective.mask_probability=0.3, expected points that differ in what they train",
-            ),
-            ("sweep: {list: [{train.steps: 0}, {train.batch_examples: 0}]}", ""),
-        ][..6],
-    );
+    assert_each(&[
+        (
+            "sweep: {grid: {train.lerning_rate: [1, 2]}, seeds: [1, 2]}",
+            "r.yaml:7:16: train.lerning_rate: unknown key; did you mean `learning_rate`? (in the trial train.lerning_rate=1, seed 1)",
+        ),
+        (
+            "sweep: {grid: {train.steps: [5, -1], train.batch_examples: [1, 2]}}",
+            "r.yaml:7:33: train.steps: found -1, expected an integer from 1 to 1000000000 (in the trial train.steps=-1, train.batch_examples=1)",
+        ),
+        (
+            "sweep: {list: [{data.max_length: 512}]}",
+            "r.yaml:5:59: train.micro_batch_tokens: found 256, expected at least data.max_length, which is 512 (in the trial data.max_length=512)",
+        ),
+        (
+            "sweep: {list: [{train.steps.x: 512}]}",
+            "r.yaml:7:32: train.steps.x: found 10, expected a map or a list that has `x` (in the trial train.steps.x=512)",
+        ),
+        (
+            "sweep: {grid: {train.steps: [5, 6, 5]}}",
+            "r.yaml:7:1: sweep: found the same run twice: train.steps=5 and train.steps=5, expected points that differ in what they train",
+        ),
+        (
+            "sweep: {list: [{}, {objective.mask_probability: 0.3}]}",
+            "r.yaml:7:1: sweep: found the same run twice: the recipe as it is and objective.mask_probability=0.3, expected points that differ in what they train",
+        ),
+    ]);
     let found = problems("sweep: {list: [{train.steps: 0}, {train.batch_examples: 0}]}");
     assert_eq!(found.len(), 2, "all trials at once: {found:?}");
 }
@@ -216,16 +213,18 @@ fn every_profile_is_checked() {
   right: {train: {steps: 5}}
   wrong: {train: {stepz: 5}}
   worse: {sweep: {grid: {train.steps: [0]}}}
-  1 2: {}
 ";
     let expected = [
-        "r.yaml:11:8: profiles.1 2: found `1 2`, expected at most 100 letters, digits, `-`, `_` and `.`, the first not `.`",
         "r.yaml:9:19: train.stepz: unknown key; did you mean `steps`? (under the profile wrong)",
         "r.yaml:10:40: train.steps: found 0, expected an integer from 1 to 1000000000 (in the trial train.steps=0, under the profile worse)",
     ];
-    let found = problems(sections);
-    assert!(found[0].contains("profiles.1 2: found `1 2`, expected at most 100"), "{found:?}");
-    assert_eq!(found[1..], expected[1..]);
+    assert_eq!(problems(sections), expected);
+    let found = problems("profiles: {1 2: {}}");
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(
+        found[0].starts_with("r.yaml:7:") && found[0].contains(": profiles.1 2: found `1 2`, expected at most 100 letters"),
+        "{found:?}"
+    );
 }
 
 #[test]
@@ -235,11 +234,11 @@ fn a_wrong_stage_is_told_in_its_own_file() {
         ("first.yaml", &RUN.replace("batch_examples: 4", "batch_examples: 0")),
     ]);
     let found = files.lines(check_file(&files.recipe(), &[], None));
-    let stage = format!("(in the earlier stage {})", "first.yaml");
+    let stage = "(in the earlier stage first.yaml)";
     let expected = [
-        "r.yaml:7:59: after.set.train..x: expected keys joined by dots, such as `train.steps`",
+        "r.yaml:7:51: after.set.train..x: expected keys joined by dots, such as `train.steps`",
         "first.yaml:5:36: train.batch_examples: found 0, expected an integer from 1 to 1048576",
-        "r.yaml:7:37: train.stepz: unknown key; did you mean `steps`?",
+        "r.yaml:7:35: train.stepz: unknown key; did you mean `steps`?",
     ];
     for line in expected {
         let line = format!("{line} {stage}");

@@ -299,3 +299,14 @@ fn a_full_sweep_of_ten_thousand_is_expanded() {
     let trials = trials(&format!("sweep: {{grid: {{train.steps: [{}]}}}}", values.join(", ")));
     assert_eq!(trials.len(), 10_000);
 }
+
+#[test]
+fn paths_of_a_linked_file_start_at_the_link() {
+    let files = Files::new(&[("sub/real.yaml", RUN)]);
+    std::os::unix::fs::symlink(files.path.join("sub/real.yaml"), files.recipe()).unwrap();
+    let study = study(&files);
+    assert_eq!(study.file, files.recipe());
+    let trial = study.trials(folder()).unwrap().remove(0);
+    assert_eq!(trial.recipe.data.sources, study.recipe.data.sources);
+    assert_eq!(trial.recipe.data.sources[0].url, files.path.join("corpus").display().to_string());
+}

@@ -1,0 +1,410 @@
+//! A run in a job: what the batch script becomes on the first node, from its start to the decision what follows.
+
+use std::io::Write;
+use std::sync::Arc;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use cloze_cluster::RunEnd;
+use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::recipe::Recipe;
+
+use super::begin::{Arrival, Begin, decide_begin};
+use super::client::Slurm;
+use super::job::{JobId, JobState, State};
+use super::journal::{self, AttemptEvent, JobRecord, Role};
+use super::machines::{Machines, step};
+use super::paths::JobPaths;
+use super::preflight::check_nodes;
+use super::submission::{Jobs, Submission, unix_time};
+use super::verdict::{AttemptEnd, Circumstances, Decision, decide};
+use super::watch::{PreemptionWatch, Warnings};
+use crate::local::{LaunchOptions, LaunchPlan, forget_earlier, launch_on_hosts};
+use crate::reporter::TerminalStyle;
+use crate::run_folder::{RunFolder, RunPaths};
+
+/// Longest wait for a job to be over that this one waited for, in seconds; its processes may take their time to end.
+const PREDECESSOR_WAIT_S: u64 = 120;
+
+/// Interval at which it is looked at, in seconds.
+const PREDECESSOR_POLL_S: u64 = 2;
+
+/// Longest wait for the run folder's lock, in seconds: a controller on another node may still be leaving.
+const RUN_LOCK_WAIT_S: u64 = 60;
+
+/// Longest wait for the workers of all nodes, in seconds; containers are unpacked in it.
+const JOIN_TIMEOUT_S: u64 = 300;
+
+/// What a job's run needs, besides its folder.
+pub struct AllocationOptions<'a> {
+    /// The run.
+    pub paths: RunPaths,
+    /// Opens the run folder and its data, and says how many steps there are.
+    pub open: &'a dyn Fn(&RunPaths) -> anyhow::Result<(RunFolder, Recipe, u64)>,
+    /// Build of the worker program.
+    pub worker_build: String,
+    /// Where progress is shown; usually standard error, which is the job's log.
+    pub output: &'a dyn Fn() -> Box<dyn Write + Send>,
+}
+
+/// How a job is to end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobOutcome {
+    /// Exit code.
+    pub code: u8,
+    /// The failure to show.
+    pub failure: Option<Failure>,
+}
+
+/// Runs an attempt of a run in the job around this process, and does what is decided at its end. Blocks. An error is one before the
+/// attempt has begun, or of the run folder's disk.
+pub fn run_in_job(options: &AllocationOptions<'_>) -> anyhow::Result<JobOutcome> {
+    let warnings = Warnings::listen()?;
+    let submission = Submission::read(&JobPaths::of(&options.paths))?.ok_or_else(|| {
+        Failure::new(FailureKind::Recipe, "this run has no jobs").at(options.paths.root().display()).hint("`cloze submit` submits a run")
+    })?;
+    let slurm = Arc::new(Slurm::find(submission.slurm()?)?);
+    let machines = Machines::of_this_job(&slurm)?;
+    let mut job =
+        Job { options, submission, slurm, machines, warnings, started: Instant::now(), attempt: 0, role: Role::Asked, exclude: Vec::new() };
+    if let Some(outcome) = job.arrive()? {
+        return Ok(outcome);
+    }
+    let mut bad_nodes = Vec::new();
+    let (end, failure) = match job.attempt(&mut bad_nodes) {
+        Ok(RunEnd::Finished { .. }) => (AttemptEnd::Finished, None),
+        Ok(RunEnd::Stopped { .. }) => (AttemptEnd::Stopped, None),
+        Ok(RunEnd::Failed(failure)) => (AttemptEnd::Failed(failure.kind), Some(failure)),
+        Err(error) => {
+            let failure = match error.downcast::<Failure>() {
+                Ok(failure) => failure,
+                Err(error) => Failure::new(FailureKind::Run, "the attempt failed").because(format!("{error:#}")),
+            };
+            (AttemptEnd::Failed(failure.kind), Some(failure))
+        }
+    };
+    if let Some(node) = failure.as_ref().and_then(|failure| blamed_node(failure, &job.machines.nodes)) {
+        bad_nodes.push(node);
+    }
+    job.leave(end, failure, bad_nodes)
+}
+
+/// The node that a failure of the launcher names as lost.
+fn blamed_node(failure: &Failure, nodes: &[String]) -> Option<String> {
+    let rest = failure.what.strip_prefix("host ")?;
+    nodes.iter().find(|node| rest.strip_prefix(node.as_str()).is_some_and(|rest| rest.starts_with(" is lost"))).cloned()
+}
+
+/// The job around this process.
+struct Job<'a> {
+    options: &'a AllocationOptions<'a>,
+    submission: Submission,
+    slurm: Arc<Slurm>,
+    machines: Machines,
+    warnings: Warnings,
+    started: Instant,
+    /// Number of the attempt, from 1.
+    attempt: u32,
+    role: Role,
+    /// Nodes that this job does not use, besides those of the site.
+    exclude: Vec<String>,
+}
+
+impl Job<'_> {
+    /// Decides whether there is anything to do. If so the attempt is noted, and a successor waits for it to fail.
+    fn arrive(&mut self) -> anyhow::Result<Option<JobOutcome>> {
+        let slurm = Arc::clone(&self.slurm);
+        let mut jobs = Jobs::open(&slurm, &self.options.paths)?;
+        let mine = jobs.records().iter().find(|record| record.job == Some(self.machines.job)).cloned();
+        let since = asked_since(jobs.records());
+        if let Some(record) = mine {
+            (self.role, self.exclude) = (record.role, record.exclude);
+        }
+        let attempts: Vec<AttemptEvent> = journal::read(&self.paths().attempts())?;
+        let begun = attempts.iter().filter(|event| matches!(event, AttemptEvent::Started { time, .. } if *time >= since)).count() as u32;
+        let all = attempts.iter().filter(|event| matches!(event, AttemptEvent::Started { .. })).count() as u32;
+        let max_jobs = self.submission.slurm()?.max_jobs;
+        let (predecessor, last_decision) = match self.role {
+            // One that was put back has begun before, and nobody has gone on in its place.
+            Role::Successor { of } if self.machines.requeues == 0 => (Some(self.end_of(of)?), decision_of(&attempts, of)),
+            _ => (None, None),
+        };
+        let is_cancelled = self.paths().cancelled().exists();
+        let (begin, reason) = decide_begin(&Arrival { predecessor, last_decision, is_cancelled, attempts: begun, max_jobs });
+        self.attempt = all + 1;
+        match begin {
+            Begin::Go => {}
+            Begin::Nothing => {
+                self.say(&format!("job {} has nothing to do: {reason}", self.machines.job))?;
+                return Ok(Some(JobOutcome { code: 0, failure: None }));
+            }
+            Begin::GiveUp => {
+                let failure = Failure::new(FailureKind::Run, format!("the run does not begin: {reason}"));
+                return Ok(Some(JobOutcome { code: failure.kind.exit_code(), failure: Some(failure) }));
+            }
+        }
+        let Machines { job, name, requeues, nodes } = self.machines.clone();
+        let shown = nodes.join(", ");
+        self.say(&format!("job {job}, attempt {} ({} of at most {max_jobs}), on {shown}", self.attempt, begun + 1))?;
+        journal::append(
+            &self.paths().attempts(),
+            &AttemptEvent::Started { time: unix_time()?, attempt: self.attempt, job, name, requeues, nodes },
+        )?;
+        if begun + 1 < max_jobs {
+            self.queue_successor(&mut jobs)?;
+        }
+        Ok(None)
+    }
+
+    /// A job that waits for this one to fail, because a warning may not come. The run goes on without one where none is allowed.
+    fn queue_successor(&mut self, jobs: &mut Jobs<'_>) -> anyhow::Result<()> {
+        let job = self.machines.job;
+        if let Some(successor) = jobs.successor_of(job) {
+            let known = self.slurm.states(&[successor])?;
+            if known.values().any(|state| !state.state.is_end()) {
+                return Ok(());
+            }
+        }
+        match jobs.submit(&self.submission, &self.run_name()?, Role::Successor { of: job }, &self.exclude) {
+            Ok(successor) => self.say(&format!("job {successor} goes on with the run if this one fails")),
+            Err(error) => self.say(&format!("warning: no job waits for this one to fail: {}", one_line(&error))),
+        }
+    }
+
+    /// One attempt, up to the end of the run or of this job's part of it.
+    fn attempt(&self, bad_nodes: &mut Vec<String>) -> anyhow::Result<RunEnd> {
+        let Self { submission, machines, slurm, .. } = self;
+        let paths = &self.options.paths;
+        submission.programs.check()?;
+        if submission.site.preflight.enabled {
+            let verdict = check_nodes(&machines.preflight(slurm, submission, paths))?;
+            if !verdict.ok {
+                let reasons: Vec<String> = verdict.bad_nodes.iter().map(|bad| format!("{}: {}", bad.node, bad.reason)).collect();
+                bad_nodes.extend(verdict.bad_nodes.into_iter().map(|bad| bad.node));
+                return Ok(RunEnd::Failed(
+                    Failure::new(FailureKind::Environment, "nodes of the job cannot be used").because(reasons.join("\n    ")),
+                ));
+            }
+        }
+        if self.warnings.seen().is_some() {
+            return Ok(RunEnd::Stopped { step: 0 });
+        }
+        let (run, recipe, total_steps) = self.open_run()?;
+        // The batch system has ended all processes of the attempts before; only what they wrote down is left.
+        forget_earlier(run.paths())?;
+        let plan = LaunchPlan {
+            recipe,
+            total_steps,
+            workers: submission.workers(),
+            local_workers: Machines::local_workers(submission),
+            worker_binary: submission.programs.worker.clone(),
+            worker_build: self.options.worker_build.clone(),
+            bind: machines.listen()?,
+            join_timeout: Duration::from_secs(JOIN_TIMEOUT_S),
+            resumed: paths.events().exists(),
+            dashboard: Some(([127, 0, 0, 1], 0).into()),
+            drills: Vec::new(),
+            until_step: None,
+        };
+        let step = step(slurm, submission, paths.root(), machines.nodes.first().map(String::as_str));
+        let step: Vec<String> = step.into_iter().filter(|word| !word.starts_with("--container-")).collect();
+        let _watch = PreemptionWatch::start(Arc::clone(slurm), machines.job, &step, &self.warnings)?;
+        let style = TerminalStyle { interactive: false, color: false, quiet: false };
+        let options = LaunchOptions { run, plan, output: (self.options.output)(), style };
+        launch_on_hosts(options, machines.hosts(slurm, submission, paths))
+    }
+
+    /// Opens the run, once an earlier controller on another node has let go of it.
+    fn open_run(&self) -> anyhow::Result<(RunFolder, Recipe, u64)> {
+        let deadline = Instant::now() + Duration::from_secs(RUN_LOCK_WAIT_S);
+        loop {
+            match (self.options.open)(&self.options.paths) {
+                Err(error) if is_locked(&error) && Instant::now() < deadline && self.warnings.seen().is_none() => {
+                    sleep(Duration::from_secs(1))
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Decides what follows, writes it down and does it.
+    fn leave(&self, end: AttemptEnd, failure: Option<Failure>, bad_nodes: Vec<String>) -> anyhow::Result<JobOutcome> {
+        let shown = if end == AttemptEnd::Finished { None } else { self.own_state()? };
+        let slurm_site = self.submission.slurm()?;
+        let begun = journal::read::<AttemptEvent>(&self.paths().attempts())?;
+        let since = asked_since(&journal::jobs(journal::read(&self.paths().jobs())?));
+        let attempts = begun.iter().filter(|event| matches!(event, AttemptEvent::Started { time, .. } if *time >= since)).count() as u32;
+        let circumstances = Circumstances {
+            end,
+            warning: self.warnings.seen(),
+            elapsed_s: shown.as_ref().and_then(|job| job.elapsed_s).unwrap_or_else(|| self.started.elapsed().as_secs()),
+            limit_s: shown.as_ref().and_then(|job| job.limit_s),
+            warning_s: u64::from(slurm_site.warning_s),
+            state: shown.as_ref().map(|job| job.state),
+            is_preempted: shown.as_ref().is_some_and(|job| job.is_preempted),
+            is_cancelled: self.paths().cancelled().exists(),
+            attempts,
+            max_jobs: slurm_site.max_jobs,
+            bad_nodes,
+            num_nodes: self.machines.nodes.len(),
+        };
+        let (decision, reason) = decide(&circumstances);
+        self.note_end(&decision, &reason.to_string(), &circumstances, failure.as_ref())?;
+        let code = self.apply(&decision, end)?;
+        Ok(JobOutcome { code, failure: failure.filter(|_| code != 0) })
+    }
+
+    fn note_end(&self, decision: &Decision, reason: &str, now: &Circumstances, failure: Option<&Failure>) -> anyhow::Result<()> {
+        self.say(&format!("attempt {} ended: {reason}; {decision}", self.attempt))?;
+        let event = AttemptEvent::Ended {
+            time: unix_time()?,
+            attempt: self.attempt,
+            job: self.machines.job,
+            decision: decision.clone(),
+            reason: reason.to_owned(),
+            elapsed_s: now.elapsed_s,
+            bad_nodes: now.bad_nodes.clone(),
+            failure: failure.cloned(),
+        };
+        journal::append(&self.paths().attempts(), &event)
+    }
+
+    /// Does what was decided; the exit code of the job.
+    fn apply(&self, decision: &Decision, end: AttemptEnd) -> anyhow::Result<u8> {
+        let job = self.machines.job;
+        let failed = match end {
+            AttemptEnd::Failed(kind) => kind.exit_code(),
+            AttemptEnd::Stopped | AttemptEnd::Finished => FailureKind::Interrupted.exit_code(),
+        };
+        match decision {
+            Decision::Finish => self.cancel_successor().map(|()| 0),
+            Decision::GiveUp { code } => self.cancel_successor().map(|()| *code),
+            Decision::Leave { code } => Ok(*code),
+            Decision::Requeue => match self.slurm.requeue(job) {
+                Ok(()) => Ok(0),
+                Err(failure) => {
+                    self.say(&format!("warning: the job cannot be put back, so its successor goes on: {}", one_line(&failure.into())))?;
+                    Ok(failed)
+                }
+            },
+            Decision::Replace { exclude } => {
+                let mut all = self.exclude.clone();
+                all.extend(exclude.iter().filter(|node| !self.exclude.contains(node)).cloned());
+                let mut jobs = Jobs::open(&self.slurm, &self.options.paths)?;
+                let successor = jobs.successor_of(job);
+                let replacement = jobs.submit(&self.submission, &self.run_name()?, Role::Replacement { of: job }, &all);
+                // Without a replacement nothing goes on: the successor would meet the same nodes.
+                jobs.cancel(&successor.into_iter().collect::<Vec<_>>())?;
+                self.say(&format!("job {} takes the place of this one", replacement?))?;
+                Ok(failed)
+            }
+        }
+    }
+
+    fn cancel_successor(&self) -> anyhow::Result<()> {
+        let mut jobs = Jobs::open(&self.slurm, &self.options.paths)?;
+        let successor: Vec<JobId> = jobs.successor_of(self.machines.job).into_iter().collect();
+        jobs.cancel(&successor)
+    }
+
+    /// What the batch system says of this job; `None` where it does not answer.
+    fn own_state(&self) -> anyhow::Result<Option<JobState>> {
+        match self.slurm.show(self.machines.job) {
+            Ok(state) => Ok(state),
+            Err(failure) => {
+                self.say(&format!("warning: SLURM does not say how this job is: {}", one_line(&failure.into())))?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// The state of a job once it is over, or as it is when the wait for that is over.
+    fn end_of(&self, job: JobId) -> anyhow::Result<Option<State>> {
+        let deadline = Instant::now() + Duration::from_secs(PREDECESSOR_WAIT_S);
+        loop {
+            let state = self.slurm.states(&[job])?.get(&job).map(|job| job.state);
+            if state != Some(State::Completing) || Instant::now() >= deadline {
+                return Ok(state);
+            }
+            sleep(Duration::from_secs(PREDECESSOR_POLL_S));
+        }
+    }
+
+    fn paths(&self) -> JobPaths {
+        JobPaths::of(&self.options.paths)
+    }
+
+    fn run_name(&self) -> anyhow::Result<String> {
+        Ok(crate::run_folder::read_info(&self.options.paths)?.name)
+    }
+
+    fn say(&self, line: &str) -> anyhow::Result<()> {
+        let mut output = (self.options.output)();
+        writeln!(output, "{line}")
+            .and_then(|()| output.flush())
+            .map_err(|error| Failure::new(FailureKind::Storage, "failed to write to the job's log").because(error).into())
+    }
+}
+
+/// Unix time at which somebody last asked for the run, in seconds; attempts before it do not count.
+fn asked_since(records: &[JobRecord]) -> f64 {
+    records.iter().filter(|record| record.role == Role::Asked).map(|record| record.time).fold(0.0, f64::max)
+}
+
+/// What a job decided at its last end.
+fn decision_of(attempts: &[AttemptEvent], of: JobId) -> Option<Decision> {
+    let of_job = attempts.iter().rev().find(|event| match event {
+        AttemptEvent::Started { job, .. } | AttemptEvent::Ended { job, .. } => *job == of,
+    });
+    match of_job {
+        Some(AttemptEvent::Ended { decision, .. }) => Some(decision.clone()),
+        // It began once more after that, and was killed.
+        _ => None,
+    }
+}
+
+/// Whether another controller holds the run folder.
+fn is_locked(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Failure>().is_some_and(|failure| failure.kind == FailureKind::Run)
+}
+
+fn one_line(error: &anyhow::Error) -> String {
+    let text = error.downcast_ref::<Failure>().map_or_else(|| format!("{error:#}"), Failure::to_string);
+    text.split('\n').map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_lost_node_of_this_job_is_blamed() {
+        let nodes = ["n1".to_owned(), "n10".to_owned()];
+        let blamed = |what: &str| blamed_node(&Failure::new(FailureKind::Run, what), &nodes);
+        assert_eq!(blamed("host n10 is lost: the way to the host broke (exit code 1)").as_deref(), Some("n10"));
+        assert_eq!(blamed("host n1 is lost: the way to the host broke (exit code 1)").as_deref(), Some("n1"));
+        assert_eq!(blamed("host n2 is lost: x"), None);
+        assert_eq!(blamed("worker 1 is lost"), None);
+    }
+
+    #[test]
+    fn the_last_word_of_a_job_counts() {
+        let job = JobId::whole(7);
+        let started = |attempt| AttemptEvent::Started { time: 1.0, attempt, job, name: String::new(), requeues: 0, nodes: Vec::new() };
+        let ended = |attempt, decision| AttemptEvent::Ended {
+            time: 1.0,
+            attempt,
+            job,
+            decision,
+            reason: String::new(),
+            elapsed_s: 0,
+            bad_nodes: Vec::new(),
+            failure: None,
+        };
+        let mut attempts = vec![started(1), ended(1, Decision::Requeue), started(2)];
+        assert_eq!(decision_of(&attempts, job), None);
+        attempts.push(ended(2, Decision::GiveUp { code: 9 }));
+        assert_eq!(decision_of(&attempts, job), Some(Decision::GiveUp { code: 9 }));
+        assert_eq!(decision_of(&attempts, JobId::whole(8)), None);
+    }
+}

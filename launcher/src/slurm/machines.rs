@@ -1,0 +1,126 @@
+//! The machines of the job around this process, and how something is started on one of them.
+
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _, UdpSocket};
+use std::path::Path;
+
+use cloze_recipes::failure::{Failure, FailureKind};
+
+use super::client::Slurm;
+use super::job::JobId;
+use super::script::{container_options, cpus_per_node};
+use super::submission::Submission;
+use crate::hosts::{CommandForm, HostSlots, HostsPlan, RemoteHost};
+use crate::run_folder::RunPaths;
+
+/// Any port does: nothing is sent.
+const SOME_PORT: u16 = 9;
+
+/// Longest wait of the other nodes for the controller, in seconds; it listens before it starts the first of them.
+const JOIN_TIMEOUT_S: u32 = 120;
+
+/// The job around this process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Machines {
+    /// The job.
+    pub job: JobId,
+    /// Its name.
+    pub name: String,
+    /// How often it was put back before.
+    pub requeues: u32,
+    /// Its nodes; this process runs on the first of them.
+    pub nodes: Vec<String>,
+}
+
+impl Machines {
+    /// Reads the variables that the batch system sets. Fails with kind `Recipe` outside of a job.
+    pub fn of_this_job(slurm: &Slurm) -> Result<Self, Failure> {
+        let get = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let (Some(job), Some(list)) = (get("SLURM_JOB_ID"), get("SLURM_JOB_NODELIST")) else {
+            return Err(Failure::new(FailureKind::Recipe, "this is no job of SLURM")
+                .expected("SLURM_JOB_ID and SLURM_JOB_NODELIST in the environment")
+                .hint("`cloze submit` submits a run; its job starts this command"));
+        };
+        let job = job.parse().map_err(|error| Failure::new(FailureKind::Environment, "SLURM_JOB_ID names no job").because(error))?;
+        let mut nodes = slurm.host_names(&list)?;
+        // The batch script runs on the first node of the list; where the site sorts otherwise, this one is put first.
+        if let Some(here) = get("SLURMD_NODENAME")
+            && let Some(place) = nodes.iter().position(|node| *node == here)
+        {
+            let here = nodes.remove(place);
+            nodes.insert(0, here);
+        }
+        if nodes.is_empty() {
+            return Err(Failure::new(FailureKind::Environment, "the job has no nodes").found(list));
+        }
+        let requeues = get("SLURM_RESTART_COUNT").and_then(|count| count.parse().ok()).unwrap_or(0);
+        Ok(Self { job, name: get("SLURM_JOB_NAME").unwrap_or_default(), requeues, nodes })
+    }
+
+    /// Where the coordinator listens: at this node's address on the way to the others; `None`, which is loopback, for a single node.
+    pub fn listen(&self) -> Result<Option<SocketAddr>, Failure> {
+        let Some(other) = self.nodes.get(1) else { return Ok(None) };
+        address_towards(other).map(|address| Some(SocketAddr::new(address, 0))).map_err(|error| {
+            Failure::new(FailureKind::Environment, "this node's address on the way to another node of the job is not known")
+                .at(other)
+                .because(error)
+                .hint("the names of the nodes must have addresses (`getent hosts NODE`)")
+        })
+    }
+
+    /// Workers that are started by this process itself, on the first node.
+    pub fn local_workers(submission: &Submission) -> u32 {
+        if has_container(submission) { 0 } else { submission.resources.workers_per_node }
+    }
+
+    /// What is started on the other nodes, and in the container of the first one: `cloze join` for the slots of each.
+    pub fn hosts(&self, slurm: &Slurm, submission: &Submission, run: &RunPaths) -> HostsPlan {
+        let per_node = submission.resources.workers_per_node;
+        let first = usize::from(!has_container(submission));
+        let hosts = self.nodes.iter().enumerate().skip(first).map(|(place, node)| HostSlots {
+            host: RemoteHost { name: node.clone(), prefix: step(slurm, submission, run.root(), Some(node)), form: CommandForm::Words },
+            first_slot: place as u32 * per_node,
+            num_slots: per_node,
+        });
+        let program = submission.programs.cloze.display().to_string();
+        let run = run.root().display().to_string();
+        let join = [program, "join".to_owned(), run, "--join-timeout".to_owned(), JOIN_TIMEOUT_S.to_string()].to_vec();
+        HostsPlan { hosts: hosts.collect(), join }
+    }
+
+    /// The words of `cloze preflight` for the nodes of this job.
+    pub fn preflight(&self, slurm: &Slurm, submission: &Submission, run: &RunPaths) -> Vec<String> {
+        let preflight = &submission.site.preflight;
+        // `{node}` is what the command puts a node's name in for.
+        let launch = step(slurm, submission, run.root(), Some("{node}")).join(" ");
+        let devices = submission.resources.gpus_per_node.max(1);
+        let mut words = vec![submission.programs.cloze.display().to_string(), "preflight".to_owned(), run.root().display().to_string()];
+        words.push(format!("--nodes={}", self.nodes.join(",")));
+        words.push(format!("--launch={launch}"));
+        words.push(format!("--devices={devices}"));
+        words.push(format!("--min-bandwidth-share={}", preflight.min_bandwidth_share));
+        words.push(format!("--max-slowdown={}", preflight.max_slowdown));
+        words.push(format!("--timeout={}", preflight.timeout_s));
+        words
+    }
+}
+
+/// The words before a command that is to run on a node of this job, with all that the job has there, beside what runs there already.
+pub fn step(slurm: &Slurm, submission: &Submission, run: &Path, node: Option<&str>) -> Vec<String> {
+    let mut words = vec![slurm.program("srun").display().to_string()];
+    words.extend(slurm.dialect().whole_node_step(node, cpus_per_node(&submission.resources)));
+    words.extend(container_options(&submission.resources, &submission.site, &[run]));
+    words
+}
+
+fn has_container(submission: &Submission) -> bool {
+    submission.resources.container.is_some() || submission.site.container.is_some()
+}
+
+/// The address that packets to a host leave from. Nothing is sent.
+fn address_towards(name: &str) -> std::io::Result<IpAddr> {
+    let target = (name, SOME_PORT).to_socket_addrs()?.next().ok_or_else(|| std::io::Error::other("the name has no address"))?;
+    let any: IpAddr = if target.is_ipv4() { [0, 0, 0, 0].into() } else { [0_u16; 8].into() };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(target)?;
+    Ok(socket.local_addr()?.ip())
+}

@@ -1,0 +1,292 @@
+//! The jobs of one run: what they have in common, and how one more is submitted without ever being submitted twice.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use cloze_cluster::Secret;
+use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::site::{Site, SiteKind, SlurmSite};
+use cloze_recipes::study::Resources;
+use serde::{Deserialize, Serialize};
+
+use super::client::Slurm;
+use super::job::{JobId, JobState};
+use super::journal::{self, AttemptEvent, JobEvent, JobRecord, Role};
+use super::paths::JobPaths;
+use super::script::{Dependency, JobRequest, render};
+use super::snapshot::Programs;
+use super::version::Version;
+use crate::run_folder::{READABLE, RunPaths, remove_if_there, storage, write_whole};
+
+/// Version of `submission.json`.
+const VERSION: u32 = 1;
+
+/// Longest wait for another process that submits jobs of the run, in seconds; a submission has two minutes.
+const LOCK_WAIT_S: u64 = 300;
+
+/// Interval at which its lock is tried.
+const LOCK_RETRY_MS: u64 = 50;
+
+/// Characters of a run's key in the names of its jobs.
+const KEY_LENGTH: usize = 8;
+
+/// Characters of a run's name in the names of its jobs.
+const NAME_LENGTH: usize = 60;
+
+/// What all jobs of a run have in common.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Submission {
+    /// Version of this file.
+    pub version: u32,
+    /// Tells the jobs of this run from those of every other run, in their names.
+    pub key: String,
+    /// The cluster.
+    pub site: Site,
+    /// The machines of each job.
+    pub resources: Resources,
+    /// The programs.
+    pub programs: Programs,
+    /// Whether the run goes on without a worker that is lost (`cluster.min_workers`).
+    pub survives_node_loss: bool,
+}
+
+impl Submission {
+    /// Of a run that has not been submitted before.
+    pub fn new(site: Site, resources: Resources, programs: Programs, survives_node_loss: bool) -> anyhow::Result<Self> {
+        let key = Secret::random().context("draw a key for the names of jobs")?.expose()[..KEY_LENGTH].to_owned();
+        Ok(Self { version: VERSION, key, site, resources, programs, survives_node_loss })
+    }
+
+    /// Reads that of a run; `None` for a run without jobs.
+    pub fn read(paths: &JobPaths) -> anyhow::Result<Option<Self>> {
+        let path = paths.submission();
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(storage("read how a run was submitted", &path, &error).into()),
+        };
+        let damaged =
+            |cause: String| Failure::new(FailureKind::Damaged, "submission.json cannot be read").at(path.display()).because(cause);
+        let submission: Self = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+        if submission.version != VERSION {
+            return Err(damaged(format!("version {} of it is not known", submission.version)).into());
+        }
+        Ok(Some(submission))
+    }
+
+    /// Writes it whole.
+    pub fn write(&self, paths: &JobPaths) -> anyhow::Result<()> {
+        write_whole(&paths.submission(), &serde_json::to_vec_pretty(self).context("serialise submission.json")?, READABLE)
+    }
+
+    /// What the site says of its batch system.
+    pub fn slurm(&self) -> Result<&SlurmSite, Failure> {
+        match &self.site.kind {
+            SiteKind::Slurm(slurm) => Ok(slurm),
+            _ => Err(Failure::new(FailureKind::Damaged, "submission.json names no SLURM cluster").found(&self.site.name)),
+        }
+    }
+
+    /// Workers of the whole run.
+    pub fn workers(&self) -> u32 {
+        self.resources.nodes.saturating_mul(self.resources.workers_per_node)
+    }
+
+    /// The text of one more job's script.
+    pub fn script(&self, run: &RunPaths, wanted: &Wanted, version: Version) -> Result<String, Failure> {
+        let paths = JobPaths::of(run);
+        let program = self.programs.cloze.display().to_string();
+        let request = JobRequest {
+            name: wanted.name.clone(),
+            command: vec![program, "allocation".to_owned(), run.root().display().to_string()],
+            folder: run.root().to_owned(),
+            logs: paths.logs(),
+            array: None,
+            dependency: match wanted.role {
+                Role::Asked => None,
+                Role::Successor { of } => Some(Dependency::AfterFailure(of)),
+                Role::Replacement { of } => Some(Dependency::AfterEnd(of)),
+            },
+            exclude: wanted.exclude.clone(),
+            survives_node_loss: self.survives_node_loss,
+            // The controller needs `srun`, which containers lack; the workers run in the container.
+            in_container: false,
+        };
+        render(&request, &self.resources, &self.site, version)
+    }
+
+    /// The name of a run's job with this number, from 1.
+    pub fn job_name(&self, run_name: &str, number: usize) -> String {
+        let plain = |letter: char| if letter.is_ascii_alphanumeric() || "-_.".contains(letter) { letter } else { '-' };
+        let name: String = run_name.chars().take(NAME_LENGTH).map(plain).collect();
+        format!("cloze-{name}-{}-{number}", self.key)
+    }
+}
+
+/// One more job.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Wanted {
+    /// Its name.
+    pub name: String,
+    /// Why there is to be one.
+    pub role: Role,
+    /// Nodes that it must not use, besides those of the site.
+    pub exclude: Vec<String>,
+}
+
+/// The jobs of a run, held by this process: nobody else submits or cancels any until this value is dropped.
+#[derive(Debug)]
+pub struct Jobs<'a> {
+    slurm: &'a Slurm,
+    paths: JobPaths,
+    records: Vec<JobRecord>,
+    _lock: File,
+}
+
+impl<'a> Jobs<'a> {
+    /// Takes the lock and settles what a submission that was cut off has left: an intent whose job exists is taken over, by its name.
+    pub fn open(slurm: &'a Slurm, run: &RunPaths) -> anyhow::Result<Self> {
+        let paths = JobPaths::of(run);
+        fs::create_dir_all(paths.root()).map_err(|error| storage("create a folder", &paths.root(), &error))?;
+        let lock = take_lock(&paths.lock())?;
+        let records = journal::jobs(journal::read(&paths.jobs())?);
+        let mut jobs = Self { slurm, paths, records, _lock: lock };
+        jobs.settle()?;
+        Ok(jobs)
+    }
+
+    /// Its jobs, oldest first.
+    pub fn records(&self) -> &[JobRecord] {
+        &self.records
+    }
+
+    /// Numbers of all its jobs.
+    pub fn ids(&self) -> Vec<JobId> {
+        self.records.iter().filter_map(|record| record.job).collect()
+    }
+
+    /// Its jobs that are not over, with what is known of them.
+    pub fn living(&self) -> Result<Vec<(JobId, JobState)>, Failure> {
+        let states = self.slurm.states(&self.ids())?;
+        Ok(states.into_iter().filter(|(_, job)| !job.state.is_end()).collect())
+    }
+
+    /// The job that waits for this one to fail, or takes its place.
+    pub fn successor_of(&self, job: JobId) -> Option<JobId> {
+        let follows = |record: &&JobRecord| match record.role {
+            Role::Successor { of } | Role::Replacement { of } => of == job && !record.is_cancelled,
+            Role::Asked => false,
+        };
+        self.records.iter().rev().filter(follows).find_map(|record| record.job)
+    }
+
+    /// Submits one more job. Its script and its intent are on the disk before; a refusal is noted, so that it is not looked for.
+    pub fn submit(&mut self, submission: &Submission, run_name: &str, role: Role, exclude: &[String]) -> anyhow::Result<JobId> {
+        let wanted = Wanted { name: submission.job_name(run_name, self.records.len() + 1), role, exclude: exclude.to_vec() };
+        let script = submission.script(self.paths.run(), &wanted, self.slurm.version())?;
+        let path = self.paths.script(&wanted.name);
+        write_whole(&path, script.as_bytes(), READABLE)?;
+        self.note(JobEvent::Intent { time: unix_time()?, name: wanted.name.clone(), role, exclude: wanted.exclude.clone() })?;
+        match self.slurm.submit(&path, &[]) {
+            Ok(job) => {
+                self.note(JobEvent::Submitted { time: unix_time()?, name: wanted.name, job })?;
+                Ok(job)
+            }
+            Err(failure) => {
+                // By its deadline a submission may have gone through all the same.
+                if let Some(job) = self.slurm.find_by_name(&wanted.name).ok().and_then(|jobs| jobs.last().copied()) {
+                    self.note(JobEvent::Submitted { time: unix_time()?, name: wanted.name, job })?;
+                    return Ok(job);
+                }
+                if failure.what.contains("refused") {
+                    self.note(JobEvent::Dropped { time: unix_time()?, name: wanted.name, reason: failure.to_string() })?;
+                }
+                Err(failure.into())
+            }
+        }
+    }
+
+    /// Cancels jobs of this run.
+    pub fn cancel(&mut self, jobs: &[JobId]) -> anyhow::Result<()> {
+        if jobs.is_empty() {
+            return Ok(());
+        }
+        self.slurm.cancel(jobs)?;
+        jobs.iter().try_for_each(|&job| self.note(JobEvent::Cancelled { time: unix_time()?, job }))
+    }
+
+    /// Asks for the jobs whose submission has no outcome. The attempts know the names of jobs that the batch system has forgotten.
+    fn settle(&mut self) -> anyhow::Result<()> {
+        let open: Vec<String> = self.records.iter().filter(|record| record.is_open()).map(|record| record.name.clone()).collect();
+        if open.is_empty() {
+            return Ok(());
+        }
+        let attempts: Vec<AttemptEvent> = journal::read(&self.paths.attempts())?;
+        for open in open {
+            let begun = attempts.iter().find_map(|event| match event {
+                AttemptEvent::Started { name, job, .. } if *name == open => Some(*job),
+                _ => None,
+            });
+            let found = match begun {
+                Some(job) => Some(job),
+                None => self.slurm.find_by_name(&open)?.last().copied(),
+            };
+            let time = unix_time()?;
+            self.note(match found {
+                Some(job) => JobEvent::Submitted { time, name: open, job },
+                None => JobEvent::Dropped { time, name: open, reason: "nobody knows a job of this name".to_owned() },
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Writes a line and remembers it.
+    fn note(&mut self, event: JobEvent) -> anyhow::Result<()> {
+        journal::append(&self.paths.jobs(), &event)?;
+        self.records = journal::jobs(journal::read(&self.paths.jobs())?);
+        Ok(())
+    }
+}
+
+/// Leaves the mark of `cloze cancel`, so that no job of the run goes on.
+pub fn mark_cancelled(paths: &JobPaths) -> anyhow::Result<()> {
+    let text = serde_json::to_vec(&serde_json::json!({ "time": unix_time()? })).context("serialise a mark")?;
+    write_whole(&paths.cancelled(), &text, READABLE)
+}
+
+/// Takes the mark away.
+pub fn unmark_cancelled(paths: &JobPaths) -> anyhow::Result<()> {
+    remove_if_there(&paths.cancelled()).map_err(|error| storage("remove a mark", &paths.cancelled(), &error).into())
+}
+
+/// Now, as Unix time in seconds.
+pub(super) fn unix_time() -> anyhow::Result<f64> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("read the time of day")?.as_secs_f64())
+}
+
+fn take_lock(path: &Path) -> anyhow::Result<File> {
+    let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+    let file = opened.map_err(|error| storage("open the lock of a run's jobs", path, &error))?;
+    let deadline = Instant::now() + Duration::from_secs(LOCK_WAIT_S);
+    while let Err(error) = file.try_lock() {
+        match error {
+            TryLockError::WouldBlock if Instant::now() < deadline => sleep(Duration::from_millis(LOCK_RETRY_MS)),
+            TryLockError::WouldBlock => {
+                return Err(Failure::new(FailureKind::Run, "another process submits jobs of this run")
+                    .at(path.display())
+                    .found(format!("its lock held for {LOCK_WAIT_S} s"))
+                    .hint("wait for it; where it hangs, end it")
+                    .into());
+            }
+            TryLockError::Error(error) => return Err(storage("lock a run's jobs", path, &error).into()),
+        }
+    }
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,125 @@
+//! What must hold whatever is cut off: nothing is submitted twice.
+
+use std::path::PathBuf;
+
+use super::super::client::fixtures::{cluster, site as slurm_site};
+use super::*;
+
+fn submission() -> Submission {
+    let programs = Programs {
+        cloze: PathBuf::from("/runs/first/bin/1f/cloze"),
+        worker: PathBuf::from("/runs/first/bin/1f/cloze-worker"),
+        hash: "1f".to_owned(),
+    };
+    let site = Site {
+        name: "mine".to_owned(),
+        kind: SiteKind::Slurm(slurm_site()),
+        folder: None,
+        container: None,
+        modules: Vec::new(),
+        environment: std::collections::BTreeMap::new(),
+        setup: Vec::new(),
+        preflight: cloze_recipes::site::Preflight { enabled: false, min_bandwidth_share: 0.3, max_slowdown: 3.0, timeout_s: 300 },
+        gpu_memory_mib: None,
+        tokens_per_second: None,
+    };
+    let resources = Resources {
+        nodes: 2,
+        workers_per_node: 3,
+        gpus_per_node: 0,
+        cpus_per_worker: None,
+        memory_per_node_mib: None,
+        time_limit_minutes: None,
+        container: None,
+        modules: Vec::new(),
+        environment: std::collections::BTreeMap::new(),
+        setup: Vec::new(),
+    };
+    Submission::new(site, resources, programs, false).unwrap()
+}
+
+fn run() -> (tempfile::TempDir, RunPaths) {
+    let folder = tempfile::tempdir().unwrap();
+    let paths = RunPaths::find(folder.path()).unwrap();
+    (folder, paths)
+}
+
+#[test]
+fn a_submission_reads_back() {
+    let (_folder, run) = run();
+    let paths = JobPaths::of(&run);
+    assert_eq!(Submission::read(&paths).unwrap(), None);
+    fs::create_dir_all(paths.root()).unwrap();
+    let submission = submission();
+    submission.write(&paths).unwrap();
+    assert_eq!(Submission::read(&paths).unwrap(), Some(submission.clone()));
+    assert_eq!(submission.workers(), 6);
+    assert_eq!(submission.job_name("my run/ü", 3), format!("cloze-my-run---{}-3", submission.key));
+    assert!(!submission.key.is_empty());
+}
+
+#[test]
+fn a_job_is_on_the_disk_before_it_is_submitted() {
+    let (_folder, run) = run();
+    // The script and the intent must be there when `sbatch` is called.
+    let sbatch = r#"[ -s "$2" ] && grep -q intent "${2%/*}/jobs.jsonl" && echo 41 || exit 1"#;
+    let (_programs, slurm) = cluster(&[("sbatch", sbatch)]);
+    let mut jobs = Jobs::open(&slurm, &run).unwrap();
+    let job = jobs.submit(&submission(), "first", Role::Asked, &[]).unwrap();
+    assert_eq!((job, jobs.ids()), (JobId::whole(41), vec![JobId::whole(41)]));
+    let script = fs::read_to_string(JobPaths::of(&run).script(&jobs.records()[0].name)).unwrap();
+    assert!(script.contains("\nexec /runs/first/bin/1f/cloze allocation "), "{script}");
+    assert_eq!(jobs.successor_of(job), None);
+    let successor = jobs.submit(&submission(), "first", Role::Successor { of: job }, &["n3".to_owned()]).unwrap();
+    assert_eq!(jobs.successor_of(job), Some(successor));
+}
+
+#[test]
+fn an_intent_without_an_outcome_is_looked_for_by_its_name() {
+    for (queue, sacct, expected) in [("echo \"7|$(cat name)\"", "true", Some(7)), ("true", "true", None)] {
+        let (_folder, run) = run();
+        let paths = JobPaths::of(&run);
+        fs::create_dir_all(paths.root()).unwrap();
+        let name = submission().job_name("first", 1);
+        let intent = JobEvent::Intent { time: 1.0, name: name.clone(), role: Role::Asked, exclude: Vec::new() };
+        journal::append(&paths.jobs(), &intent).unwrap();
+        let queue = queue.replace("$(cat name)", &name);
+        let (_programs, slurm) = cluster(&[("squeue", &queue), ("sacct", sacct)]);
+        let jobs = Jobs::open(&slurm, &run).unwrap();
+        assert_eq!(jobs.records()[0].job, expected.map(JobId::whole));
+        assert_eq!((jobs.records()[0].is_dropped, jobs.records()[0].is_open()), (expected.is_none(), false));
+    }
+}
+
+#[test]
+fn an_intent_stays_open_while_nobody_answers() {
+    let (_folder, run) = run();
+    let paths = JobPaths::of(&run);
+    fs::create_dir_all(paths.root()).unwrap();
+    let intent = JobEvent::Intent { time: 1.0, name: "cloze-a-1".to_owned(), role: Role::Asked, exclude: Vec::new() };
+    journal::append(&paths.jobs(), &intent).unwrap();
+    let (_programs, slurm) = cluster(&[("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")]);
+    assert!(Jobs::open(&slurm, &run).is_err());
+    assert!(journal::jobs(journal::read(&paths.jobs()).unwrap())[0].is_open());
+}
+
+#[test]
+fn a_refused_job_is_not_looked_for_again() {
+    let (_folder, run) = run();
+    let (_programs, slurm) =
+        cluster(&[("sbatch", "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"), ("squeue", "true"), ("sacct", "true")]);
+    let mut jobs = Jobs::open(&slurm, &run).unwrap();
+    let failure: Failure = jobs.submit(&submission(), "first", Role::Asked, &[]).unwrap_err().downcast().unwrap();
+    assert!(failure.hint.unwrap().contains("limit"));
+    assert!(jobs.records()[0].is_dropped);
+}
+
+#[test]
+fn a_submission_that_went_through_behind_an_error_is_taken() {
+    let (_folder, run) = run();
+    let sbatch = r#"echo "sbatch: error: Batch job submission failed: Socket timed out" >&2; exit 1"#;
+    let squeue = r#"for word; do case $word in --name=*) echo "9|${word#--name=}";; esac; done"#;
+    let (_programs, slurm) = cluster(&[("sbatch", sbatch), ("squeue", squeue), ("sacct", "true")]);
+    let mut jobs = Jobs::open(&slurm, &run).unwrap();
+    assert_eq!(jobs.submit(&submission(), "first", Role::Asked, &[]).unwrap(), JobId::whole(9));
+}

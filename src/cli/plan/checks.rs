@@ -1,0 +1,218 @@
+//! Looks at everything that a run will touch, and says at once what is wrong with it.
+
+use std::path::Path;
+
+use anyhow::Result;
+use cloze_data::manifest::Manifest;
+use cloze_data::prepare::check_prepared;
+use cloze_data::record::{Format, list_inputs};
+use cloze_data::store::{ConditionalPut, probe_conditional_put};
+use cloze_data::tokenizer::Tokenizer;
+use cloze_launcher::plan::{Check, DataFacts, check_clock};
+use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::recipe::{DataRecipe, ModelRecipe, ModelShape, Recipe};
+use cloze_recipes::site::{SiteKind, SshSite};
+use cloze_recipes::study::Study;
+
+use super::Wanted;
+use super::facts::model_sizes;
+use crate::cli::places::{open_place, try_place};
+use crate::cli::run::RUNS_FOLDER;
+use crate::cli::worker_process::worker_binary;
+
+/// About how many times as large records are when they are decompressed.
+const COMPRESSION: u64 = 4;
+
+/// Files of weights that a model folder can have.
+const WEIGHTS: [&str; 2] = ["model.safetensors", "model.safetensors.index.json"];
+
+/// The model and its tokenizer; returns the model's extents where they are known.
+pub(super) fn model(study: &Study, checks: &mut Vec<Check>) -> Result<Option<(ModelShape, u64)>> {
+    // An earlier stage's export has the extents of the model that the first stage starts from.
+    let first = match &study.after {
+        Some(_) => study.trials(Path::new("study"))?.into_iter().next().and_then(|trial| trial.parent),
+        None => None,
+    };
+    let mut model = &study.recipe.model;
+    let mut stage = first.as_deref();
+    while let Some(trial) = stage {
+        model = &trial.recipe.model;
+        stage = trial.parent.as_deref();
+    }
+    let sizes = match model_sizes(model) {
+        Ok(sizes) => {
+            checks.push(weights(model));
+            Some(sizes)
+        }
+        Err(error) => {
+            checks.push(Check::error("model", &error));
+            None
+        }
+    };
+    checks.push(tokenizer(&study.recipe.model, model, sizes.as_ref().map(|(_, vocab)| *vocab)));
+    Ok(sizes)
+}
+
+fn weights(model: &ModelRecipe) -> Check {
+    let name = "model";
+    let Some(folder) = &model.path else { return Check::ok(name, "new, from its shape") };
+    if WEIGHTS.iter().any(|file| folder.join(file).is_file()) {
+        return Check::ok(name, folder.display());
+    }
+    let failure = Failure::new(FailureKind::Input, "the model folder holds no weights").at(folder.display());
+    Check::fail(name, &failure.expected(WEIGHTS.join(" or ")).hint("get the model as safetensors"))
+}
+
+/// The tokenizer is there, its anchor is one token, and the model's embedding has a row for each of its tokens.
+fn tokenizer(of_run: &ModelRecipe, of_first_stage: &ModelRecipe, vocab: Option<u64>) -> Check {
+    let name = "tokenizer";
+    // That of an earlier stage's export is copied from the first stage.
+    let path = if of_run.tokenizer.exists() { &of_run.tokenizer } else { &of_first_stage.tokenizer };
+    match Tokenizer::load_with_anchor(path, &of_run.anchor_token) {
+        Err(error) => Check::error(name, &error),
+        Ok((tokenizer, _)) => match vocab.filter(|vocab| *vocab < u64::from(tokenizer.vocab_size())) {
+            Some(vocab) => {
+                let failure = Failure::new(FailureKind::Mismatch, "the tokenizer has more tokens than the model's embedding has rows");
+                let failure = failure.at(path.display()).expected(format!("at most {vocab}")).found(tokenizer.vocab_size());
+                Check::fail(name, &failure.hint("set `model.tokenizer` to the tokenizer that the model was trained with"))
+            }
+            None => Check::ok(name, format!("{} tokens; anchor `{}` is one of them", tokenizer.vocab_size(), of_run.anchor_token)),
+        },
+    }
+}
+
+/// The data: prepared and of this recipe, or at least its sources.
+pub(super) fn data(wanted: &Wanted<'_>, checks: &mut Vec<Check>) -> DataFacts {
+    let recipe = &wanted.study.recipe;
+    let sources = sources(&recipe.data, wanted.offline, checks);
+    let name = "prepared data";
+    let place = recipe.data.output.display();
+    match Manifest::find(&recipe.data.output) {
+        Err(error) => {
+            checks.push(Check::error(name, &error));
+            sources
+        }
+        Ok(None) => {
+            // Trials of a sweep have prepared data of their own, in the study's folder.
+            let hint = if wanted.study.sweep.is_some() { "the sweep prepares it" } else { "run `cloze data prepare RECIPE` first" };
+            checks.push(Check::warn(name, format!("not prepared yet, at {place}"), hint));
+            sources
+        }
+        Ok(Some(manifest)) => {
+            checks.push(of_this_recipe(recipe, &manifest));
+            let bytes = manifest.shards.iter().map(|shard| shard.bytes).sum();
+            DataFacts::Prepared { samples: manifest.samples, tokens: manifest.tokens, bytes }
+        }
+    }
+}
+
+fn of_this_recipe(recipe: &Recipe, manifest: &Manifest) -> Check {
+    let name = "prepared data";
+    if let Err(failure) = check_prepared(recipe, manifest) {
+        return Check::fail(name, &failure);
+    }
+    if manifest.samples == 0 {
+        let failure = Failure::new(FailureKind::Input, "the prepared data holds no samples").at(recipe.data.output.display());
+        return Check::fail(name, &failure.hint("look at the counts in its manifest.json: the filters dropped every record"));
+    }
+    let of_tokenizer = Tokenizer::load(&recipe.model.tokenizer);
+    if of_tokenizer.is_ok_and(|tokenizer| tokenizer.fingerprint() != manifest.tokenizer_fingerprint) {
+        let failure = Failure::new(FailureKind::Mismatch, "the data was prepared with another tokenizer").at(recipe.data.output.display());
+        return Check::fail(name, &failure.hint("prepare it again: `cloze data prepare RECIPE --force`"));
+    }
+    Check::ok(name, format!("{} samples, {} tokens", manifest.samples, manifest.tokens))
+}
+
+/// Every source, and how large they are together.
+fn sources(data: &DataRecipe, offline: bool, checks: &mut Vec<Check>) -> DataFacts {
+    let (mut stored_bytes, mut text_bytes, mut all_known) = (0, 0, true);
+    for source in &data.sources {
+        let name = "source";
+        if offline && source.url.contains("://") && !source.url.starts_with("file://") {
+            checks.push(Check::warn(name, format!("{} was not looked at", source.url), "leave `--offline` out"));
+            all_known = false;
+            continue;
+        }
+        match list_inputs(std::slice::from_ref(source)) {
+            Ok(inputs) => {
+                let bytes: u64 = inputs.iter().map(|input| input.info.size).sum();
+                stored_bytes += bytes;
+                text_bytes += inputs
+                    .iter()
+                    .map(|input| if input.format == Format::Jsonl { input.info.size } else { COMPRESSION * input.info.size })
+                    .sum::<u64>();
+                if bytes == 0 {
+                    let failure = Failure::new(FailureKind::Input, "the source is empty").at(&source.url);
+                    checks.push(Check::fail(name, &failure.hint("check `data.sources` in the recipe")));
+                } else {
+                    let files = if inputs.len() == 1 { "file" } else { "files" };
+                    checks.push(Check::ok(name, format!("{}: {} {files}, {} MiB", source.url, inputs.len(), bytes.div_ceil(1 << 20))));
+                }
+            }
+            Err(error) => {
+                checks.push(Check::error(name, &error));
+                all_known = false;
+            }
+        }
+    }
+    if all_known { DataFacts::Sources { stored_bytes, text_bytes } } else { DataFacts::Unknown }
+}
+
+/// The place of the checkpoints, its clock, and the files of the evaluation.
+pub(super) fn places(wanted: &Wanted<'_>, checks: &mut Vec<Check>) {
+    let recipe = &wanted.study.recipe;
+    for task in &recipe.evaluation {
+        for file in task.files.iter().filter(|file| !file.exists()) {
+            let found = format!("{} of task {} is not there", file.display(), task.name);
+            checks.push(Check::warn("evaluation", found, "`cloze eval` will need it"));
+        }
+    }
+    let folder = wanted.site.folder.as_deref().unwrap_or(Path::new("")).join(RUNS_FOLDER);
+    let url = recipe.checkpoint.url.clone().unwrap_or_else(|| folder.display().to_string());
+    let name = "checkpoint place";
+    if wanted.offline && url.contains("://") && !url.starts_with("file://") {
+        checks.push(Check::warn(name, format!("{url} was not looked at"), "leave `--offline` out"));
+        return;
+    }
+    if let Err(error) = place(&url, recipe, checks) {
+        checks.push(Check::error(name, &error));
+    }
+}
+
+fn place(url: &str, recipe: &Recipe, checks: &mut Vec<Check>) -> Result<()> {
+    let name = "checkpoint place";
+    let store = open_place(url, &recipe.checkpoint.options)?;
+    let tried = try_place(&store)?;
+    checks.push(match probe_conditional_put(&store)? {
+        ConditionalPut::Honoured => Check::ok(name, format!("{url} can be written")),
+        ConditionalPut::Ignored | ConditionalPut::Unsupported => Check::warn(
+            name,
+            format!("{url} can be written, but not on the condition that an object is new"),
+            "give every run a prefix of its own: two that save in one place at the same moment are not noticed",
+        ),
+    });
+    checks.push(check_clock("the checkpoint place", tried.clock_skew_s));
+    Ok(())
+}
+
+/// The programs and the machines that the site names.
+pub(super) fn machines(wanted: &Wanted<'_>, checks: &mut Vec<Check>) {
+    match worker_binary() {
+        Ok(path) => checks.push(Check::ok("worker binary", path.display())),
+        Err(error) => checks.push(Check::error("worker binary", &error)),
+    }
+    match &wanted.site.kind {
+        SiteKind::Local => {}
+        SiteKind::Ssh(ssh) => checks.push(hosts(ssh, wanted.study.resources.nodes)),
+        SiteKind::Slurm(slurm) => super::script::check_machines(wanted, slurm, checks),
+    }
+}
+
+fn hosts(ssh: &SshSite, nodes: u32) -> Check {
+    let found = format!("{} hosts for {nodes} nodes", ssh.hosts.len());
+    if ssh.hosts.len() < nodes as usize {
+        let failure = Failure::new(FailureKind::Recipe, "the cluster file names too few hosts").expected(format!("at least {nodes}"));
+        return Check::fail("hosts", &failure.found(ssh.hosts.len()).hint("add to `ssh.hosts`, or lower `resources.nodes`"));
+    }
+    Check::ok("hosts", found)
+}

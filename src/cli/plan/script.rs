@@ -1,0 +1,65 @@
+//! What a plan says of a batch system: the script of the run's first job, and whether the job fits.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use cloze_launcher::RunPaths;
+use cloze_launcher::plan::Check;
+use cloze_launcher::slurm::{JobPaths, Programs, Role, Slurm, Submission, Version, Wanted, Wish};
+use cloze_recipes::failure::Failure;
+use cloze_recipes::site::{SiteKind, SlurmSite};
+
+use super::Wanted as Planned;
+use crate::cli::run::RUNS_FOLDER;
+
+/// Stands for the characters that tell the jobs of a run, and its programs, from those of others.
+const KEY_PLACE: &str = "KEY";
+
+/// The version whose script is shown where the batch system is not asked or does not answer.
+const ASSUMED_VERSION: Version = Version { year: 20, month: 11 };
+
+/// The script of the run's first job, as it is for this version of the batch system; `None` where there is none.
+pub(super) fn script(wanted: &Planned<'_>) -> Result<Option<String>> {
+    if !matches!(wanted.site.kind, SiteKind::Slurm(_)) {
+        return Ok(None);
+    }
+    let recipe = &wanted.study.recipe;
+    let folder = wanted.site.folder.as_deref().unwrap_or(Path::new("")).join(RUNS_FOLDER).join(&recipe.name);
+    let run = RunPaths::new(std::path::absolute(&folder).context("find the run folder")?);
+    let kept = JobPaths::of(&run).programs().join(KEY_PLACE);
+    let programs = Programs { cloze: kept.join("cloze"), worker: kept.join("cloze-worker"), hash: KEY_PLACE.to_owned() };
+    let resources = wanted.study.resources.clone();
+    let survives_node_loss = recipe.cluster.min_workers.is_some() && resources.nodes > 1;
+    let submission =
+        Submission { key: KEY_PLACE.to_owned(), ..Submission::new(wanted.site.clone(), resources, programs, survives_node_loss)? };
+    let job = Wanted { name: submission.job_name(&recipe.name, 1), role: Role::Asked, exclude: Vec::new() };
+    Ok(Some(submission.script(&run, &job, version(wanted))?))
+}
+
+/// The version of the batch system, if it may be asked and answers; what it cannot say is told by [`check_machines`].
+fn version(wanted: &Planned<'_>) -> Version {
+    match &wanted.site.kind {
+        SiteKind::Slurm(slurm) if !wanted.offline => Slurm::find(slurm).map_or(ASSUMED_VERSION, |slurm| slurm.version()),
+        _ => ASSUMED_VERSION,
+    }
+}
+
+/// Whether the batch system is there and has what the run wants.
+pub(super) fn check_machines(wanted: &Planned<'_>, site: &SlurmSite, checks: &mut Vec<Check>) {
+    let name = "partition";
+    let shown = site.partition.as_deref().unwrap_or("the default one");
+    if wanted.offline {
+        checks.push(Check::warn(name, format!("{shown} was not looked at"), "leave `--offline` out"));
+        return;
+    }
+    match misfits(wanted, site) {
+        Err(failure) => checks.push(Check::fail(name, &failure)),
+        Ok(misfits) if misfits.is_empty() => checks.push(Check::ok(name, format!("{shown} is up and has what the run wants"))),
+        Ok(misfits) => checks.extend(misfits.iter().map(|failure| Check::fail(name, failure))),
+    }
+}
+
+fn misfits(wanted: &Planned<'_>, site: &SlurmSite) -> Result<Vec<Failure>, Failure> {
+    let wish = Wish::of(&wanted.study.resources, site.gpu_type.as_deref(), site.time_limit_minutes);
+    Slurm::find(site)?.misfits(&wish)
+}

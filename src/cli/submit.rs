@@ -1,0 +1,259 @@
+//! `cloze submit`: a run that jobs of a batch system bring to its end; and `cloze resume` for such a run.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use cloze_cluster::protocol::build_name;
+use cloze_launcher::run_folder::{read_info, read_recipe};
+use cloze_launcher::slurm::{JobId, JobPaths, Jobs, Programs, Role, Slurm, Submission, Wanted, Wish, unmark_cancelled};
+use cloze_launcher::{NewRun, RunFolder, RunPaths};
+use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::recipe::Recipe;
+use cloze_recipes::site::{Site, SiteKind, SlurmSite};
+use cloze_recipes::study::{Resources, Study};
+
+use super::arguments::{RecipeArguments, ResumeArguments};
+use super::run::{RUNS_FOLDER, check_inputs, split, write_last_line};
+use super::worker_process::worker_binary;
+
+/// Stands for what only a submission knows, where a script is only shown.
+const NOT_YET: &str = "DRY-RUN";
+
+/// Arguments of `cloze submit`.
+#[derive(Args)]
+pub struct SubmitArguments {
+    /// The recipe.
+    #[command(flatten)]
+    pub recipe: RecipeArguments,
+    /// Cluster file
+    #[arg(long, value_name = "FILE")]
+    pub cluster: PathBuf,
+    /// Run folder, which all nodes see under the same path [default: runs/ and the recipe's name, in the cluster's folder]
+    #[arg(long)]
+    pub run: Option<PathBuf>,
+    /// Nodes of each job, instead of `resources.nodes`
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16_384))]
+    pub nodes: Option<u32>,
+    /// Check everything, print the batch script, and submit nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// What is to be submitted, checked.
+struct Request {
+    recipe: Recipe,
+    resources: Resources,
+    site: Site,
+    slurm: Slurm,
+    data_fingerprint: String,
+    /// The run folder, absolute.
+    folder: PathBuf,
+}
+
+/// Submits a run: a job, and a second one that waits for the first to fail.
+pub fn submit(arguments: &SubmitArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
+    let request = Request::check(arguments)?;
+    if arguments.dry_run {
+        write!(stdout, "{}", request.preview()?).context("print the batch script")?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let run = request.open_run()?;
+    let paths = JobPaths::of(&run);
+    let mut jobs = Jobs::open(&request.slurm, &run)?;
+    refuse_living(&jobs, &run)?;
+    let submission = request.submission(&paths)?;
+    fs::copy(&arguments.cluster, paths.cluster()).with_context(|| format!("copy the cluster file to {}", paths.cluster().display()))?;
+    unmark_cancelled(&paths)?;
+    submission.write(&paths)?;
+    let job = submit_both(&mut jobs, &submission, &run)?;
+    tell(&run, job, stdout)
+}
+
+/// Submits a run again that jobs brought this far; `None` for a run without jobs.
+pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Option<ExitCode>> {
+    let run = RunPaths::find(&arguments.run)?;
+    let paths = JobPaths::of(&run);
+    let Some(before) = Submission::read(&paths)? else { return Ok(None) };
+    if arguments.here {
+        refuse_living(&Jobs::open(&Slurm::find(before.slurm()?)?, &run)?, &run)?;
+        return Ok(None);
+    }
+    if arguments.workers.workers.is_some() || arguments.workers.local.is_some() || !arguments.hosts.hosts.is_empty() {
+        return Err(Failure::new(FailureKind::Recipe, "the jobs of this run say how many workers it has, and where")
+            .at(run.root().display())
+            .hint("`--here` resumes it on this machine instead")
+            .into());
+    }
+    // What a job would meet at once is found here.
+    check_inputs(&read_recipe(&run, &read_info(&run)?)?)?;
+    let slurm = Slurm::find(before.slurm()?)?;
+    refuse_misfits(&slurm, &before.resources, before.slurm()?)?;
+    let mut jobs = Jobs::open(&slurm, &run)?;
+    refuse_living(&jobs, &run)?;
+    let submission = Submission { programs: keep_programs(&paths)?, ..before };
+    unmark_cancelled(&paths)?;
+    submission.write(&paths)?;
+    let job = submit_both(&mut jobs, &submission, &run)?;
+    tell(&run, job, stdout).map(Some)
+}
+
+impl Request {
+    /// Checks everything that can be wrong before anything is written.
+    fn check(arguments: &SubmitArguments) -> Result<Self> {
+        let changes = &arguments.recipe.changes;
+        let study = cloze_recipes::load_study(&arguments.recipe.recipe, &changes.overrides, changes.profile.as_deref())?;
+        refuse_studies(&study)?;
+        let site = cloze_recipes::load_site(&arguments.cluster)?;
+        let slurm_site = slurm_of(&site)?;
+        let Study { recipe, mut resources, .. } = study;
+        resources.nodes = arguments.nodes.unwrap_or(resources.nodes);
+        let dataset = check_inputs(&recipe)?;
+        worker_binary()?;
+        let slurm = Slurm::find(slurm_site)?;
+        refuse_misfits(&slurm, &resources, slurm_site)?;
+        let folder = arguments.run.clone().unwrap_or_else(|| {
+            let root = site.folder.clone().unwrap_or_default();
+            root.join(RUNS_FOLDER).join(&recipe.name)
+        });
+        let folder = std::path::absolute(&folder).context("find the run folder")?;
+        let workers = resources.nodes.saturating_mul(resources.workers_per_node);
+        if let Some(min_workers) = recipe.cluster.min_workers.filter(|&min_workers| min_workers > workers) {
+            return Err(Failure::new(FailureKind::Recipe, "the run has fewer workers than its recipe needs")
+                .expected(format!("at least {min_workers} workers (`cluster.min_workers`)"))
+                .found(format!("{workers}, on {} nodes (`resources`)", resources.nodes))
+                .into());
+        }
+        let data_fingerprint = dataset.manifest().fingerprint();
+        Ok(Self { recipe, resources, site, slurm, data_fingerprint, folder })
+    }
+
+    /// The script as it would be; names and hashes that only a submission knows are left open.
+    fn preview(&self) -> Result<String> {
+        let paths = RunPaths::new(self.folder.clone());
+        let bin = JobPaths::of(&paths).programs().join(NOT_YET);
+        let programs = Programs { cloze: bin.join("cloze"), worker: bin.join("cloze-worker"), hash: String::new() };
+        let submission = Submission { key: NOT_YET.to_owned(), ..self.with_programs(programs)? };
+        let name = split(&self.folder)?.1;
+        let wanted = Wanted { name: submission.job_name(&name, 1), role: Role::Asked, exclude: Vec::new() };
+        Ok(submission.script(&paths, &wanted, self.slurm.version())?)
+    }
+
+    /// Makes the run's folder. One whose submission came to nothing before serves as well, if it is of the same recipe and data.
+    fn open_run(&self) -> Result<RunPaths> {
+        let (root, name) = split(&self.folder)?;
+        let new = NewRun {
+            name: &name,
+            recipe: &self.recipe,
+            data_fingerprint: self.data_fingerprint.clone(),
+            command_line: std::env::args().collect(),
+            worker_build: build_name(),
+        };
+        match RunFolder::create(&root, &new) {
+            // The lock is let go of: the job may start before this command is done.
+            Ok(run) => Ok(run.paths().clone()),
+            Err(error) => self.never_started().ok_or(error),
+        }
+    }
+
+    /// The folder, if it holds this very run and no worker has ever been started for it.
+    fn never_started(&self) -> Option<RunPaths> {
+        let paths = RunPaths::find(&self.folder).ok()?;
+        let info = read_info(&paths).ok()?;
+        let is_same = info.recipe_hash == self.recipe.hash() && info.data_fingerprint == self.data_fingerprint;
+        (is_same && !paths.events().exists()).then_some(paths)
+    }
+
+    /// What the jobs of the run will have in common, with the programs of today. The names of its jobs keep their key.
+    fn submission(&self, paths: &JobPaths) -> Result<Submission> {
+        let new = self.with_programs(keep_programs(paths)?)?;
+        Ok(match Submission::read(paths)? {
+            Some(before) => Submission { key: before.key, ..new },
+            None => new,
+        })
+    }
+
+    fn with_programs(&self, programs: Programs) -> Result<Submission> {
+        let survives = self.recipe.cluster.min_workers.is_some() && self.resources.nodes > 1;
+        Submission::new(self.site.clone(), self.resources.clone(), programs, survives)
+    }
+}
+
+fn keep_programs(paths: &JobPaths) -> Result<Programs> {
+    let cloze = std::env::current_exe().context("find this program")?;
+    Programs::keep(paths, &cloze, &worker_binary()?)
+}
+
+/// The job, and the one that goes on if it fails. Without the second the run is submitted all the same.
+fn submit_both(jobs: &mut Jobs<'_>, submission: &Submission, run: &RunPaths) -> Result<JobId> {
+    let name = read_info(run)?.name;
+    let job = jobs.submit(submission, &name, Role::Asked, &[])?;
+    if submission.slurm()?.max_jobs > 1
+        && let Err(error) = jobs.submit(submission, &name, Role::Successor { of: job }, &[])
+    {
+        let line = format!("warning: no job waits for job {job} to fail: {}", super::error_text(&error));
+        write_last_line(&mut std::io::stderr(), &line)?;
+    }
+    Ok(job)
+}
+
+fn tell(run: &RunPaths, job: JobId, stdout: &mut dyn Write) -> Result<ExitCode> {
+    let shown = run.root().display();
+    let line =
+        format!("job {job} is submitted; run folder: {shown}\nnext: cloze status {shown}, cloze logs {shown} -f, cloze cancel {shown}");
+    write_last_line(&mut std::io::stderr(), &line)?;
+    writeln!(stdout, "{job}").context("print the job")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn slurm_of(site: &Site) -> Result<&SlurmSite, Failure> {
+    match &site.kind {
+        SiteKind::Slurm(slurm) => Ok(slurm),
+        SiteKind::Local | SiteKind::Ssh(_) => Err(Failure::new(FailureKind::Recipe, "this cluster has no batch system")
+            .at(&site.name)
+            .expected("`kind: slurm` in the cluster file")
+            .hint("`cloze train` runs the recipe on this machine, and with `--hosts` on others")),
+    }
+}
+
+/// A recipe of many runs, or of a run after another one, is no single run.
+fn refuse_studies(study: &Study) -> Result<(), Failure> {
+    let what = match (&study.sweep, &study.after) {
+        (Some(_), _) => "this recipe is a sweep of many runs",
+        (None, Some(_)) => "this recipe starts from an earlier stage",
+        (None, None) => return Ok(()),
+    };
+    Err(Failure::new(FailureKind::Recipe, what).at(study.file.display()).hint("`cloze sweep run` submits all runs that it needs"))
+}
+
+/// Everything that the cluster cannot give, at once.
+fn refuse_misfits(slurm: &Slurm, resources: &Resources, site: &SlurmSite) -> Result<(), Failure> {
+    let wish = Wish::of(resources, site.gpu_type.as_deref(), site.time_limit_minutes);
+    let mut misfits = slurm.misfits(&wish)?;
+    match misfits.len() {
+        0 => Ok(()),
+        1 => Err(misfits.remove(0)),
+        count => {
+            let texts: Vec<String> = misfits.iter().map(|failure| failure.to_string().replace('\n', "\n    ")).collect();
+            Err(Failure::new(FailureKind::Recipe, format!("the cluster cannot give {count} things that the run wants"))
+                .because(format!("\n    {}", texts.join("\n    "))))
+        }
+    }
+}
+
+/// A run has one job at a time, and one that waits for it.
+fn refuse_living(jobs: &Jobs<'_>, run: &RunPaths) -> Result<(), Failure> {
+    let living = jobs.living()?;
+    if living.is_empty() {
+        return Ok(());
+    }
+    let shown: Vec<String> = living.iter().map(|(id, job)| format!("job {id}, {}", job.state)).collect();
+    let folder: &Path = run.root();
+    Err(Failure::new(FailureKind::Run, "this run has jobs that are not over")
+        .at(folder.display())
+        .found(shown.join("; "))
+        .hint(format!("`cloze status {0}` shows them, `cloze cancel {0}` cancels them", folder.display())))
+}

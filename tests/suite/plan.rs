@@ -1,0 +1,67 @@
+//! A plan counts what a run needs and says everything that is wrong with it at once.
+
+use serde_json::Value;
+
+use crate::sandbox::World;
+
+/// Level and name of every check.
+fn checks(report: &Value) -> Vec<(String, String)> {
+    let text = |value: &Value| value.as_str().expect("a text").to_owned();
+    report["checks"].as_array().expect("a list of checks").iter().map(|check| (text(&check["level"]), text(&check["name"]))).collect()
+}
+
+#[test]
+fn a_prepared_recipe_is_planned_without_starting_anything() {
+    let world = World::prepared();
+    let outcome = world.done(&["plan", "recipe.yaml", "--workers", "4", "--tokens-per-second", "1000", "--json"]);
+    let report: Value = serde_json::from_str(&outcome.stdout).expect("the plan is JSON");
+    let plan = &report["plan"];
+    assert_eq!((&report["ok"], &plan["workers"], &plan["steps"]), (&true.into(), &4.into(), &40.into()), "{report}");
+    let per_step = plan["tokens"]["per_step"].as_u64().expect("tokens of a step");
+    assert!((900..1300).contains(&per_step), "{per_step}");
+    let seconds = plan["time"]["seconds"].as_f64().expect("a time");
+    assert!((seconds - 40.0 * per_step as f64 / 4000.0).abs() < 1e-6, "{seconds}");
+    assert!(checks(&report).iter().all(|(level, _)| level == "ok"), "{report}");
+    // A checkpoint takes what the plan says, but for the small files.
+    let run = world.train("run", &["--workers", "4"]);
+    let stored: usize = run.checkpoint_tensors(40).values().map(Vec::len).sum();
+    let bytes = plan["checkpoints"]["bytes"].as_u64().expect("bytes") as f64;
+    assert!((stored as f64 / bytes - 1.0).abs() < 0.3, "{stored} stored, {bytes} planned");
+    assert!(!world.path("runs").exists(), "a plan makes no folder");
+}
+
+#[test]
+fn everything_that_is_wrong_is_said_at_once() {
+    let world = World::with_corpus(50);
+    let wrong = [
+        "--set",
+        "data.sources=[{url: nowhere}]",
+        "--set",
+        "model.anchor_token=no-such-token",
+        "--set",
+        "checkpoint.url=/proc/nowhere",
+        "--set",
+        "evaluation=[]",
+    ];
+    let outcome = world.cloze(&[["plan", "recipe.yaml", "--json"].as_slice(), &wrong].concat());
+    let report: Value = serde_json::from_str(&outcome.stdout).expect("the plan is JSON");
+    let found = checks(&report);
+    for name in ["source", "tokenizer", "checkpoint place"] {
+        assert!(found.contains(&("fail".to_owned(), name.to_owned())), "{name}: {report}");
+    }
+    assert!(found.contains(&("warn".to_owned(), "prepared data".to_owned())), "{report}");
+    assert_eq!(outcome.code, Some(8), "{}", outcome.stderr);
+    outcome.expect_words(&["3 of ", " checks failed", "tokenizer: anchor `no-such-token` is not one token"]);
+}
+
+#[test]
+fn a_recipe_that_does_not_fit_says_what_would_help() {
+    let world = World::prepared();
+    world.write("cluster.yaml", "version: 1\nname: small\nkind: local\n");
+    let set = ["--set", "model.shape={hidden_size: 1024, intermediate_size: 2048, num_hidden_layers: 24, num_attention_heads: 16}"];
+    let text = "extends: recipe.yaml\nversion: 1\nresources: {nodes: 1, workers_per_node: 4, memory_per_node_mib: 12000}\n";
+    world.write("tight.yaml", text);
+    let outcome = world.cloze(&[["plan", "tight.yaml", "--cluster", "cluster.yaml"].as_slice(), &set].concat()).expect_code(3);
+    assert!(outcome.stdout.contains("FAIL  memory: the recipe does not fit: "), "{}", outcome.stdout);
+    outcome.expect_words(&["memory: the recipe does not fit", "`train.shard=parameters`"]);
+}
