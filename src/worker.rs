@@ -194,8 +194,16 @@ fn serve(worker: &Arc<Worker>, belongings: &mut Belongings) -> Result<()> {
             Some(CoordinatorMessage::Start { generation, rank, members, peers, collective_key, source, until_step }) => {
                 let interrupt = Arc::new(AtomicBool::new(false));
                 let key = collective_key.expose().to_owned();
-                let assignment =
-                    Assignment { generation, rank: rank as usize, members, peers, key, source, until_step, interrupt: Arc::clone(&interrupt) };
+                let assignment = Assignment {
+                    generation,
+                    rank: rank as usize,
+                    members,
+                    peers,
+                    key,
+                    source,
+                    until_step,
+                    interrupt: Arc::clone(&interrupt),
+                };
                 worker.client.on_abort(Box::new(move |aborted, _reason| {
                     if aborted >= generation {
                         interrupt.store(true, Ordering::SeqCst);

@@ -42,16 +42,8 @@ impl FailureKind {
     }
 
     /// All kinds.
-    pub const ALL: [Self; 8] = [
-        Self::Recipe,
-        Self::Input,
-        Self::Environment,
-        Self::Storage,
-        Self::Damaged,
-        Self::Mismatch,
-        Self::Run,
-        Self::Interrupted,
-    ];
+    pub const ALL: [Self; 8] =
+        [Self::Recipe, Self::Input, Self::Environment, Self::Storage, Self::Damaged, Self::Mismatch, Self::Run, Self::Interrupted];
 
     /// The kind of a program's exit code; `None` where it ended well or in no way that it names.
     pub fn of_exit_code(code: i32) -> Option<Self> {

@@ -277,10 +277,10 @@ impl Driven {
         let shown = self.folder.display().to_string();
         let what = format!("{} of {} trials failed", failed.len(), self.end.records.len());
         let cause = first.failure.as_ref().map_or_else(String::new, |failure| format!("{}: {}", first.name, failure.what));
-        Err(Failure::new(FailureKind::Run, what).at(&shown).because(cause).hint(format!(
-            "look at {shown}/jobs/{}.log; `cloze sweep retry {shown}` tries them again",
-            first.name
-        )))
+        Err(Failure::new(FailureKind::Run, what)
+            .at(&shown)
+            .because(cause)
+            .hint(format!("look at {shown}/jobs/{}.log; `cloze sweep retry {shown}` tries them again", first.name)))
     }
 }
 

@@ -133,7 +133,9 @@ trial #6 #2 #1 train.learning_rate=0.002 seed=2
         assert_eq!((study.starts(&name), record["attempts"].as_u64()), (1, Some(1)), "{name}");
         assert_eq!(record["wanted"].as_bool().unwrap(), record["metric"].is_number(), "{name}");
     }
-    let count = |folder: &str| fs::read_dir(world.path(&study.folder()).join(folder)).unwrap().filter(|e| e.as_ref().unwrap().path().is_dir()).count();
+    let count = |folder: &str| {
+        fs::read_dir(world.path(&study.folder()).join(folder)).unwrap().filter(|e| e.as_ref().unwrap().path().is_dir()).count()
+    };
     assert_eq!((count("data"), count("models"), count("runs")), (1, 1, 5));
 
     // Once more: nothing is left to do.
@@ -164,8 +166,7 @@ sweep:
     let folder = study.folder();
     world.cloze(&["sweep", "resume", &folder]).expect_code(9).expect_words(&["another live controller has this sweep", "process "]);
     process.kill();
-    let out: Vec<String> =
-        study.records().into_iter().filter(|(_, record)| record["state"] == "training").map(|(name, _)| name).collect();
+    let out: Vec<String> = study.records().into_iter().filter(|(_, record)| record["state"] == "training").map(|(name, _)| name).collect();
     let before: Vec<usize> = out.iter().map(|name| study.steps(name).len()).collect();
     wait_until("what is out goes on without a controller", PATIENCE, || {
         out.iter().zip(&before).all(|(name, &before)| study.steps(name).len() > before)

@@ -125,11 +125,15 @@ impl Controller {
             match self.stop {
                 Stop::No if self.executor.is_queue() => {
                     let num_out = self.outs().len();
-                    self.talk.line(&format!("{signal}: the controller leaves; {num_out} trials stay in the queue, and `cloze sweep cancel` ends them"));
+                    self.talk.line(&format!(
+                        "{signal}: the controller leaves; {num_out} trials stay in the queue, and `cloze sweep cancel` ends them"
+                    ));
                     self.stop = Stop::Detached;
                 }
                 Stop::No => {
-                    self.talk.line(&format!("{signal}: nothing is started any more; what is out saves and leaves; another signal ends it at once"));
+                    self.talk.line(&format!(
+                        "{signal}: nothing is started any more; what is out saves and leaves; another signal ends it at once"
+                    ));
                     self.stop_all()?;
                 }
                 Stop::Asked => {
@@ -253,11 +257,8 @@ impl Controller {
         let limits = self.limits(usize::MAX);
         let is_wished = self.stop != Stop::No;
         let record = &mut self.records[trial];
-        let attempt = FailedAttempt {
-            kind: loss.failure.kind,
-            made_progress: loss.step > record.step,
-            fruitless_before: record.fruitless_attempts,
-        };
+        let attempt =
+            FailedAttempt { kind: loss.failure.kind, made_progress: loss.step > record.step, fruitless_before: record.fruitless_attempts };
         record.step = loss.step.max(record.step);
         let open = if loss.is_trained { TrialState::Trained } else { TrialState::Waiting };
         if is_wished && super::decide::is_transient(loss.failure.kind) {

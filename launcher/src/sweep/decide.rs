@@ -302,9 +302,8 @@ mod tests {
 
     #[test]
     fn kinds_decide_whether_another_attempt_helps() {
-        let fate = |kind, made_progress, fruitless_before| {
-            after_failure(10.0, FailedAttempt { kind, made_progress, fruitless_before }, &limits())
-        };
+        let fate =
+            |kind, made_progress, fruitless_before| after_failure(10.0, FailedAttempt { kind, made_progress, fruitless_before }, &limits());
         let retry = |at, fruitless| Fate::Retry { at, fruitless };
         for kind in [FailureKind::Recipe, FailureKind::Input, FailureKind::Damaged, FailureKind::Mismatch] {
             assert_eq!(fate(kind, true, 0), Fate::Fail, "{kind:?}");

@@ -114,10 +114,10 @@ mod tests {
     #[test]
     fn stages_are_shared_by_hash() {
         let stage = || trial("stage", "d1", Some(trial("base", "d1", None)));
-        let trials = vec![trial("a", "d1", Some(stage())), trial("b", "d2", Some(stage())), trial("c", "d1", Some(trial("base", "d1", None)))];
+        let trials =
+            vec![trial("a", "d1", Some(stage())), trial("b", "d2", Some(stage())), trial("c", "d1", Some(trial("base", "d1", None)))];
         let graph = Graph::new(trials).unwrap();
-        let found: Vec<_> =
-            graph.nodes.iter().map(|node| (node.trial.hash.as_str(), node.wanted, node.is_stage, node.parent)).collect();
+        let found: Vec<_> = graph.nodes.iter().map(|node| (node.trial.hash.as_str(), node.wanted, node.is_stage, node.parent)).collect();
         let expected = [
             ("base", false, true, None),
             ("stage", false, true, Some(0)),

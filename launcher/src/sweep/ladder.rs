@@ -83,8 +83,7 @@ mod tests {
             .iter()
             .map(|(metrics, _)| metrics.iter().enumerate().map(|(rung, &m)| Rung { step: ladder.step(rung), metric: Some(m) }).collect())
             .collect();
-        let climbers: Vec<Climber<'_>> =
-            rungs.iter().zip(trials).map(|(rungs, &(_, is_waiting))| Climber { rungs, is_waiting }).collect();
+        let climbers: Vec<Climber<'_>> = rungs.iter().zip(trials).map(|(rungs, &(_, is_waiting))| Climber { rungs, is_waiting }).collect();
         ladder.promotable(&climbers, closed)
     }
 
@@ -117,7 +116,8 @@ mod tests {
         let trials: [(&[f64], bool); 3] = [(&[0.9], false), (&[0.8], true), (&[0.7], true)];
         assert_eq!(promotable(&LADDER, &trials, false), [] as [usize; 0]);
         // Three more came, so two may go on: the second best follows late.
-        let more: [(&[f64], bool); 6] = [(&[0.9, 0.91], true), (&[0.8], true), (&[0.7], true), (&[0.1], true), (&[0.2], true), (&[0.3], true)];
+        let more: [(&[f64], bool); 6] =
+            [(&[0.9, 0.91], true), (&[0.8], true), (&[0.7], true), (&[0.1], true), (&[0.2], true), (&[0.3], true)];
         assert_eq!(promotable(&LADDER, &more, false), [1]);
     }
 

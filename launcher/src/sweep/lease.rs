@@ -141,9 +141,10 @@ fn newest(store: &Store) -> anyhow::Result<Option<(u64, Text)>> {
 
 fn held(store: &Store, text: Option<&Text>, age_s: u64) -> Failure {
     let holder = text.map_or("another controller, since a moment ago", |text| text.holder.as_str());
-    Failure::new(FailureKind::Run, "another controller has this sweep").at(store.url(FOLDER)).found(format!("{holder}, {age_s} s ago")).hint(
-        format!("stop it with `cloze sweep cancel` or Ctrl-C; after one that was killed, wait until its lease is over ({LEASE_S} s)"),
-    )
+    Failure::new(FailureKind::Run, "another controller has this sweep")
+        .at(store.url(FOLDER))
+        .found(format!("{holder}, {age_s} s ago"))
+        .hint(format!("stop it with `cloze sweep cancel` or Ctrl-C; after one that was killed, wait until its lease is over ({LEASE_S} s)"))
 }
 
 fn from_the_future(store: &Store, text: Option<&Text>, ahead_s: u64) -> Failure {

@@ -9,24 +9,24 @@
 //! [`graph`] finds what trials share, [`decide`] and [`ladder`] say what happens next, [`controller`] does it. Records
 //! ([`record`], [`journal`]) are written by the controller alone; an element ([`work`]) leaves outcomes, which the controller takes in.
 
-pub mod graph;
-pub mod ladder;
-pub mod decide;
-pub mod record;
-pub mod folder;
-pub mod lock;
-pub mod lease;
-pub mod journal;
 pub mod batch;
+pub mod controller;
+pub mod decide;
+pub mod executor;
+pub mod folder;
+pub mod graph;
+pub mod journal;
+pub mod ladder;
+pub mod lease;
+pub mod local;
+pub mod lock;
+pub mod open;
+pub mod queue;
+pub mod record;
 pub mod share;
 pub mod steps;
-pub mod work;
-pub mod executor;
-pub mod local;
-pub mod queue;
 pub mod talk;
 pub mod text;
-pub mod open;
-pub mod controller;
+pub mod work;
 
 mod time;

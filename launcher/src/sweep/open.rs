@@ -122,9 +122,12 @@ impl OpenStudy {
     /// A stage whose export is not here, as on another machine, is done again where something still starts from it.
     fn reopen_lost_stages(&mut self) -> anyhow::Result<()> {
         for stage in (0..self.plan.trials.len()).rev() {
-            let is_needed = self.plan.trials.iter().zip(&self.records).any(|(trial, record)| {
-                trial.parent == Some(stage) && !matches!(record.state, TrialState::Done | TrialState::Failed)
-            });
+            let is_needed = self
+                .plan
+                .trials
+                .iter()
+                .zip(&self.records)
+                .any(|(trial, record)| trial.parent == Some(stage) && !matches!(record.state, TrialState::Done | TrialState::Failed));
             let record = &mut self.records[stage];
             let is_lost = record.state == TrialState::Done && !self.journal.folder().model_path(&record.hash).exists();
             if is_needed && is_lost {

@@ -242,9 +242,9 @@ impl Queue {
 fn slurm_site(site: &Site) -> Result<&SlurmSite, Failure> {
     match &site.kind {
         SiteKind::Slurm(slurm) => Ok(slurm),
-        SiteKind::Local | SiteKind::Ssh(_) => {
-            Err(Failure::new(FailureKind::Recipe, "the site has no batch system").at(&site.name).expected("`kind: slurm` in the cluster file"))
-        }
+        SiteKind::Local | SiteKind::Ssh(_) => Err(Failure::new(FailureKind::Recipe, "the site has no batch system")
+            .at(&site.name)
+            .expected("`kind: slurm` in the cluster file")),
     }
 }
 

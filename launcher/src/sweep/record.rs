@@ -139,8 +139,7 @@ impl TrialRecord {
                 .at(place)
                 .hint("remove the file; the trial then begins anew with what its run folder holds, and loses its count of attempts")
         };
-        let record: Self =
-            serde_json::from_slice(bytes).map_err(|error| damaged("the record of a trial cannot be read").because(error))?;
+        let record: Self = serde_json::from_slice(bytes).map_err(|error| damaged("the record of a trial cannot be read").because(error))?;
         if record.hash == hash {
             Ok(record)
         } else {

@@ -76,9 +76,7 @@ pub fn run(mut command: Command, log_path: &Path, manners: Manners, stop: &StopL
     let errors = log.try_clone().map_err(|error| storage("open a log", log_path, &error))?;
     // A group of its own: what ends the program ends what it has started, and nothing else.
     let child = command.stdin(Stdio::null()).stdout(log).stderr(errors).process_group(0).spawn().map_err(|error| {
-        Failure::new(FailureKind::Environment, "a program of a trial cannot be started")
-            .at(command.get_program().display())
-            .because(error)
+        Failure::new(FailureKind::Environment, "a program of a trial cannot be started").at(command.get_program().display()).because(error)
     })?;
     let status = wait(child, manners, stop)?;
     if status.success() {

@@ -86,7 +86,10 @@ pub fn work(options: &WorkOptions) -> anyhow::Result<()> {
             heed(&signals, &stop);
             sleep(Duration::from_millis(POLL_MS));
         }
-        attempts.into_iter().map(|attempt| attempt.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread of the work panicked")))).collect()
+        attempts
+            .into_iter()
+            .map(|attempt| attempt.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread of the work panicked"))))
+            .collect()
     });
     let outcomes: Vec<Outcome> = results.into_iter().collect::<anyhow::Result<_>>()?;
     match outcomes.into_iter().find_map(|outcome| outcome.failure) {
@@ -149,7 +152,9 @@ impl Workshop<'_> {
     fn attempt(self, assignment: &Assignment, part: Part) -> anyhow::Result<Outcome> {
         let Assignment { trial, attempt, until_step } = assignment;
         let planned = self.plan.trials.iter().find(|planned| planned.hash == *trial).ok_or_else(|| {
-            Failure::new(FailureKind::Mismatch, "the batch names a trial that the study does not have").at(self.folder.root().display()).found(trial)
+            Failure::new(FailureKind::Mismatch, "the batch names a trial that the study does not have")
+                .at(self.folder.root().display())
+                .found(trial)
         })?;
         let _lock = self.lock_trial(trial)?;
         if let Some(outcome) = Outcome::read(self.folder, trial, *attempt)? {
