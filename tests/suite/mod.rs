@@ -27,6 +27,7 @@ mod resume;
 mod sharding;
 mod slurm;
 mod slurm_sandbox;
+mod slurm_sweep;
 mod ssh;
 mod stop;
 mod studies;

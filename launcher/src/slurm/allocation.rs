@@ -205,6 +205,7 @@ impl Job<'_> {
             dashboard: Some(([127, 0, 0, 1], 0).into()),
             until_step: None,
             drills: Vec::new(),
+            until_step: None,
         };
         let step = step(slurm, submission, paths.root(), machines.nodes.first().map(String::as_str));
         let step: Vec<String> = step.into_iter().filter(|word| !word.starts_with("--container-")).collect();

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use cloze_recipes::failure::FailureKind;
 use cloze_recipes::study::{Metric, Score};
 
 use super::decide::Reason;
@@ -79,7 +80,10 @@ impl Talk {
     /// A trial has failed, and is tried again after so many seconds, or not.
     pub fn failed(&mut self, record: &TrialRecord, retry_s: Option<f64>) {
         let what = record.failure.as_ref().map_or("", |failure| failure.what.as_str());
+        let is_stopped = record.failure.as_ref().is_some_and(|failure| failure.kind == FailureKind::Interrupted);
         match retry_s {
+            // By a time limit, or for a job that is more urgent.
+            Some(_) if is_stopped => self.line(&format!("{} was stopped at step {} and goes on from there", record.name, record.step)),
             Some(wait_s) => self.line(&format!("{} failed: {what}; tried again in {:.0} s", record.name, wait_s.max(0.0))),
             None => self.line(&format!("{} failed: {what}", record.name)),
         }

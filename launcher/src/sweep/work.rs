@@ -22,7 +22,9 @@ use super::lock::{FileLock, Taken};
 use super::share::Part;
 use super::steps::{Manners, StopLevel, interrupted, run};
 use super::time::unix_now_s;
+use crate::local::forget_earlier;
 use crate::local::signals::{Request, Signals};
+use crate::run_folder::RunPaths;
 use crate::view::{EventLog, RunState, controller_lives};
 
 /// Interval at which signals, locks and a run's controller are looked at, in milliseconds.
@@ -252,6 +254,10 @@ impl Attempt<'_> {
             }
             self.await_controller()?;
             let is_there = run_path.join("run.json").is_file();
+            if is_there && self.shop.plan.site.is_some() {
+                // The batch system has ended all that an earlier element had started, on whatever node, before this one began.
+                forget_earlier(&RunPaths::find(&run_path)?)?;
+            }
             let mut command = self.program(&[if is_there { "resume" } else { "train" }]);
             if is_there {
                 command.arg(&run_path);
