@@ -142,7 +142,7 @@ mod tests {
         assert_eq!((sample.view.state, sample.view.progress.step, sample.view.curve.points.len()), (RunState::Finished, 20, 20));
         assert_eq!((sample.damaged_lines, sample.left_out_bytes), (0, 0));
         // Two workers from second 0 to the end; the start of a run is 7 events, then 20 steps.
-        assert_eq!(sample.worker_seconds, 2.0 * 27.0);
+        assert!((sample.worker_seconds - 2.0 * 27.0).abs() < 1e-9, "{}", sample.worker_seconds);
     }
 
     #[test]

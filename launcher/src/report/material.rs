@@ -117,9 +117,9 @@ impl Material {
                 trial.run = runs.next().unwrap_or_default();
             }
             if trial.stands_alone {
-                trial.hash = trial.run.recipe_hash().to_owned();
+                trial.run.recipe_hash().clone_into(&mut trial.hash);
                 trial.seed = trial.run.recipe_value("seed").and_then(Value::as_u64);
-                trial.state = trial.run.view().state.name().to_owned();
+                trial.run.view().state.name().clone_into(&mut trial.state);
                 trial.failure = trial.run.view().failure.as_ref().map(|failure| failure.what.clone());
             }
             // A trial that has not begun has no run folder, and that is no damage.

@@ -48,7 +48,7 @@ pub fn figures(material: &Material, table: &ScoreTable) -> Vec<Figure> {
 }
 
 /// The rows that are drawn, each with the number of its colour, and a sentence on those that are not.
-pub(super) fn drawn<'a>(table: &'a ScoreTable, has_any: impl Fn(&Row) -> bool) -> (Vec<(usize, &'a Row)>, String) {
+pub(super) fn drawn(table: &ScoreTable, has_any: impl Fn(&Row) -> bool) -> (Vec<(usize, &Row)>, String) {
     let rows: Vec<&Row> = table.rows.iter().filter(|row| has_any(row)).collect();
     let hidden = rows.len().saturating_sub(MAX_ROWS);
     let left_out =
