@@ -19,7 +19,9 @@ pub(super) fn text(printed: &Printed) -> String {
     if let Some(script) = &printed.script {
         text += &format!("\nbatch script of the first job\n\n{}\n", script.trim_end());
     }
-    text += "\n";
+    if !text.is_empty() {
+        text.push('\n');
+    }
     text + &printed.checks.iter().map(line).collect::<String>()
 }
 
