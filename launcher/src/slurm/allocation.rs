@@ -203,7 +203,6 @@ impl Job<'_> {
             join_timeout: Duration::from_secs(JOIN_TIMEOUT_S),
             resumed: paths.events().exists(),
             dashboard: Some(([127, 0, 0, 1], 0).into()),
-            until_step: None,
             drills: Vec::new(),
             until_step: None,
         };
