@@ -163,9 +163,8 @@ fn go(run: RunFolder, plan: LaunchPlan, hosts: Option<&Hosts>, quiet: bool) -> R
     let elsewhere = plan.local_workers < plan.workers;
     let again = match hosts {
         Some(_) if elsewhere => " with the same hosts and `--workers-per-host`".to_owned(),
-        Some(_) => format!(" --workers {}", plan.workers),
         None if elsewhere => format!(" --workers {} --local {}", plan.workers, plan.local_workers),
-        None => format!(" --workers {}", plan.workers),
+        _ => format!(" --workers {}", plan.workers),
     };
     let again = format!("cloze resume {}{again}", run_path.display());
     let others = hosts.map(|hosts| hosts.plan(&run_path)).transpose()?.unwrap_or_default();

@@ -57,10 +57,9 @@ enum Judgement {
 
 fn judge(now: f64, newest: Option<&Text>) -> Judgement {
     match newest.map(|text| now - text.renewed) {
-        None => Judgement::Free,
         Some(age_s) if age_s < -MAX_CLOCK_SKEW_S => Judgement::Future((-age_s) as u64),
         Some(age_s) if age_s <= LEASE_S => Judgement::Held(age_s.max(0.0) as u64),
-        Some(_) => Judgement::Free,
+        None | Some(_) => Judgement::Free,
     }
 }
 

@@ -69,10 +69,7 @@ impl Local {
         let mut gone = Vec::new();
         for out in outs {
             let how = match self.children.get_mut(&out.place.batch) {
-                Some((child, _)) => match child.try_wait().map_err(|error| storage("wait for a process", self.folder.root(), &error))? {
-                    Some(status) => Some(shown(status)),
-                    None => None,
-                },
+                Some((child, _)) => child.try_wait().map_err(|error| storage("wait for a process", self.folder.root(), &error))?.map(shown),
                 None => match FileLock::holder(&self.folder.trial_lock_path(out.hash))? {
                     Some(_) => None,
                     None => Some("nobody knows how: its controller was killed".to_owned()),

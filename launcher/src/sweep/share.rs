@@ -14,6 +14,7 @@ impl Part {
     pub const WHOLE: Self = Self { place: 0, of: 1 };
 
     /// A part of this part.
+    #[must_use]
     pub fn within(self, part: Self) -> Self {
         Self { place: self.place * part.of + part.place, of: self.of * part.of }
     }

@@ -1,5 +1,6 @@
 //! What a sweep says while it runs: a line for each change, and on a terminal one line below them that is rewritten.
 
+use std::fmt::Write as _;
 use std::io::Write;
 
 use cloze_recipes::failure::FailureKind;
@@ -98,7 +99,8 @@ pub fn counts(records: &[TrialRecord]) -> String {
     let others = [(TrialState::Training, "out"), (TrialState::StoppedEarly, "stopped early"), (TrialState::Failed, "failed")];
     for (number, name) in others.map(|(state, name)| (count(state), name)) {
         if number > 0 {
-            text += &format!(", {number} {name}");
+            // Writing to a string cannot fail.
+            let _ = write!(text, ", {number} {name}");
         }
     }
     text

@@ -7,22 +7,24 @@ use super::Printed;
 
 /// Everything that is printed.
 pub(super) fn text(printed: &Printed) -> String {
-    let mut text = String::new();
+    let mut sections = Vec::new();
     if let Some(plan) = &printed.plan {
-        text += &facts(plan).iter().map(|(name, value)| format!("{name}: {value}\n")).collect::<String>();
-        text += &format!("\n{}\n", memory(plan));
+        sections.push(named(&facts(plan)));
+        sections.push(format!("{}\n", memory(plan)));
         if let Some(sweep) = &plan.sweep {
-            text += &format!("\nall trials of the sweep{}\n", if sweep.stops_early { ", at most" } else { "" });
-            text += &all_trials(sweep).iter().map(|(name, value)| format!("{name}: {value}\n")).collect::<String>();
+            let bound = if sweep.stops_early { ", at most" } else { "" };
+            sections.push(format!("all trials of the sweep{bound}\n{}", named(&all_trials(sweep))));
         }
     }
     if let Some(script) = &printed.script {
-        text += &format!("\nbatch script of the first job\n\n{}\n", script.trim_end());
+        sections.push(format!("batch script of the first job\n\n{}\n", script.trim_end()));
     }
-    if !text.is_empty() {
-        text.push('\n');
-    }
-    text + &printed.checks.iter().map(line).collect::<String>()
+    sections.push(printed.checks.iter().map(line).collect());
+    sections.join("\n")
+}
+
+fn named(values: &[(&'static str, String)]) -> String {
+    values.iter().map(|(name, value)| format!("{name}: {value}\n")).collect()
 }
 
 fn line(check: &Check) -> String {
