@@ -32,7 +32,7 @@ fn study(world: &World) {
             "run": format!("runs/{name}"), "state": "done", "step": 10, "attempts": 1, "failure": null, "metric": null
         });
         fs::create_dir_all(world.path("studies/rates/trials")).expect("make a folder of trials");
-        world.write(&format!("studies/rates/trials/{name}.json"), &trial.to_string());
+        world.write(&format!("studies/rates/trials/{name}.json"), trial.to_string());
     }
     let metric = json!({"task": "sentiment", "score": "accuracy"});
     let study = json!({
@@ -44,7 +44,7 @@ fn study(world: &World) {
             "rows": [{"name": "a fast rate", "arm": [["train.learning_rate", 3e-3]], "values": {"Sentiment": 50.0}}]
         }
     });
-    world.write("studies/rates/study.json", &study.to_string());
+    world.write("studies/rates/study.json", study.to_string());
 }
 
 #[test]

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::sandbox::{Process, RECIPE_TEXT, SlurmCluster, SlurmOptions, World, run_command, wait_until};
 
 /// Longest wait for something of the cluster to happen; it finds out after some 15 s that a node is gone.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_mins(3);
 
 /// Records of a study by name.
 fn records(world: &World) -> BTreeMap<String, Value> {

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::sandbox::{CLOZE, Process, RECIPE_TEXT, World, send_signal, wait_until};
 
 /// Longest wait for something of a sweep to happen.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// A study folder as a test sees it.
 struct Study<'a> {
