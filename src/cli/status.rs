@@ -229,8 +229,9 @@ mod tests {
     #[test]
     fn a_file_gets_a_line_for_each_change() {
         let text = shown(false, &[(view(None), false), (finished(), false), (finished(), true)]);
-        let rest = "generation 0 · step 0/300 · loss ? · ? tokens/s · ETA ? · 0 of 0 workers train · 0 failures";
-        assert_eq!(text, format!("starting · {rest} · no controller lives\nfinished · {rest}\n"));
+        let rest = "loss ? · ? tokens/s · ETA ? · 0 of 0 workers train · 0 failures";
+        let first = format!("starting · generation 0 · step 0/300 · {rest} · no controller lives");
+        assert_eq!(text, format!("{first}\nfinished · generation 0 · step 300/300 · {rest}\n"));
     }
 
     #[test]

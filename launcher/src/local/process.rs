@@ -268,12 +268,24 @@ mod tests {
         assert!(log.contains(&format!("== worker 1, process {process_id} ==\n")), "{log}");
     }
 
+    /// A process that has just been started shows no command line for an instant.
+    fn wait_for_one(paths: &RunPaths) -> Vec<ProcessRecord> {
+        for _ in 0..1000 {
+            let found = record::living(paths).unwrap();
+            if !found.is_empty() {
+                return found;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("the process is not found");
+    }
+
     #[tokio::test]
     async fn a_process_of_an_earlier_controller_is_watched_and_ended() {
         let folder = tempfile::tempdir().unwrap();
         let command = command(folder.path(), "kill -STOP $$");
         let (mine, _orders) = WorkerProcess::start(&command, 2, &[]).unwrap();
-        let found = record::living(&command.paths).unwrap();
+        let found = wait_for_one(&command.paths);
         assert_eq!((found.len(), found[0].worker, found[0].process_id), (1, 2, mine.process_id()));
         let mine = tokio::spawn(mine.wait());
         let (other, orders) = WorkerProcess::find(&command, found[0].clone());
