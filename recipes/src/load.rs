@@ -274,7 +274,7 @@ evaluation: []
             ("its-all-in-the-mask/ratio.yaml", 27, 9),
             ("its-all-in-the-mask/table2.yaml", 1, 1),
             ("its-all-in-the-mask/table3-20ng.yaml", 9, 4),
-            ("its-all-in-the-mask/table4.yaml", 2, 2),
+            ("its-all-in-the-mask/table4.yaml", 6, 2),
             ("flan/held-out.yaml", 18, 6),
             ("flan/clusters.yaml", 21, 7),
             ("flan/tasks-per-cluster.yaml", 12, 4),

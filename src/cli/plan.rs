@@ -111,7 +111,7 @@ fn compute(wanted: &Wanted<'_>, arguments: &PlanArguments) -> Result<Printed> {
 /// Steps of the run, where the recipe or prepared data says so.
 fn steps(facts: &PlanFacts) -> Option<u64> {
     match (facts.data, facts.recipe.train.steps) {
-        (DataFacts::Prepared { samples, .. }, _) => Some(total_steps(&facts.recipe.train, samples)),
+        (DataFacts::Prepared { epoch_samples, .. }, _) => Some(total_steps(&facts.recipe.train, epoch_samples)),
         (_, steps) => steps,
     }
 }

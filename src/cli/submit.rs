@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use cloze_cluster::protocol::build_name;
 use cloze_launcher::run_folder::{read_info, read_recipe};
-use cloze_launcher::slurm::{JobId, JobPaths, Jobs, Programs, Role, Slurm, Submission, Wanted, Wish, unmark_cancelled};
+use cloze_launcher::slurm::{JobId, JobPaths, Jobs, Programs, Role, SUBMIT_SETTLED_S, Slurm, Submission, Wanted, Wish, unmark_cancelled};
 use cloze_launcher::{NewRun, RunFolder, RunPaths};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
@@ -246,6 +246,12 @@ fn refuse_misfits(slurm: &Slurm, resources: &Resources, site: &SlurmSite) -> Res
 
 /// A run has one job at a time, and one that waits for it.
 fn refuse_living(jobs: &Jobs<'_>, run: &RunPaths) -> Result<(), Failure> {
+    if let Some(open) = jobs.records().iter().find(|record| record.is_open()) {
+        return Err(Failure::new(FailureKind::Run, "it is not known yet whether a job of this run is in the queue")
+            .at(run.root().display())
+            .found(&open.name)
+            .hint(format!("try again {SUBMIT_SETTLED_S} s after that submission")));
+    }
     let living = jobs.living()?;
     if living.is_empty() {
         return Ok(());

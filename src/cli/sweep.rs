@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
+use cloze_launcher::slurm::Programs;
 use cloze_launcher::sweep::controller::{Controller, SweepEnd};
 use cloze_launcher::sweep::executor::Executor;
 use cloze_launcher::sweep::folder::{StudyFolder, SweepOptions, SweepPlan};
@@ -29,6 +30,7 @@ use serde_json::json;
 
 use super::reproduce::report_study;
 use super::run::write_last_line;
+use super::worker_process::worker_binary;
 
 /// Folder of studies that are given no folder.
 pub(super) const STUDIES_FOLDER: &str = "studies";
@@ -236,9 +238,10 @@ fn controller(study: OpenStudy, quiet: bool) -> Result<Controller> {
     let folder = study.journal.folder().clone();
     let executor = match &study.plan.site {
         Some(site) if !matches!(site.kind, SiteKind::Local) => Executor::Queue(Box::new(Queue::new(QueueOptions {
-            study: folder.info().map(|info| (info.name, info.hash))?,
+            info: folder.info()?,
+            // Jobs may start days later, when the programs have been built anew.
+            program: Programs::keep_in(&folder.programs_path(), &program, &worker_binary()?)?.cloze,
             folder,
-            program,
             resources: study.plan.resources.clone(),
             site: site.clone(),
             concurrency: (study.plan.concurrency, study.plan.pack),

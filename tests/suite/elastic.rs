@@ -23,7 +23,8 @@ fn world_sizes(events: &[Value]) -> Vec<u64> {
 fn a_run_goes_on_without_a_worker_that_cannot_be_replaced() {
     let world = World::prepared();
     let whole = world.train("whole", &["--workers", "2", "--quiet"]);
-    let settings = ["cluster.min_workers=1", "cluster.max_restarts=0", "cluster.replacement_wait_s=1", "cluster.heartbeat_timeout_ms=2000"];
+    let settings =
+        ["cluster.min_workers=1", "cluster.max_restarts=0", "cluster.replacement_wait_s=30", "cluster.heartbeat_timeout_ms=2000"];
     let mut arguments = vec!["--workers", "2", "--quiet", "--drill", "freeze:1@20"];
     arguments.extend(settings.iter().flat_map(|setting| ["--set", setting]));
     let run = world.train("run", &arguments);

@@ -34,18 +34,26 @@ struct TaskShare {
 }
 
 impl Mixture {
-    /// Takes at most `cap` samples of a task in one epoch. Reads which task every sample is of, 8 bytes of memory for each.
+    /// Takes at most `cap` samples of a task in one epoch. Reads twice which task every sample is of: first to count, then to place, so
+    /// that it never holds more than 8 bytes for each.
     pub fn new<S: SampleSource>(source: &S, cap: u64) -> Self {
-        let mut by_task: BTreeMap<u32, Vec<u64>> = BTreeMap::new();
-        (0..source.num_samples()).for_each(|sample| by_task.entry(source.task(sample)).or_default().push(sample));
-        let mut mixture = Self { samples: Vec::with_capacity(source.num_samples() as usize), tasks: Vec::new(), epoch_samples: 0 };
-        for (task, samples) in by_task {
-            let count = samples.len() as u64;
+        let mut counts: BTreeMap<u32, u64> = BTreeMap::new();
+        (0..source.num_samples()).for_each(|sample| *counts.entry(source.task(sample)).or_default() += 1);
+        let mut mixture = Self { samples: vec![0; source.num_samples() as usize], tasks: Vec::new(), epoch_samples: 0 };
+        let mut next: BTreeMap<u32, usize> = BTreeMap::new();
+        let mut first = 0;
+        for (task, count) in counts {
             let epoch_count = count.min(cap);
-            let (first, epoch_first) = (mixture.samples.len(), mixture.epoch_samples);
-            mixture.tasks.push(TaskShare { task, first, count, epoch_first, epoch_count });
-            mixture.samples.extend(samples);
+            mixture.tasks.push(TaskShare { task, first, count, epoch_first: mixture.epoch_samples, epoch_count });
             mixture.epoch_samples += epoch_count;
+            next.insert(task, first);
+            first += count as usize;
+        }
+        for sample in 0..source.num_samples() {
+            if let Some(place) = next.get_mut(&source.task(sample)) {
+                mixture.samples[*place] = sample;
+                *place += 1;
+            }
         }
         mixture
     }

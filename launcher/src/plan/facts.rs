@@ -30,6 +30,8 @@ pub enum DataFacts {
     Prepared {
         /// Samples in all shards.
         samples: u64,
+        /// Samples of one epoch, which are fewer where the mixture takes at most so many of a task.
+        epoch_samples: u64,
         /// Tokens in all shards.
         tokens: u64,
         /// Bytes of all shards.
@@ -68,7 +70,7 @@ pub struct TrialFacts {
     pub trials: u64,
     /// Runs at the same time, at most.
     pub concurrency: u32,
-    /// Runs that share one allocation.
+    /// Runs that share one allocation, each with all its workers.
     pub pack: u32,
     /// Runs are stopped that fall behind, so that the numbers are the most that can come.
     pub stops_early: bool,

@@ -153,8 +153,8 @@ impl RunPlan {
         let checkpoints = checkpoints(&recipe.checkpoint, parameters, facts.workers, steps);
         let time = time(tokens.total, facts.workers, &facts.machine);
         let epochs = match (facts.data, steps) {
-            (DataFacts::Prepared { samples, .. }, Some(steps)) if samples > 0 => {
-                Some(steps as f64 * f64::from(recipe.train.batch_examples) / samples as f64)
+            (DataFacts::Prepared { epoch_samples, .. }, Some(steps)) if epoch_samples > 0 => {
+                Some(steps as f64 * f64::from(recipe.train.batch_examples) / epoch_samples as f64)
             }
             _ => recipe.train.epochs,
         };
@@ -252,15 +252,14 @@ fn time(tokens: Option<u64>, workers: u32, machine: &MachineFacts) -> Option<Tim
 }
 
 fn sweep(plan: &RunPlan, facts: TrialFacts) -> SweepPlan {
-    let TrialFacts { trials, concurrency, pack, stops_early } = facts;
+    let TrialFacts { trials, concurrency, stops_early, .. } = facts;
     let at_once = u64::from(concurrency.max(1)).min(trials);
     let rounds = trials.div_ceil(at_once.max(1));
-    let allocations = at_once.div_ceil(u64::from(pack.max(1)));
     let seconds = plan.time.as_ref().map(|time| time.seconds);
     SweepPlan {
         trials,
         concurrency,
-        workers: allocations * u64::from(plan.workers),
+        workers: at_once * u64::from(plan.workers),
         tokens: plan.tokens.total.map(|tokens| tokens.saturating_mul(trials)),
         place_bytes: plan.checkpoints.place_bytes.map(|bytes| bytes.saturating_mul(trials)),
         seconds: seconds.map(|seconds| seconds * rounds as f64),
@@ -280,10 +279,13 @@ mod tests {
         let plan = RunPlan::new(&facts, Some(1000));
         assert_eq!(plan.tokens, TokenPlan { per_step: 12_800, is_upper_bound: true, total: Some(12_800_000) });
         assert_eq!(plan.epochs, None);
-        facts.data = DataFacts::Prepared { samples: 50_000, tokens: 1_000_000, bytes: 7 };
+        facts.data = DataFacts::Prepared { samples: 50_000, epoch_samples: 50_000, tokens: 1_000_000, bytes: 7 };
         let plan = RunPlan::new(&facts, Some(1000));
         assert_eq!(plan.tokens, TokenPlan { per_step: 2000, is_upper_bound: false, total: Some(2_000_000) });
         assert_eq!((plan.epochs, plan.data.prepared_bytes), (Some(2.0), Some(7)));
+        facts.data = DataFacts::Prepared { samples: 50_000, epoch_samples: 20_000, tokens: 1_000_000, bytes: 7 };
+        let capped = RunPlan::new(&facts, Some(1000));
+        assert_eq!((capped.epochs, capped.tokens), (Some(5.0), plan.tokens));
         assert_eq!(RunPlan::new(&facts, None).tokens.total, None);
     }
 
@@ -335,7 +337,8 @@ mod tests {
         let plan = RunPlan::new(&facts, Some(1000));
         let one = plan.time.as_ref().unwrap().seconds;
         let sweep = plan.sweep.unwrap();
-        assert_eq!((sweep.workers, sweep.tokens), (8, Some(128_000_000)));
+        // Four at the same time, with four workers each: packed ones share a machine, but no workers.
+        assert_eq!((sweep.workers, sweep.tokens), (16, Some(128_000_000)));
         assert_eq!((sweep.seconds, sweep.worker_seconds), (Some(3.0 * one), Some(40.0 * one)));
         assert_eq!(sweep.place_bytes, plan.checkpoints.place_bytes.map(|bytes| 10 * bytes));
     }

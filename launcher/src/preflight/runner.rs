@@ -31,6 +31,8 @@ const WINDOW_MS: u64 = 500;
 const PAIR_OVERHEAD_MS: u64 = 300;
 /// Longest time for one pair. Connecting may try several addresses.
 const PAIR_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longest wait for an agent's clock. The agents are asked one after another, so one that hangs must not use up the time of all.
+const CLOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest wait for an agent that was let go.
 const END_TIMEOUT: Duration = Duration::from_secs(3);
 /// Last bytes of an agent's standard error that are kept.
@@ -121,8 +123,19 @@ impl Check {
     /// How far each clock is ahead of the first one: of each, the difference to this one in the middle of question and answer.
     async fn compare_clocks(&mut self) {
         let mut offsets = Vec::new();
-        for node in &self.nodes {
-            offsets.push(clock_offset_s(node, self.deadline).await);
+        for node in &mut self.nodes {
+            // Without time left a clock says nothing, and that is not the node's fault.
+            if node.ready.is_none() || Instant::now() >= self.deadline {
+                offsets.push(None);
+                continue;
+            }
+            let offset = clock_offset_s(node, self.deadline.min(Instant::now() + CLOCK_TIMEOUT)).await;
+            if let Err(error) = &offset {
+                // Whoever does not answer is asked no more.
+                node.measured.error = Some(format!("it does not tell its time: {error:#}"));
+                node.ready = None;
+            }
+            offsets.push(offset.ok());
         }
         let first = offsets.iter().flatten().next().copied();
         for (node, offset) in self.nodes.iter_mut().zip(offsets) {
@@ -221,13 +234,13 @@ async fn start(host: &RemoteHost, words: &[String], setup: Setup, deadline: Inst
     }
 }
 
-async fn clock_offset_s(node: &Node, deadline: Instant) -> Option<f64> {
+async fn clock_offset_s(node: &Node, deadline: Instant) -> anyhow::Result<f64> {
     let (before, asked) = (now_us(), Instant::now());
     let answer = ask(node, &Request::Clock, deadline).await;
     let round_trip_us = asked.elapsed().as_micros() as i64;
-    match answer {
-        Ok(Answer::Clock(theirs)) => Some((theirs - before - round_trip_us / 2) as f64 / 1e6),
-        _ => None,
+    match answer? {
+        Answer::Clock(theirs) => Ok((theirs - before - round_trip_us / 2) as f64 / 1e6),
+        other => bail!("an answer to another question came: {other:?}"),
     }
 }
 

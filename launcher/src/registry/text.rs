@@ -35,7 +35,8 @@ pub fn list_text(runs: &[RunEntry], now: f64) -> String {
     ]);
     for run in runs {
         table.add_row([
-            run.name.clone(),
+            // What `cloze runs show` and `cloze diff` take.
+            run.place.clone(),
             run.recipe_hash.chars().take(HASH_CHARS).collect(),
             run.state.clone(),
             step_text(run),
@@ -180,7 +181,7 @@ mod tests {
         let folders: Vec<PathBuf> = ["mlm-43", "mlm-44"].iter().map(|name| study.join(format!("runs/table1-{name}"))).collect();
         let (runs, notes) = entries(&folders);
         assert!(notes.is_empty(), "{notes:?}");
-        let list = list_text(&runs, 50.0 + 3.0 * DAY_S);
+        let list = list_text(&runs, 50.0 + 3.0 * DAY_S).replace(&format!("{}/", study.join("runs").display()), "");
         let expected = "\
 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
  run             hash   state       step     loss   accuracy         parents    checkpoints   worker-hours   GPU-hours   started 

@@ -117,12 +117,15 @@ impl LoadedRun {
         thin(&mut self.events.view.curve.points);
     }
 
+    /// Leaves out scores that were made by another recipe than the run's.
     fn check_scores(&mut self) {
         let Some(evaluation) = &self.evaluation else { return };
         let hash = self.recipe_hash();
         if !hash.is_empty() && !evaluation.recipe_hash.is_empty() && evaluation.recipe_hash != hash {
-            let note = format!("{}: the scores are of another recipe, hash {}", self.folder.display(), evaluation.recipe_hash);
+            let found = &evaluation.recipe_hash;
+            let note = format!("{}: the scores are of another recipe, hash {found}; passed over", self.folder.display());
             self.notes.push(note);
+            self.evaluation = None;
         }
     }
 }

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::event_sample::Sampling;
 use super::loaded_run::{self, LoadedRun};
+use super::score;
 use super::study_folder::{self, StudyFolder, TrialFile};
 
 /// Bytes of all event logs together that are read.
@@ -32,6 +33,8 @@ pub struct Trial {
     pub failure: Option<String>,
     /// It belongs to no study, and nothing else is the same arm.
     pub stands_alone: bool,
+    /// It is an earlier stage of others, and no arm: only its cost counts.
+    pub is_stage: bool,
     /// What was read of its run folder.
     pub run: LoadedRun,
 }
@@ -57,6 +60,8 @@ pub struct Material {
     pub keys: Vec<String>,
     /// Trials; in the order of their parameters, then seeds.
     pub trials: Vec<Trial>,
+    /// Earlier stages of the trials.
+    pub stages: Vec<Trial>,
     /// What could not be read, one sentence each.
     pub notes: Vec<String>,
 }
@@ -126,19 +131,28 @@ impl Material {
             if trial.stands_alone || trial.run.folder.exists() {
                 self.notes.append(&mut trial.run.notes);
             }
-            self.trials.push(trial);
+            if !score::counts(&trial) {
+                // Scores at a rung are of a model that is trained in part; no table and no plot may take them for the trial's.
+                trial.run.evaluation = None;
+            }
+            if trial.is_stage {
+                self.stages.push(trial);
+            } else {
+                self.trials.push(trial);
+            }
         }
     }
 }
 
-/// The trials of a study that are no earlier stage, with their run folders.
+/// The trials of a study with their run folders. Those that are an earlier stage of others are marked, and stand last.
 fn trials_of(folder: &StudyFolder) -> Vec<(Trial, Option<PathBuf>)> {
     let parents: std::collections::BTreeSet<&str> = folder.trials.iter().filter_map(|trial| trial.parent.as_deref()).collect();
-    let mut trials: Vec<&TrialFile> = folder.trials.iter().filter(|trial| !parents.contains(trial.hash.as_str())).collect();
+    let is_stage = |trial: &TrialFile| parents.contains(trial.hash.as_str());
+    let mut trials: Vec<&TrialFile> = folder.trials.iter().collect();
     trials.sort_by(|one, other| {
         let by_value = folder.study.keys.iter().map(|key| compare(one.parameters.get(key), other.parameters.get(key)));
         by_value
-            .fold(std::cmp::Ordering::Equal, std::cmp::Ordering::then)
+            .fold(is_stage(one).cmp(&is_stage(other)), std::cmp::Ordering::then)
             .then(one.seed.cmp(&other.seed))
             .then_with(|| one.hash.cmp(&other.hash))
     });
@@ -149,6 +163,7 @@ fn trials_of(folder: &StudyFolder) -> Vec<(Trial, Option<PathBuf>)> {
         state: file.state.clone(),
         failure: file.failure.as_ref().map(|failure| failure.what.clone()),
         stands_alone: false,
+        is_stage: is_stage(file),
         run: LoadedRun { name: file.name.clone(), ..LoadedRun::default() },
     };
     trials.into_iter().map(|file| (trial(file), folder.run_of(file))).collect()

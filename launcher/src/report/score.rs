@@ -8,12 +8,17 @@ use super::material::Trial;
 /// Percent of a whole.
 const PERCENT: f64 = 100.0;
 
-/// State of a trial whose scores count for nothing, because it was not trained to its end.
-const STOPPED_EARLY: &str = "stopped_early";
+/// State of a study's trial whose scores count. One that waits at a rung has scores too, of a model that is not trained to its end.
+const DONE: &str = "done";
 
-/// The number of a trial, shares in percent; `None` where it has none (yet), or was stopped early.
+/// Whether the scores of a trial count: those of a study's trial only once it is done.
+pub fn counts(trial: &Trial) -> bool {
+    trial.stands_alone || trial.state == DONE
+}
+
+/// The number of a trial, shares in percent; `None` where it has none (yet), or is not done.
 pub fn value_of_trial(trial: &Trial, metric: &Metric) -> Option<f64> {
-    if trial.state == STOPPED_EARLY { None } else { value_of(&trial.run, metric) }
+    if counts(trial) { value_of(&trial.run, metric) } else { None }
 }
 
 /// The number of a run, shares in percent; `None` where the run has none (yet).

@@ -51,8 +51,12 @@ pub struct StudyReport {
     pub num_trials: usize,
     /// How many trials are in each state.
     pub states: Vec<(String, usize)>,
-    /// Hours of all workers of all trials.
+    /// Number of their earlier stages.
+    pub num_stages: usize,
+    /// Hours of all workers of all trials and stages.
     pub worker_hours: f64,
+    /// What of it the stages took.
+    pub stage_worker_hours: f64,
     /// The same of GPUs.
     pub gpu_hours: f64,
     /// The paper's table with ours beside it; without a paper, all arms and all scores.
@@ -104,12 +108,15 @@ impl StudyReport {
         let figures = charts::figures(&material, &table);
         let mut notes = std::mem::take(&mut material.notes);
         notes.extend(sampling_note(&material));
+        let all = || material.trials.iter().chain(&material.stages);
         Self {
             format_version: FORMAT_VERSION,
             num_trials: material.trials.len(),
             states: states(&material),
-            worker_hours: material.trials.iter().map(|trial| trial.run.worker_hours()).sum(),
-            gpu_hours: material.trials.iter().map(|trial| trial.run.gpu_hours()).sum(),
+            num_stages: material.stages.len(),
+            worker_hours: all().map(|trial| trial.run.worker_hours()).sum(),
+            stage_worker_hours: material.stages.iter().map(|stage| stage.run.worker_hours()).sum(),
+            gpu_hours: all().map(|trial| trial.run.gpu_hours()).sum(),
             name: material.name,
             file: material.file,
             profile: material.profile,
@@ -178,7 +185,7 @@ fn states(material: &Material) -> Vec<(String, usize)> {
 }
 
 fn sampling_note(material: &Material) -> Option<String> {
-    let sampled = material.trials.iter().filter(|trial| trial.run.events.left_out_bytes > 0).count();
+    let sampled = material.trials.iter().chain(&material.stages).filter(|trial| trial.run.events.left_out_bytes > 0).count();
     (sampled > 0).then(|| {
         format!(
             "event logs too long to be read whole: {sampled}. Their curves are made of evenly spread parts, and their cost counts pauses \

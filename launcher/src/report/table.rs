@@ -9,10 +9,12 @@ use serde_json::{Map, Value};
 
 use super::material::{Material, Trial};
 use super::score;
-use super::verdict::{Cell, Group, Order, Terms, judge, judge_order};
+use super::verdict::{Cell, Order, OrderRow, Terms, judge, judge_order};
 
 /// Longest value in the name of an arm, in characters.
 const MAX_VALUE_CHARS: usize = 32;
+/// How the keys of an earlier stage begin.
+const OF_STAGE: &str = "after.";
 
 /// A table of scores.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -170,9 +172,9 @@ pub fn orders(table: &ScoreTable, wanted: &[ExpectedOrder]) -> Vec<Order> {
             let row = table.rows.iter().find(|row| row.in_paper && row.name == *name);
             row.map_or_else(Vec::new, |row| row.cells[index].values.clone())
         };
-        let group = |rows: &Vec<String>| Group { rows: rows.clone(), values: rows.iter().flat_map(values).collect() };
-        let groups = wanted.groups.iter().map(group).collect();
-        Some(judge_order(&wanted.column, groups, score::more_is_better(score), score::decimals(score)))
+        let row = |name: &String| OrderRow { name: name.clone(), values: values(name) };
+        let groups: Vec<Vec<OrderRow>> = wanted.groups.iter().map(|rows| rows.iter().map(row).collect()).collect();
+        Some(judge_order(&wanted.column, &groups, score::more_is_better(score), score::decimals(score)))
     };
     wanted.iter().filter_map(order).collect()
 }
@@ -246,10 +248,15 @@ fn entries(material: &Material, trials: &[usize]) -> Vec<TrialEntry> {
     trials.iter().map(entry).collect()
 }
 
-/// Whether a trial has these values: as a swept key, or else in its recipe.
+/// Whether a trial has these values: as a swept key, or else in its recipe. The keys of an earlier stage are in no recipe but the
+/// stage's, so that one counts only where it was swept in the trial: `after.recipe: null` is a trial that leaves the stage out, and not
+/// every trial that says nothing of it.
 fn matches(trial: &Trial, keys: &[(String, Value)]) -> bool {
     keys.iter().all(|(key, wanted)| {
         let swept = trial.parameters.iter().find(|(swept, _)| swept == key).map(|(_, value)| value);
+        if key.starts_with(OF_STAGE) {
+            return swept.is_some_and(|found| is_equal(found, wanted));
+        }
         let found = swept.or_else(|| trial.run.recipe_value(key)).unwrap_or(&Value::Null);
         is_equal(found, wanted)
     })
@@ -301,4 +308,24 @@ pub fn value_text(value: &Value) -> String {
         return text;
     }
     text.chars().take(MAX_VALUE_CHARS - 1).chain(['…']).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_row_without_a_stage_takes_only_the_trial_that_leaves_it_out() {
+        let trial = |key: &str, value: Value| Trial { parameters: vec![(key.to_owned(), value)], ..Trial::default() };
+        let (none, three) = (trial("after.recipe", Value::Null), trial("after.data.max_tasks", json!(3)));
+        let keys = |key: &str, value: Value| vec![(key.to_owned(), value)];
+        let no_stage = keys("after.recipe", Value::Null);
+        assert!(matches(&none, &no_stage) && !matches(&three, &no_stage));
+        let of_three = keys("after.data.max_tasks", json!(3.0));
+        assert!(matches(&three, &of_three) && !matches(&none, &of_three));
+        // A key of the run itself that neither the trial nor its recipe has is `null`.
+        assert!(matches(&three, &keys("data.max_tasks", Value::Null)));
+    }
 }

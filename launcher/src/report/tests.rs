@@ -82,6 +82,16 @@ fn the_page_needs_nothing_else_and_names_its_pictures() {
 }
 
 #[test]
+fn arms_that_differ_in_more_than_a_swept_number_are_no_one_point() {
+    let (_folder, report) = report();
+    let page = report.html();
+    // Both have a ratio of 0.2, and their mean would be the score of neither.
+    for series in ["auxiliary=dummy_mlm", "auxiliary=mlm"] {
+        assert!(page.contains(&format!("<td>{series}</td>")), "{series}");
+    }
+}
+
+#[test]
 fn damaged_files_are_notes_and_the_rest_is_reported() {
     let root = tempfile::tempdir().unwrap();
     let folder = study(root.path());
@@ -128,4 +138,32 @@ fn an_earlier_stage_is_no_arm_and_a_stopped_trial_does_not_count() {
     let report = report_study(&folder).unwrap();
     let row = &report.table.rows[3];
     assert_eq!((row.trials.len(), row.cells[0].values.as_slice()), (2, [32.0].as_slice()));
+    // The stage is no trial, and its hours are paid all the same: two workers for 27 seconds.
+    assert_eq!((report.num_trials, report.num_stages), (8, 1));
+    assert!((report.stage_worker_hours - 54.0 / 3600.0).abs() < 1e-9 && (report.worker_hours - 9.0 * 54.0 / 3600.0).abs() < 1e-9);
+    let cost = " of the worker-hours are of 1 earlier stage, which is no arm\n";
+    assert!(report.markdown().contains(cost), "{}", report.markdown());
+}
+
+#[test]
+fn scores_count_once_a_trial_is_done_and_only_those_of_its_recipe() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = study(root.path());
+    let edit = |name: &str, key: &str, value: Value| {
+        let path = folder.join(name);
+        let mut file: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        file[key] = value;
+        write(&path, &file);
+    };
+    // It waits at a rung, where it was scored.
+    edit("trials/none-42.json", "state", json!("waiting"));
+    edit("runs/table1-none-43/eval/eval.json", "recipe_hash", json!("ffff"));
+    let report = report_study(&folder).unwrap();
+    let row = &report.table.rows[0];
+    assert_eq!((row.trials.len(), row.cells[0].values.len()), (3, 1));
+    assert!(
+        report.notes.len() == 1 && report.notes[0].ends_with("the scores are of another recipe, hash ffff; passed over"),
+        "{:?}",
+        report.notes
+    );
 }

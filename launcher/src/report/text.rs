@@ -92,7 +92,13 @@ pub fn facts(report: &StudyReport) -> Vec<String> {
     let states: Vec<String> = report.states.iter().map(|(state, count)| format!("{count} {}", state.replace('_', " "))).collect();
     facts.push(format!("Trials: {} ({})", report.num_trials, states.join(", ")));
     let gpus = if report.gpu_hours > 0.0 { format!(", {} GPU-hours", hours(report.gpu_hours)) } else { String::new() };
-    facts.push(format!("Cost: {} worker-hours{gpus}", hours(report.worker_hours)));
+    let stage_hours = hours(report.stage_worker_hours);
+    let stages = match report.num_stages {
+        0 => String::new(),
+        1 => format!("; {stage_hours} of the worker-hours are of 1 earlier stage, which is no arm"),
+        count => format!("; {stage_hours} of the worker-hours are of {count} earlier stages, which are no arms"),
+    };
+    facts.push(format!("Cost: {} worker-hours{gpus}{stages}", hours(report.worker_hours)));
     facts
 }
 

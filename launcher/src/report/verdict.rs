@@ -110,9 +110,9 @@ fn verdict_of(ours: Option<&Summary>, delta: Option<f64>, terms: &Terms<'_>) -> 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OrderVerdict {
-    /// Every group is better than the next, and more than chance explains.
+    /// Every row is better than every row of the next group, and more than chance explains.
     Holds,
-    /// Some group is worse than the next, and more than chance explains.
+    /// Some row is worse than one of the next group, and more than chance explains.
     Broken,
     /// Some difference could be chance, or cannot be computed.
     Undecided,
@@ -142,12 +142,12 @@ pub struct Order {
     pub steps: Vec<OrderStep>,
 }
 
-/// A group against the next.
+/// A group against the next: the pair of rows that decides.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct OrderStep {
-    /// The group that should be better.
+    /// Our values of the row that should be better.
     pub better: Option<Summary>,
-    /// The group that should be worse.
+    /// Our values of the row that should be worse.
     pub worse: Option<Summary>,
     /// The test of their means.
     pub test: Option<Welch>,
@@ -157,17 +157,17 @@ pub struct OrderStep {
     pub reason: String,
 }
 
-/// A group of rows with all values of its trials.
+/// A row of an order with the values of its trials.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Group {
-    /// Its rows.
-    pub rows: Vec<String>,
-    /// Values of all their trials.
+pub struct OrderRow {
+    /// Its name.
+    pub name: String,
+    /// Values of its trials.
     pub values: Vec<f64>,
 }
 
-/// Judges an order.
-pub fn judge_order(column: &str, groups: Vec<Group>, more_is_better: bool, decimals: usize) -> Order {
+/// Judges an order of groups of rows, best first.
+pub fn judge_order(column: &str, groups: &[Vec<OrderRow>], more_is_better: bool, decimals: usize) -> Order {
     let steps: Vec<OrderStep> = groups.windows(2).map(|pair| judge_step(&pair[0], &pair[1], more_is_better, decimals)).collect();
     let any = |verdict| steps.iter().any(|step| step.verdict == verdict);
     let verdict = if any(OrderVerdict::Broken) {
@@ -177,12 +177,41 @@ pub fn judge_order(column: &str, groups: Vec<Group>, more_is_better: bool, decim
     } else {
         OrderVerdict::Holds
     };
-    Order { column: column.to_owned(), groups: groups.into_iter().map(|group| group.rows).collect(), verdict, steps }
+    let names = |group: &Vec<OrderRow>| group.iter().map(|row| row.name.clone()).collect();
+    Order { column: column.to_owned(), groups: groups.iter().map(names).collect(), verdict, steps }
 }
 
-fn judge_step(better: &Group, worse: &Group, more_is_better: bool, decimals: usize) -> OrderStep {
+/// Every row against every row of the next group. Were the rows of a group taken together, a good one would hide a bad one.
+fn judge_step(better: &[OrderRow], worse: &[OrderRow], more_is_better: bool, decimals: usize) -> OrderStep {
+    let pairs = better.iter().flat_map(|one| worse.iter().map(move |other| judge_pair(one, other, more_is_better, decimals)));
+    let num_pairs = better.len() * worse.len();
+    let first = |one: &OrderStep, other: &OrderStep| {
+        let ((rank, p), (other_rank, other_p)) = (decides(one), decides(other));
+        rank.cmp(&other_rank).then(p.total_cmp(&other_p))
+    };
+    let Some(mut step) = pairs.min_by(first) else {
+        let reason = "a group has no rows".to_owned();
+        return OrderStep { better: None, worse: None, test: None, verdict: OrderVerdict::Undecided, reason };
+    };
+    if num_pairs > 1 {
+        step.reason = format!("{}; this decides among {num_pairs} pairs", step.reason);
+    }
+    step
+}
+
+/// The pair with the least of this decides: the clearest that breaks the order, or else the least certain one.
+fn decides(pair: &OrderStep) -> (u8, f64) {
+    let p = pair.test.map_or(1.0, |test| test.p);
+    match pair.verdict {
+        OrderVerdict::Broken => (0, p),
+        OrderVerdict::Undecided => (1, -p),
+        OrderVerdict::Holds => (2, -p),
+    }
+}
+
+fn judge_pair(better: &OrderRow, worse: &OrderRow, more_is_better: bool, decimals: usize) -> OrderStep {
     let (first, second) = (Summary::of(&better.values), Summary::of(&worse.values));
-    let names = format!("{} against {}", better.rows.join(" and "), worse.rows.join(" and "));
+    let names = format!("{} against {}", better.name, worse.name);
     let Some((one, other)) = first.zip(second) else {
         let reason = format!("{names}: one of them has no value of ours");
         return OrderStep { better: first, worse: second, test: None, verdict: OrderVerdict::Undecided, reason };
@@ -265,8 +294,12 @@ mod tests {
         assert_eq!(judge(vec![28.5], &TERMS).verdict, Verdict::Within);
     }
 
-    fn group(name: &str, values: &[f64]) -> Group {
-        Group { rows: vec![name.to_owned()], values: values.to_vec() }
+    fn row(name: &str, values: &[f64]) -> OrderRow {
+        OrderRow { name: name.to_owned(), values: values.to_vec() }
+    }
+
+    fn group(name: &str, values: &[f64]) -> Vec<OrderRow> {
+        vec![row(name, values)]
     }
 
     #[test]
@@ -295,7 +328,7 @@ mod tests {
             (&[2.0, 2.0], &[1.0, 1.0], true, OrderVerdict::Holds, "a against b: 2.00 and 1.00, as expected (Welch's t-test, p < 0.0001)"),
         ];
         for (better, worse, more_is_better, verdict, reason) in table {
-            let order = judge_order("MMLU", vec![group("a", better), group("b", worse)], more_is_better, 2);
+            let order = judge_order("MMLU", &[group("a", better), group("b", worse)], more_is_better, 2);
             assert_eq!((order.verdict, order.steps[0].reason.as_str()), (verdict, reason));
         }
     }
@@ -303,10 +336,32 @@ mod tests {
     #[test]
     fn one_broken_step_breaks_an_order() {
         let groups = [group("a", &[3.0, 3.1]), group("b", &[2.0, 2.1]), group("c", &[5.0, 5.1]), group("d", &[1.0])];
-        let order = judge_order("x", groups.to_vec(), true, 1);
+        let order = judge_order("x", &groups, true, 1);
         let verdicts: Vec<OrderVerdict> = order.steps.iter().map(|step| step.verdict).collect();
         assert_eq!(verdicts, [OrderVerdict::Holds, OrderVerdict::Broken, OrderVerdict::Undecided]);
         assert_eq!((order.verdict, order.groups.len()), (OrderVerdict::Broken, 4));
-        assert_eq!(judge_order("x", vec![group("a", &[1.0])], true, 1).verdict, OrderVerdict::Undecided);
+        assert_eq!(judge_order("x", &[group("a", &[1.0])], true, 1).verdict, OrderVerdict::Undecided);
+    }
+
+    #[test]
+    fn every_row_is_judged_against_every_row_of_the_next_group() {
+        let (high, middle, low) = (row("high", &[5.0, 5.1, 5.2]), row("middle", &[3.0, 3.1, 3.2]), row("low", &[1.0, 1.1, 1.2]));
+        let (wide, single) = (row("wide", &[1.0, 5.0, 6.0]), row("single", &[2.0]));
+        // The mean over high and low together is that of middle: taken together they would hide that low is worse.
+        let table: [(&[&OrderRow], &[&OrderRow], OrderVerdict, &str); 5] = [
+            (&[&high, &low], &[&middle], OrderVerdict::Broken, "low against middle: "),
+            (&[&high, &middle], &[&low], OrderVerdict::Holds, "middle against low: "),
+            (&[&high, &wide], &[&low], OrderVerdict::Undecided, "wide against low: "),
+            (&[&high], &[&low, &single], OrderVerdict::Undecided, "high against single: "),
+            (&[&single, &low], &[&middle], OrderVerdict::Broken, "low against middle: "),
+        ];
+        for (better, worse, verdict, reason) in table {
+            let groups = [better, worse].map(|group| group.iter().map(|row| (*row).clone()).collect());
+            let order = judge_order("x", &groups, true, 1);
+            let found = &order.steps[0].reason;
+            assert_eq!(order.verdict, verdict, "{found}");
+            assert!(found.starts_with(reason) && found.ends_with("; this decides among 2 pairs"), "{found}");
+        }
+        assert_eq!(judge_order("x", &[vec![], vec![high]], true, 1).steps[0].reason, "a group has no rows");
     }
 }

@@ -15,6 +15,7 @@ use super::job::{JobId, JobState, State};
 use super::journal::{self, AttemptEvent, JobRecord, Role};
 use super::machines::{Machines, step};
 use super::paths::JobPaths;
+use super::poll::patiently;
 use super::preflight::check_nodes;
 use super::submission::{Jobs, Submission, unix_time};
 use super::verdict::{AttemptEnd, Circumstances, Decision, decide};
@@ -29,8 +30,9 @@ const PREDECESSOR_WAIT_S: u64 = 120;
 /// Interval at which it is looked at, in seconds.
 const PREDECESSOR_POLL_S: u64 = 2;
 
-/// Longest wait for the run folder's lock, in seconds: a controller on another node may still be leaving.
-const RUN_LOCK_WAIT_S: u64 = 60;
+/// Longest wait for the run folder's lock, in seconds: a controller on another node may still be leaving, and a shared file system takes
+/// up to some minutes to free the lock of a node that died.
+const RUN_LOCK_WAIT_S: u64 = 180;
 
 /// Longest wait for the workers of all nodes, in seconds; containers are unpacked in it.
 const JOIN_TIMEOUT_S: u64 = 300;
@@ -64,7 +66,7 @@ pub fn run_in_job(options: &AllocationOptions<'_>) -> anyhow::Result<JobOutcome>
         Failure::new(FailureKind::Recipe, "this run has no jobs").at(options.paths.root().display()).hint("`cloze submit` submits a run")
     })?;
     let slurm = Arc::new(Slurm::find(submission.slurm()?)?);
-    let machines = Machines::of_this_job(&slurm)?;
+    let machines = patiently(|| Ok(Machines::of_this_job(&slurm)?))?;
     let mut job =
         Job { options, submission, slurm, machines, warnings, started: Instant::now(), attempt: 0, role: Role::Asked, exclude: Vec::new() };
     if let Some(outcome) = job.arrive()? {
@@ -114,7 +116,7 @@ impl Job<'_> {
     /// Decides whether there is anything to do. If so the attempt is noted, and a successor waits for it to fail.
     fn arrive(&mut self) -> anyhow::Result<Option<JobOutcome>> {
         let slurm = Arc::clone(&self.slurm);
-        let mut jobs = Jobs::open(&slurm, &self.options.paths)?;
+        let mut jobs = patiently(|| Jobs::open(&slurm, &self.options.paths))?;
         let mine = jobs.records().iter().find(|record| record.job == Some(self.machines.job)).cloned();
         let since = asked_since(jobs.records());
         if let Some(record) = mine {
@@ -130,7 +132,9 @@ impl Job<'_> {
             _ => (Predecessor::None, None),
         };
         let is_cancelled = self.paths().cancelled().exists();
-        let (begin, reason) = decide_begin(&Arrival { predecessor, last_decision, is_cancelled, attempts: begun, max_jobs });
+        let is_replaced = is_replaced(jobs.records(), self.role);
+        let arrival = Arrival { predecessor, last_decision, is_replaced, is_cancelled, attempts: begun, max_jobs };
+        let (begin, reason) = decide_begin(&arrival);
         self.attempt = all + 1;
         match begin {
             Begin::Go => {}
@@ -160,9 +164,11 @@ impl Job<'_> {
     fn queue_successor(&mut self, jobs: &mut Jobs<'_>) -> anyhow::Result<()> {
         let job = self.machines.job;
         if let Some(successor) = jobs.successor_of(job) {
-            let known = self.slurm.states(&[successor])?;
-            if known.values().any(|state| !state.state.is_end()) {
-                return Ok(());
+            match patiently(|| Ok(self.slurm.states(&[successor])?)) {
+                Ok(known) if known.values().all(|state| state.state.is_end()) => {}
+                Ok(_) => return Ok(()),
+                // The run goes on with the successor that was submitted; a second one could meet it.
+                Err(error) => return self.say(&format!("warning: SLURM does not say how job {successor} is: {}", one_line(&error))),
             }
         }
         match jobs.submit(&self.submission, &self.run_name()?, Role::Successor { of: job }, &self.exclude) {
@@ -221,6 +227,12 @@ impl Job<'_> {
             match (self.options.open)(&self.options.paths) {
                 Err(error) if is_locked(&error) && Instant::now() < deadline && self.warnings.seen().is_none() => {
                     sleep(Duration::from_secs(1));
+                }
+                // Of kind `Storage` it puts the job back: the lock may be that of a node that died, and is free later.
+                Err(error) if is_locked(&error) && self.warnings.seen().is_none() => {
+                    return Err(Failure::new(FailureKind::Storage, format!("the run is still locked after {RUN_LOCK_WAIT_S} s"))
+                        .because(one_line(&error))
+                        .into());
                 }
                 result => return result,
             }
@@ -293,9 +305,18 @@ impl Job<'_> {
                 let mut jobs = Jobs::open(&self.slurm, &self.options.paths)?;
                 let successor = jobs.successor_of(job);
                 let replacement = jobs.submit(&self.submission, &self.run_name()?, Role::Replacement { of: job }, &all);
-                // Without a replacement nothing goes on: the successor would meet the same nodes.
-                jobs.cancel(&successor.into_iter().collect::<Vec<_>>())?;
-                self.say(&format!("job {} takes the place of this one", replacement?))?;
+                match (replacement, successor) {
+                    (Ok(replacement), successor) => {
+                        jobs.cancel(&successor.into_iter().collect::<Vec<_>>())?;
+                        self.say(&format!("job {replacement} takes the place of this one"))?;
+                    }
+                    // It may meet the same nodes, which is better than that nothing goes on.
+                    (Err(error), Some(successor)) => {
+                        let cause = one_line(&error);
+                        self.say(&format!("warning: no job takes the place of this one, so job {successor} goes on: {cause}"))?;
+                    }
+                    (Err(error), None) => return Err(error),
+                }
                 Ok(failed)
             }
         }
@@ -318,13 +339,16 @@ impl Job<'_> {
         }
     }
 
-    /// The state of a job once it is over, or as it is when the wait for that is over.
+    /// The state of a job once its processes are ended; one that is still being ended after the wait counts as over.
     fn end_of(&self, job: JobId) -> anyhow::Result<Predecessor> {
         let deadline = Instant::now() + Duration::from_secs(PREDECESSOR_WAIT_S);
         loop {
-            let state = self.slurm.states(&[job])?.get(&job).map(|job| job.state);
-            if state != Some(State::Completing) || Instant::now() >= deadline {
-                return Ok(state.map_or(Predecessor::Forgotten, Predecessor::Known));
+            let state = patiently(|| Ok(self.slurm.states(&[job])?))?.get(&job).map(|job| job.state);
+            match state {
+                // A node that does not answer keeps it so for long; its processes have ended or cannot be reached.
+                Some(State::Completing) if Instant::now() >= deadline => return Ok(Predecessor::Forgotten),
+                Some(State::Completing) => {}
+                state => return Ok(state.map_or(Predecessor::Forgotten, Predecessor::Known)),
             }
             sleep(Duration::from_secs(PREDECESSOR_POLL_S));
         }
@@ -349,6 +373,12 @@ impl Job<'_> {
 /// Unix time at which somebody last asked for the run, in seconds; attempts before it do not count.
 fn asked_since(records: &[JobRecord]) -> f64 {
     records.iter().filter(|record| record.role == Role::Asked).map(|record| record.time).fold(0.0, f64::max)
+}
+
+/// Whether a job was submitted that takes the place of the one that this job waited for.
+fn is_replaced(records: &[JobRecord], role: Role) -> bool {
+    let Role::Successor { of } = role else { return false };
+    records.iter().any(|record| record.role == Role::Replacement { of } && record.job.is_some() && !record.is_cancelled)
 }
 
 /// What a job decided at its last end.

@@ -12,6 +12,8 @@ pub struct Arrival {
     pub predecessor: Predecessor,
     /// What that job decided at its end, if it came to that.
     pub last_decision: Option<Decision>,
+    /// Whether a job was submitted that takes that job's place.
+    pub is_replaced: bool,
     /// Whether `cloze cancel` was called.
     pub is_cancelled: bool,
     /// Attempts since somebody asked for the run, without this one.
@@ -25,7 +27,7 @@ pub struct Arrival {
 pub enum Predecessor {
     /// There is none.
     None,
-    /// Nobody knows it any more.
+    /// Nobody knows it any more, or how it ended.
     Forgotten,
     /// It is in this state.
     Known(State),
@@ -73,7 +75,13 @@ pub fn decide_begin(arrival: &Arrival) -> (Begin, BeginReason) {
             Predecessor::Known(state) if !state.is_end() => return (Begin::Nothing, BeginReason::PredecessorLives),
             _ => {}
         }
-        if matches!(arrival.last_decision, Some(Decision::Finish | Decision::GiveUp { .. } | Decision::Replace { .. })) {
+        let is_decided = match arrival.last_decision {
+            Some(Decision::Finish | Decision::GiveUp { .. }) => true,
+            // The decision is written down before the other job is submitted, which may have failed.
+            Some(Decision::Replace { .. }) => arrival.is_replaced,
+            Some(Decision::Requeue | Decision::Leave { .. }) | None => false,
+        };
+        if is_decided {
             return (Begin::Nothing, BeginReason::PredecessorDecided);
         }
     }
@@ -103,7 +111,14 @@ mod tests {
 
     #[test]
     fn who_may_begin() {
-        let free = Arrival { predecessor: Predecessor::None, last_decision: None, is_cancelled: false, attempts: 0, max_jobs: 3 };
+        let free = Arrival {
+            predecessor: Predecessor::None,
+            last_decision: None,
+            is_replaced: false,
+            is_cancelled: false,
+            attempts: 0,
+            max_jobs: 3,
+        };
         let after = |state| Arrival { predecessor: Predecessor::Known(state), ..free.clone() };
         let decided = |decision| Arrival { last_decision: Some(decision), ..after(State::Failed) };
         let cases = [
@@ -119,7 +134,12 @@ mod tests {
             (after(State::Preempted), Begin::Go, BeginReason::Free),
             (Arrival { predecessor: Predecessor::Forgotten, ..free.clone() }, Begin::Go, BeginReason::Free),
             (decided(Decision::GiveUp { code: 3 }), Begin::Nothing, BeginReason::PredecessorDecided),
-            (decided(Decision::Replace { exclude: Vec::new() }), Begin::Nothing, BeginReason::PredecessorDecided),
+            (decided(Decision::Replace { exclude: Vec::new() }), Begin::Go, BeginReason::Free),
+            (
+                Arrival { is_replaced: true, ..decided(Decision::Replace { exclude: Vec::new() }) },
+                Begin::Nothing,
+                BeginReason::PredecessorDecided,
+            ),
             (decided(Decision::Leave { code: 130 }), Begin::Go, BeginReason::Free),
             // It was put back and then failed to start.
             (decided(Decision::Requeue), Begin::Go, BeginReason::Free),

@@ -20,6 +20,16 @@ const ASK_DEADLINE_S: u64 = 30;
 /// Longest wait for a submission, in seconds; a busy controller makes `sbatch` try again for a while.
 const SUBMIT_DEADLINE_S: u64 = 120;
 
+/// A submission that began longer ago than this, in seconds, has left its job in the queue or never will: its deadline, and a minute for a
+/// slow controller.
+pub const SUBMIT_SETTLED_S: u64 = SUBMIT_DEADLINE_S + 60;
+
+/// What a failure says where the job was surely not taken.
+const REFUSED: &str = "SLURM refused the job";
+
+/// Complaints of `sbatch` after which the job may be in the queue all the same: the way to the controller broke.
+const UNCLEAR: [&str; 5] = ["timed out", "Unable to contact", "ommunication", "Zero Bytes", "onnection"];
+
 /// Jobs that are asked for with one command; their numbers must fit into one command line.
 const JOBS_PER_QUESTION: usize = 500;
 
@@ -77,7 +87,9 @@ impl Slurm {
         let question = self.question("sbatch", arguments, SUBMIT_DEADLINE_S).that_submits();
         let answer = question.ask()?;
         if !answer.is_success {
-            let failure = Failure { what: "SLURM refused the job".to_owned(), ..question.complaint(&answer) };
+            let is_unclear = UNCLEAR.iter().any(|words| answer.complaints.contains(words));
+            let what = if is_unclear { "SLURM did not say whether it took the job" } else { REFUSED };
+            let failure = Failure { what: what.to_owned(), ..question.complaint(&answer) };
             return Err(match hint_of(&answer.complaints) {
                 Some(hint) => failure.hint(hint),
                 None => failure,
@@ -88,6 +100,11 @@ impl Slurm {
                 .expected("the number of the new job")
                 .found(answer.output.chars().take(200).collect::<String>())
         })
+    }
+
+    /// Whether a failed submission has surely left no job.
+    pub fn is_refusal(failure: &Failure) -> bool {
+        failure.what == REFUSED
     }
 
     /// What is known of these jobs, asked in one batch; an array brings all of its elements. A job that nobody knows any more is absent.
@@ -109,14 +126,15 @@ impl Slurm {
         Ok(found.remove(&job).or_else(|| first.and_then(|id| found.remove(&id))))
     }
 
-    /// The jobs of exactly this name that are queued, run, or are over and not forgotten; newest last.
+    /// This user's jobs of exactly this name that are queued, run, or are over and not forgotten; newest last.
     pub fn find_by_name(&self, name: &str) -> Result<Vec<JobId>, Failure> {
         let name_option = format!("--name={name}");
-        let arguments = ["-h", "-a", "-t", "all", &name_option, "-o", "%i|%j"].map(str::to_owned).to_vec();
+        let arguments = ["-h", "-a", "--me", "-t", "all", &name_option, "-o", "%i|%j"].map(str::to_owned).to_vec();
         let mut jobs = parse::jobs_of_name(&self.question("squeue", arguments, ASK_DEADLINE_S).ask_well()?, name);
         if !self.no_accounting.load(Ordering::Relaxed) {
             let format = "--format=JobID,JobName%200";
-            let arguments = ["-n", "-P", "-X", "--starttime=now-30days", &name_option, format].map(str::to_owned).to_vec();
+            let user = format!("--user={}", rustix::process::getuid().as_raw());
+            let arguments = ["-n", "-P", "-X", &user, "--starttime=now-30days", &name_option, format].map(str::to_owned).to_vec();
             // The queue has answered; the account only adds what it has forgotten.
             match self.question("sacct", arguments, ASK_DEADLINE_S).ask_well() {
                 Ok(output) => jobs.extend(parse::jobs_of_name(&output, name)),

@@ -22,8 +22,9 @@ const END_POLL_MS: u64 = 5;
 /// Variables that change what the asking programs print or leave out.
 const DISTRACTING_PREFIXES: [&str; 4] = ["SQUEUE_", "SINFO_", "SACCT_", "SLURM_TIME_FORMAT"];
 
-/// Variables of a job around this process that a new job must not inherit; what names the cluster stays.
-const JOB_PREFIXES: [&str; 3] = ["SLURM_", "SLURMD_", "PMI"];
+/// Variables of a job around this process that a new job must not inherit, and those that override what its script says; what names the
+/// cluster stays.
+const JOB_PREFIXES: [&str; 5] = ["SLURM_", "SLURMD_", "SBATCH_", "SALLOC_", "PMI"];
 
 /// Variables that say which GPUs a job has.
 const GPU_VARIABLES: [&str; 4] = ["CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "GPU_DEVICE_ORDINAL"];
@@ -233,7 +234,9 @@ mod tests {
             ("CUDA_VISIBLE_DEVICES", true, true),
             ("CUDA_VISIBLE_DEVICES", false, false),
             ("SLURM_CONF", true, false),
-            ("SBATCH_ACCOUNT", true, false),
+            ("SBATCH_ACCOUNT", true, true),
+            ("SALLOC_PARTITION", true, true),
+            ("SBATCH_ACCOUNT", false, false),
             ("AWS_ACCESS_KEY_ID", true, false),
         ];
         for (name, submits, expected) in cases {

@@ -36,7 +36,7 @@ mod version;
 mod watch;
 
 pub use allocation::{AllocationOptions, JobOutcome, run_in_job};
-pub use client::Slurm;
+pub use client::{SUBMIT_SETTLED_S, Slurm};
 pub use element::array_element;
 pub use job::{ExitStatus, JobId, JobState, State};
 pub use journal::{AttemptEvent, JobEvent, JobRecord, Role};

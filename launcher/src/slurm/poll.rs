@@ -1,9 +1,34 @@
 //! How often the batch system is asked.
 
+use std::thread::sleep;
 use std::time::Duration;
+
+use cloze_recipes::failure::{Failure, FailureKind};
 
 /// While nothing changes, the interval doubles until it is this many times as long.
 const LONGEST_FACTOR: u32 = 16;
+
+/// Times that a question is asked whose answer a job cannot do without.
+const MAX_TRIES: u32 = 5;
+
+/// Wait before the second of them, in seconds; it doubles, so all waits are 2 + 4 + 8 + 16 = 30 s.
+const FIRST_RETRY_S: u64 = 2;
+
+/// Asks again where the batch system gives no answer. For questions that change nothing.
+pub(super) fn patiently<T>(mut ask: impl FnMut() -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let mut wait_s = FIRST_RETRY_S;
+    for _ in 1..MAX_TRIES {
+        match ask() {
+            Err(error) if error.downcast_ref::<Failure>().is_some_and(|failure| failure.kind == FailureKind::Environment) => {
+                tracing::warn!(error = format!("{error:#}"), wait_s, "the batch system is asked again");
+                sleep(Duration::from_secs(wait_s));
+                wait_s *= 2;
+            }
+            result => return result,
+        }
+    }
+    ask()
+}
 
 /// Wait before the states of jobs are asked for again, after this many answers in a row that brought nothing new.
 pub fn next_poll(unchanged_polls: u32, poll_s: u32) -> Duration {

@@ -12,7 +12,7 @@ use cloze_recipes::site::{Site, SiteKind, SlurmSite};
 use cloze_recipes::study::Resources;
 use serde::{Deserialize, Serialize};
 
-use super::client::Slurm;
+use super::client::{SUBMIT_SETTLED_S, Slurm};
 use super::job::{JobId, JobState};
 use super::journal::{self, AttemptEvent, JobEvent, JobRecord, Role};
 use super::paths::JobPaths;
@@ -197,13 +197,18 @@ impl<'a> Jobs<'a> {
                 Ok(job)
             }
             Err(failure) => {
-                // By its deadline a submission may have gone through all the same.
-                if let Some(job) = self.slurm.find_by_name(&wanted.name).ok().and_then(|jobs| jobs.last().copied()) {
-                    self.note(&JobEvent::Submitted { time: unix_time()?, name: wanted.name, job })?;
-                    return Ok(job);
-                }
-                if failure.what.contains("refused") {
-                    self.note(&JobEvent::Dropped { time: unix_time()?, name: wanted.name, reason: failure.to_string() })?;
+                // By its deadline a submission may have gone through all the same. Where that stays unknown the intent stays open, and
+                // whoever opens the jobs next looks again.
+                match self.slurm.find_by_name(&wanted.name).map(|jobs| jobs.last().copied()) {
+                    Ok(Some(job)) => {
+                        self.note(&JobEvent::Submitted { time: unix_time()?, name: wanted.name, job })?;
+                        return Ok(job);
+                    }
+                    Ok(None) if Slurm::is_refusal(&failure) => {
+                        self.note(&JobEvent::Dropped { time: unix_time()?, name: wanted.name, reason: failure.to_string() })?;
+                    }
+                    Ok(None) => {}
+                    Err(error) => tracing::warn!(%error, name = wanted.name, "it is not known whether a job was submitted"),
                 }
                 Err(failure.into())
             }
@@ -221,12 +226,13 @@ impl<'a> Jobs<'a> {
 
     /// Asks for the jobs whose submission has no outcome. The attempts know the names of jobs that the batch system has forgotten.
     fn settle(&mut self) -> anyhow::Result<()> {
-        let open: Vec<String> = self.records.iter().filter(|record| record.is_open()).map(|record| record.name.clone()).collect();
+        let open: Vec<(String, f64)> =
+            self.records.iter().filter(|record| record.is_open()).map(|record| (record.name.clone(), record.time)).collect();
         if open.is_empty() {
             return Ok(());
         }
         let attempts: Vec<AttemptEvent> = journal::read(&self.paths.attempts())?;
-        for open in open {
+        for (open, since) in open {
             let begun = attempts.iter().find_map(|event| match event {
                 AttemptEvent::Started { name, job, .. } if *name == open => Some(*job),
                 _ => None,
@@ -236,10 +242,12 @@ impl<'a> Jobs<'a> {
                 None => self.slurm.find_by_name(&open)?.last().copied(),
             };
             let time = unix_time()?;
-            self.note(&match found {
-                Some(job) => JobEvent::Submitted { time, name: open, job },
-                None => JobEvent::Dropped { time, name: open, reason: "nobody knows a job of this name".to_owned() },
-            })?;
+            match found {
+                Some(job) => self.note(&JobEvent::Submitted { time, name: open, job })?,
+                // Its submission may still be on its way.
+                None if (time - since).abs() < SUBMIT_SETTLED_S as f64 => {}
+                None => self.note(&JobEvent::Dropped { time, name: open, reason: "nobody knows a job of this name".to_owned() })?,
+            }
         }
         Ok(())
     }

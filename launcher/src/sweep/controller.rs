@@ -330,7 +330,11 @@ impl Controller {
     /// Hands trials out, in as many batches as it takes.
     fn hand_out(&mut self, now: f64, starts: &[(usize, Option<u64>)]) -> anyhow::Result<()> {
         let (pack, max_elements) = (self.executor.pack(), self.executor.max_elements());
-        for chunk in starts.chunks(pack * max_elements) {
+        let mut open = starts;
+        while !open.is_empty() && !self.executor.is_full() {
+            let open_elements = open.len().div_ceil(pack);
+            let (chunk, rest) = open.split_at(open.len().min(pack * max_elements));
+            open = rest;
             let number = self.next_batch;
             self.next_batch += 1;
             let mut elements = Vec::new();
@@ -350,7 +354,9 @@ impl Controller {
                 self.records[trial].state = TrialState::Training;
                 self.write(now, trial)?;
             }
-            if let Err(error) = self.executor.submit(&batch) {
+            // A submission may take long, and must not outlive the lease.
+            self.journal.renew(unix_now_s())?;
+            if let Err(error) = self.executor.submit(&batch, open_elements) {
                 for &(trial, _) in chunk {
                     self.records[trial].state = TrialState::Waiting;
                     self.write(now, trial)?;

@@ -37,11 +37,12 @@ pub enum Executor {
 }
 
 impl Executor {
-    /// Hands a batch out. That the batch is meant to be handed out is on the disk by then.
-    pub fn submit(&mut self, batch: &Batch) -> anyhow::Result<()> {
+    /// Hands a batch out, the first of batches with so many elements in all. That it is meant to be handed out is on the disk by then. An
+    /// error says that nobody works on it.
+    pub fn submit(&mut self, batch: &Batch, open_elements: usize) -> anyhow::Result<()> {
         match self {
             Self::Local(local) => local.submit(batch),
-            Self::Queue(queue) => queue.submit(batch),
+            Self::Queue(queue) => queue.submit(batch, open_elements),
         }
     }
 
@@ -88,6 +89,14 @@ impl Executor {
         match self {
             Self::Local(_) => None,
             Self::Queue(queue) => Some(queue.room(outs)),
+        }
+    }
+
+    /// Whether nothing more may be handed out in this round.
+    pub fn is_full(&self) -> bool {
+        match self {
+            Self::Local(_) => false,
+            Self::Queue(queue) => queue.is_full(),
         }
     }
 

@@ -10,6 +10,7 @@
 //!   models/HASH/   exports of earlier stages
 //!   jobs/          batches, outcomes, logs, locks of the trials
 //!   report/        what `cloze report` wrote
+//!   bin/           the programs that jobs run, as they were when the controller started
 //!   lock           held by the live controller
 //! ```
 
@@ -51,6 +52,9 @@ pub struct StudyInfo {
     pub overrides: Vec<String>,
     /// Hash of all trials and of what they are compared by.
     pub hash: String,
+    /// Tells the jobs of this folder from those of every other one, in their names; empty in folders that are older than it.
+    #[serde(default)]
+    pub key: String,
     /// What a paper says comes out.
     pub expected: Option<Expected>,
     /// What trials are compared by.
@@ -251,6 +255,11 @@ impl StudyFolder {
     /// Run folder by the name of its run.
     pub fn run_path(&self, name: &str) -> PathBuf {
         self.root.join("runs").join(name)
+    }
+
+    /// The programs that jobs run.
+    pub fn programs_path(&self) -> PathBuf {
+        self.root.join("bin")
     }
 
     /// A file of `jobs/`.

@@ -48,8 +48,8 @@ impl Journal {
         &self.folder
     }
 
-    /// Hash of the study whose journal is in the bucket; `None` where there is none.
-    pub fn remote_hash(&self) -> anyhow::Result<Option<String>> {
+    /// The study whose journal is in the bucket; `None` where there is none.
+    pub fn remote_info(&self) -> anyhow::Result<Option<StudyInfo>> {
         let Some(Remote { store, .. }) = &self.remote else { return Ok(None) };
         if store::size_of(store, "study.json")?.is_none() {
             return Ok(None);
@@ -58,7 +58,7 @@ impl Journal {
         let info: StudyInfo = serde_json::from_slice(&bytes).map_err(|error| {
             Failure::new(FailureKind::Damaged, "the study of a journal cannot be read").at(store.url("study.json")).because(error)
         })?;
-        Ok(Some(info.hash))
+        Ok(Some(info))
     }
 
     /// Puts the study itself into the bucket, the part that names it last.

@@ -10,10 +10,11 @@ use cloze_data::store::{self, ConditionalPut, Store};
 use cloze_recipes::failure::{Failure, FailureKind};
 use serde::{Deserialize, Serialize};
 
-/// A lease that was not renewed for longer than this is over, in seconds.
-pub const LEASE_S: f64 = 90.0;
+/// A lease that was not renewed for longer than this is over, in seconds. Longer than a controller is busy with one submission, which
+/// does not renew: 120 s for it and 2 x 30 s to look for its job, after up to 20 s without a renewal.
+pub const LEASE_S: f64 = 300.0;
 
-/// A lease is renewed when it is this old, in seconds; it leaves four tries before it is over.
+/// A lease is renewed when it is this old, in seconds; it leaves several tries before it is over.
 const RENEW_S: f64 = 20.0;
 
 /// Difference of two hosts' clocks that is ignored, in seconds.
@@ -178,8 +179,8 @@ mod tests {
             (None, Judgement::Free),
             (Some(of(1000.0)), Judgement::Held(0)),
             (Some(of(1008.0)), Judgement::Held(0)),
-            (Some(of(911.0)), Judgement::Held(89)),
-            (Some(of(909.0)), Judgement::Free),
+            (Some(of(701.0)), Judgement::Held(299)),
+            (Some(of(699.0)), Judgement::Free),
             (Some(of(1020.0)), Judgement::Future(20)),
         ];
         for (text, expected) in cases {
@@ -200,10 +201,10 @@ mod tests {
         let behind = failure(Lease::take(&store, 900.0));
         assert_eq!((behind.kind, behind.what.as_str()), (FailureKind::Environment, "the lease of this sweep is from the future"));
         // The first stays away for too long; the one that takes over is found by it.
-        let other = Lease::take(&store, 1151.0).unwrap();
-        let lost = first.renew(1160.0).unwrap_err().downcast::<Failure>().unwrap();
+        let other = Lease::take(&store, 1361.0).unwrap();
+        let lost = first.renew(1370.0).unwrap_err().downcast::<Failure>().unwrap();
         assert_eq!(lost.what, "another controller has taken this sweep over");
         other.release().unwrap();
-        Lease::take(&store, 1161.0).unwrap();
+        Lease::take(&store, 1371.0).unwrap();
     }
 }

@@ -30,22 +30,24 @@ pub struct Local {
     concurrency: u32,
     /// The children, by batch.
     children: BTreeMap<u32, (Child, u32)>,
+    /// Children whose outcome is there and that have not ended yet; they hold no place any more.
+    leaving: Vec<Child>,
 }
 
 impl Local {
     /// Nothing runs yet; `program` is the `cloze` program.
     pub fn new(folder: StudyFolder, program: PathBuf, concurrency: u32) -> Self {
-        Self { folder, program, concurrency: concurrency.max(1), children: BTreeMap::new() }
+        Self { folder, program, concurrency: concurrency.max(1), children: BTreeMap::new(), leaving: Vec::new() }
     }
 
     /// Starts a batch, which has one element here.
     pub fn submit(&mut self, batch: &Batch) -> anyhow::Result<()> {
+        self.reap();
         let log_path = self.folder.log_path(&format!("batch-{:06}", batch.number));
         let opened = OpenOptions::new().create(true).append(true).open(&log_path);
         let log = opened.map_err(|error| storage("open a log", &log_path, &error))?;
         let errors = log.try_clone().map_err(|error| storage("open a log", &log_path, &error))?;
-        let taken: Vec<u32> = self.children.values().map(|(_, place)| *place).collect();
-        let place = (0..self.concurrency).find(|place| !taken.contains(place)).unwrap_or(0);
+        let place = least_used(self.concurrency, self.children.values().map(|(_, place)| *place));
         let child = Command::new(&self.program)
             .args(["sweep", "work"])
             .arg(self.folder.root())
@@ -66,6 +68,7 @@ impl Local {
 
     /// Trials whose process has ended. One that an earlier controller has started is known by the lock that it holds.
     pub fn gone(&mut self, outs: &[Out<'_>]) -> anyhow::Result<Vec<Gone>> {
+        self.reap();
         let mut gone = Vec::new();
         for out in outs {
             let how = match self.children.get_mut(&out.place.batch) {
@@ -76,19 +79,25 @@ impl Local {
                 },
             };
             if let Some(how) = how {
+                // Without an outcome nobody forgets its batch, and its place is free all the same.
+                self.children.remove(&out.place.batch);
                 gone.push(Gone { trial: out.trial, how });
             }
         }
         Ok(gone)
     }
 
-    /// Forgets a batch, whose outcome is there; its process ends by itself.
+    /// Forgets a batch, whose outcome is there; its process ends by itself, and its place is free at once.
     pub fn forget(&mut self, batch: u32) {
-        if let Some((child, _)) = self.children.get_mut(&batch)
-            && child.try_wait().is_ok_and(|status| status.is_some())
-        {
-            self.children.remove(&batch);
+        if let Some((child, _)) = self.children.remove(&batch) {
+            self.leaving.push(child);
+            self.reap();
         }
+    }
+
+    /// Lets go of the children that have left, so that none stays behind as a zombie.
+    fn reap(&mut self) {
+        self.leaving.retain_mut(|child| !matches!(child.try_wait(), Ok(Some(_))));
     }
 
     /// Asks the processes to save and leave; asked again they end their programs at once.
@@ -120,6 +129,24 @@ impl Local {
             if let Some(Err(error)) = pid.map(&send) {
                 tracing::debug!(%error, trial = out.hash, "a process had ended before it was told");
             }
+        }
+    }
+}
+
+/// The place that the fewest of these have, the first of several.
+fn least_used(concurrency: u32, taken: impl Iterator<Item = u32> + Clone) -> u32 {
+    (0..concurrency).min_by_key(|&place| taken.clone().filter(|&other| other == place).count()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_free_place_comes_first() {
+        let cases: [(&[u32], u32); 4] = [(&[], 0), (&[0, 2], 1), (&[0, 1, 2], 0), (&[0, 0, 1, 2, 2], 1)];
+        for (taken, expected) in cases {
+            assert_eq!(least_used(3, taken.iter().copied()), expected, "{taken:?}");
         }
     }
 }

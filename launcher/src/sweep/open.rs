@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use cloze_cluster::Secret;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::study::Study;
 
@@ -14,6 +15,9 @@ use super::journal::{Journal, restore, write_record};
 use super::record::{TrialRecord, TrialState};
 use super::time::unix_now_s;
 use crate::run_folder::{READABLE, storage, write_whole};
+
+/// Characters of a study's key in the names of its jobs.
+const KEY_LENGTH: usize = 8;
 
 /// A study that this process controls.
 pub struct OpenStudy {
@@ -43,8 +47,8 @@ impl OpenStudy {
         folder.make()?;
         let now = unix_now_s();
         let journal = Journal::open(&folder, plan.journal.as_deref(), now)?;
-        if let Some(found) = journal.remote_hash()? {
-            check_hash(&hash, &found, plan.journal.as_deref().unwrap_or_default())?;
+        if let Some(found) = journal.remote_info()? {
+            check_hash(&hash, &found.hash, plan.journal.as_deref().unwrap_or_default())?;
         }
         let recipes: BTreeMap<String, String> =
             graph.nodes.iter().map(|node| (node.trial.hash.clone(), node.trial.recipe.to_yaml())).collect();
@@ -53,8 +57,9 @@ impl OpenStudy {
         StudyFolder::write_json(&folder.plan_path(), &opened.plan)?;
         // The study comes last: a folder with it is complete.
         if !folder.info_path().is_file() {
-            StudyFolder::write_json(&folder.info_path(), &info(study, hash, now))?;
+            StudyFolder::write_json(&folder.info_path(), &info(study, hash, now)?)?;
         }
+        adopt_key(&opened.journal)?;
         opened.journal.publish(&recipes)?;
         Ok(opened)
     }
@@ -74,6 +79,7 @@ impl OpenStudy {
         }
         let now = unix_now_s();
         let journal = Journal::open(&folder, plan.journal.as_deref(), now)?;
+        adopt_key(&journal)?;
         Self::with_records(journal, plan, now)
     }
 
@@ -168,19 +174,31 @@ fn check_hash(wanted: &str, found: &str, place: &str) -> Result<(), Failure> {
         .hint("`--folder OTHER` starts a study of its own; `cloze sweep resume` goes on with the one that is there"))
 }
 
-fn info(study: &Study, hash: String, now: f64) -> StudyInfo {
-    StudyInfo {
+/// Takes over the key of the jobs from the bucket, whose records win too: the trials that are out there have jobs of that key.
+fn adopt_key(journal: &Journal) -> anyhow::Result<()> {
+    let Some(found) = journal.remote_info()? else { return Ok(()) };
+    let info = journal.folder().info()?;
+    if info.hash == found.hash && info.key != found.key {
+        StudyFolder::write_json(&journal.folder().info_path(), &StudyInfo { key: found.key, ..info })?;
+    }
+    Ok(())
+}
+
+fn info(study: &Study, hash: String, now: f64) -> anyhow::Result<StudyInfo> {
+    let key = Secret::random().context("draw a key for the names of jobs")?.expose()[..KEY_LENGTH].to_owned();
+    Ok(StudyInfo {
         version: 1,
         name: study.recipe.name.clone(),
         file: study.file.clone(),
         profile: study.profile.clone(),
         overrides: study.overrides.clone(),
         hash,
+        key,
         expected: study.expected.clone(),
         metric: metric_of(study),
         keys: study.sweep.iter().flat_map(|sweep| sweep.keys()).map(str::to_owned).collect(),
         created: now,
-    }
+    })
 }
 
 fn write_recipes(folder: &StudyFolder, recipes: &BTreeMap<String, String>) -> anyhow::Result<()> {

@@ -1,9 +1,10 @@
 //! Trials as arrays of jobs in a batch system: one array for a batch, one element for each allocation.
 //!
-//! A batch's job has a name that no other has, made of the study's hash and the batch's number. Which batch a trial is in is on the disk
+//! A batch's job has a name that no other has, made of the study's hash, the folder's random key and the batch's number. Which batch a trial is in is on the disk
 //! before the job is submitted; so whoever finds a trial in a batch asks for the name, and nothing is submitted twice.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -13,9 +14,9 @@ use cloze_recipes::study::Resources;
 
 use super::batch::Batch;
 use super::executor::{Gone, Out};
-use super::folder::StudyFolder;
+use super::folder::{StudyFolder, StudyInfo};
 use crate::run_folder::{READABLE, write_whole};
-use crate::slurm::{ArrayRange, JobId, JobRequest, JobState, Slurm, cpus_per_node, next_poll, render};
+use crate::slurm::{ArrayRange, JobId, JobRequest, JobState, SUBMIT_SETTLED_S, Slurm, State, cpus_per_node, next_poll, render};
 
 /// Most elements of one array; batch systems allow 1,001 unless told otherwise.
 pub const MAX_ELEMENTS: usize = 1000;
@@ -37,8 +38,8 @@ const MAX_NAME_CHARS: usize = 60;
 pub struct QueueOptions {
     /// The study folder.
     pub folder: StudyFolder,
-    /// Name and hash of the study.
-    pub study: (String, String),
+    /// The study, whose name, hash and key name its jobs.
+    pub info: StudyInfo,
     /// The `cloze` program, at a path that the nodes share.
     pub program: PathBuf,
     /// Machines of one trial.
@@ -60,7 +61,9 @@ pub struct Queue {
     free: u32,
     next_poll_at: Instant,
     unchanged_polls: u32,
-    last_states: BTreeMap<JobId, JobState>,
+    last_states: BTreeMap<JobId, State>,
+    /// Answers in a row without an element of a batch.
+    misses: BTreeMap<(u32, u32), u32>,
 }
 
 /// The job of a batch.
@@ -70,8 +73,6 @@ struct Job {
     id: Option<JobId>,
     /// Elements that run at the same time, at most.
     limit: u32,
-    /// Answers in a row without it.
-    misses: u32,
 }
 
 impl Queue {
@@ -96,24 +97,29 @@ impl Queue {
             next_poll_at: Instant::now(),
             unchanged_polls: 0,
             last_states: BTreeMap::new(),
+            misses: BTreeMap::new(),
         })
     }
 
-    /// Submits a batch as one array. Where it is not known whether a submission came through, its name tells.
-    pub fn submit(&mut self, batch: &Batch) -> anyhow::Result<()> {
+    /// Submits a batch as one array, the first of arrays with so many elements in all, which share what room there is. Where it is not
+    /// known whether a submission came through, its name tells, now or later; an error says that there is surely no job.
+    pub fn submit(&mut self, batch: &Batch, open_elements: usize) -> anyhow::Result<()> {
         let script = self.options.folder.job_path(&format!("batch-{:06}.sh", batch.number));
-        let limit = self.free.max(1);
+        let limit = share_of(self.free, batch.elements.len(), open_elements);
         let text = self.script(batch, limit)?;
         write_whole(&script, text.as_bytes(), READABLE)?;
         let submitted = self.slurm.submit(&script, &[]);
         let id = match submitted {
-            Ok(id) => id,
-            Err(failure) => match self.slurm.find_by_name(&self.name(batch.number))?.last() {
-                Some(id) => JobId::whole(id.job),
-                None => return Err(failure.into()),
-            },
+            Ok(id) => Some(id),
+            Err(failure) if Slurm::is_refusal(&failure) => return Err(failure.into()),
+            Err(failure) => {
+                tracing::warn!(%failure, batch = batch.number, "it is not known whether a batch was submitted; its job is looked for");
+                // Where the queue does not answer now, the next look asks again.
+                self.slurm.find_by_name(&self.name(batch.number)).ok().and_then(|found| Some(JobId::whole(found.last()?.job)))
+            }
         };
-        self.jobs.insert(batch.number, Job { id: Some(id), limit, misses: 0 });
+        self.jobs.insert(batch.number, Job { id, limit });
+        self.free = self.free.saturating_sub(limit);
         self.next_poll_at = Instant::now() + next_poll(0, self.poll_s);
         self.unchanged_polls = 0;
         Ok(())
@@ -154,22 +160,46 @@ impl Queue {
         self.jobs.retain(|batch, _| batches.contains(batch));
         let ids: Vec<JobId> = self.jobs.values().filter_map(|job| job.id).collect();
         let states = if ids.is_empty() { BTreeMap::new() } else { self.slurm.states(&ids)? };
-        self.unchanged_polls = if states == self.last_states { self.unchanged_polls.saturating_add(1) } else { 0 };
+        // Times and reasons change with every answer; only another state is news.
+        let brief: BTreeMap<JobId, State> = states.iter().map(|(id, job)| (*id, job.state)).collect();
+        self.unchanged_polls = if brief == self.last_states { self.unchanged_polls.saturating_add(1) } else { 0 };
         self.next_poll_at = Instant::now() + next_poll(self.unchanged_polls, self.poll_s);
-        for job in self.jobs.values_mut() {
-            let is_known = job.id.is_some_and(|id| states.keys().any(|found| found.job == id.job));
-            job.misses = if is_known { 0 } else { job.misses + 1 };
-        }
+        self.count_misses(outs, &states);
         let gone = outs.iter().filter_map(|out| Some(Gone { trial: out.trial, how: self.end_of(out, &states)? })).collect();
-        self.last_states = states;
+        self.last_states = brief;
         Ok(gone)
+    }
+
+    /// Counts the answers in a row that say nothing of an element, also where they know others of its array.
+    fn count_misses(&mut self, outs: &[Out<'_>], states: &BTreeMap<JobId, JobState>) {
+        let elements: BTreeSet<(u32, u32)> = outs.iter().map(|out| (out.place.batch, out.place.element)).collect();
+        self.misses.retain(|element, _| elements.contains(element));
+        for (batch, element) in elements {
+            let id = self.jobs.get(&batch).and_then(|job| job.id);
+            // An array that is told of as a whole and is over says nothing of its elements.
+            let is_told = |id: JobId| states.contains_key(&id.element(element)) || states.get(&id).is_some_and(|job| !job.state.is_end());
+            let is_known = id.is_some_and(is_told);
+            if is_known {
+                self.misses.remove(&(batch, element));
+            } else if id.is_some() || self.is_settled(batch) {
+                *self.misses.entry((batch, element)).or_default() += 1;
+            }
+        }
+    }
+
+    /// Whether the submission of a batch began so long ago that its job is in the queue or never will be.
+    fn is_settled(&self, batch: u32) -> bool {
+        let written = fs::metadata(self.options.folder.batch_path(batch)).and_then(|found| found.modified());
+        let age = written.ok().and_then(|time| time.elapsed().ok());
+        age.is_some_and(|age| age > Duration::from_secs(SUBMIT_SETTLED_S))
     }
 
     /// How the element of a trial has ended; `None` while it has not.
     fn end_of(&self, out: &Out<'_>, states: &BTreeMap<JobId, JobState>) -> Option<String> {
         let job = self.jobs.get(&out.place.batch)?;
+        let is_missed = self.misses.get(&(out.place.batch, out.place.element)).is_some_and(|&misses| misses >= MAX_MISSES);
         let Some(id) = job.id else {
-            return (job.misses >= MAX_MISSES).then(|| "its job was never submitted".to_owned());
+            return is_missed.then(|| "its job was never submitted".to_owned());
         };
         match states.get(&id.element(out.place.element)) {
             Some(state) if state.state.is_end() => Some(match &state.exit {
@@ -179,7 +209,7 @@ impl Queue {
             Some(_) => None,
             // Elements that still wait are told of as a whole by some versions.
             None if states.get(&id).is_some_and(|state| !state.state.is_end()) => None,
-            None => (job.misses >= MAX_MISSES).then(|| format!("the batch system does not know job {id} any more")),
+            None => is_missed.then(|| format!("the batch system does not know job {} any more", id.element(out.place.element))),
         }
     }
 
@@ -190,7 +220,7 @@ impl Queue {
         }
         let id = self.slurm.find_by_name(&self.name(batch))?.last().map(|id| JobId::whole(id.job));
         let limit = elements_at_once(self.options.concurrency);
-        self.jobs.entry(batch).and_modify(|job| job.id = id).or_insert(Job { id, limit, misses: 0 });
+        self.jobs.entry(batch).and_modify(|job| job.id = id).or_insert(Job { id, limit });
         Ok(())
     }
 
@@ -221,6 +251,11 @@ impl Queue {
         self.free as usize
     }
 
+    /// Whether the arrays that are out use up what the sweep allows.
+    pub fn is_full(&self) -> bool {
+        self.free == 0
+    }
+
     /// How many trials share an element.
     pub fn pack(&self) -> usize {
         self.options.concurrency.1.max(1) as usize
@@ -232,11 +267,23 @@ impl Queue {
     }
 
     fn name(&self, batch: u32) -> String {
-        let (name, hash) = &self.options.study;
-        let name: String = name.chars().take(MAX_NAME_CHARS).collect();
-        let hash: String = hash.chars().take(HASH_CHARS).collect();
-        format!("cloze-{name}-{hash}-{batch:06}")
+        job_name(&self.options.info, batch)
     }
+}
+
+/// The name of a batch's job. Folders that are older than the key keep the names that they had.
+fn job_name(info: &StudyInfo, batch: u32) -> String {
+    let name: String = info.name.chars().take(MAX_NAME_CHARS).collect();
+    let hash: String = info.hash.chars().take(HASH_CHARS).collect();
+    let key = if info.key.is_empty() { String::new() } else { format!("-{}", info.key) };
+    format!("cloze-{name}-{hash}{key}-{batch:06}")
+}
+
+/// The part of the free room that an array gets among arrays with so many elements in all, rounded up; at least one element runs.
+fn share_of(free: u32, elements: usize, open_elements: usize) -> u32 {
+    let (elements, all) = (elements as u64, open_elements.max(elements).max(1) as u64);
+    let share = (u64::from(free) * elements).div_ceil(all).min(u64::from(free));
+    u32::try_from(share).unwrap_or(free).max(1)
 }
 
 fn slurm_site(site: &Site) -> Result<&SlurmSite, Failure> {
@@ -251,4 +298,40 @@ fn slurm_site(site: &Site) -> Result<&SlurmSite, Failure> {
 /// Elements that run at the same time.
 fn elements_at_once((concurrency, pack): (u32, u32)) -> u32 {
     concurrency.div_ceil(pack.max(1)).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use cloze_recipes::study::{Metric, Score};
+
+    use super::*;
+
+    #[test]
+    fn jobs_of_two_folders_have_two_names() {
+        let metric = Metric { task: None, score: Score::Accuracy };
+        // As folders of before the key have it.
+        let text = serde_json::json!({
+            "version": 1, "name": "glue", "file": "glue.yaml", "profile": null, "overrides": [], "hash": "0123456789abcdef",
+            "expected": null, "metric": metric, "keys": [], "created": 1.0,
+        });
+        let old: StudyInfo = serde_json::from_value(text).unwrap();
+        assert_eq!(job_name(&old, 7), "cloze-glue-0123456789-000007");
+        let new = StudyInfo { key: "a1b2c3d4".to_owned(), ..old };
+        assert_eq!(job_name(&new, 7), "cloze-glue-0123456789-a1b2c3d4-000007");
+    }
+
+    #[test]
+    fn arrays_of_one_round_share_the_room() {
+        let mut free = 100;
+        let mut open = 2500;
+        let mut limits = Vec::new();
+        for elements in [1000, 1000, 500] {
+            let limit = share_of(free, elements, open);
+            (free, open) = (free - limit, open - elements);
+            limits.push(limit);
+        }
+        assert_eq!((limits, free), (vec![40, 40, 20], 0));
+        assert_eq!(share_of(4, 3, 3), 4);
+        assert_eq!(share_of(0, 3, 3), 1);
+    }
 }

@@ -246,10 +246,11 @@ impl RunView {
     fn step_done(&mut self, time: f64, generation: u64, report: &StepReport) {
         self.progress.step_done(time, report);
         self.curve.add(Point { step: report.step, loss: finite(report.loss), tokens_per_s: finite(report.tokens_per_s) });
-        let num_known = report.before.steps + 1;
+        // A log can say anything, and a damaged one must not end its reader.
+        let num_known = report.before.steps.saturating_add(1);
         let num_steps = self.counted_step.map_or(num_known, |counted| report.step.saturating_sub(counted)).max(1);
         self.count_steps(report.step, num_steps, report.examples);
-        self.totals.tokens += report.tokens + report.before.tokens;
+        self.totals.tokens = self.totals.tokens.saturating_add(report.tokens).saturating_add(report.before.tokens);
         self.totals.step_seconds += finite(report.seconds + report.before.seconds).unwrap_or(0.0);
         // A log that is read from its middle, or a generation that another controller started, begins with steps.
         if self.state != RunState::Training || self.generation != generation {
@@ -261,8 +262,8 @@ impl RunView {
 
     /// Takes the steps up to this one as done.
     fn count_steps(&mut self, step: u64, num_steps: u64, examples_per_step: u64) {
-        self.totals.steps += num_steps;
-        self.totals.examples += num_steps * examples_per_step;
+        self.totals.steps = self.totals.steps.saturating_add(num_steps);
+        self.totals.examples = self.totals.examples.saturating_add(num_steps.saturating_mul(examples_per_step));
         self.counted_step = Some(step);
     }
 

@@ -23,7 +23,9 @@ impl Study {
     /// Every point of the sweep with every seed, in order, each checked; one run where there is no sweep.
     ///
     /// `folder` is the study's folder: data, exports of earlier stages, and nothing else of a trial lie in it, under content hashes. The
-    /// same study gives the same trials everywhere, and their hashes do not depend on `folder`. The recipe file is read again.
+    /// hashes do not depend on `folder`, on names, or on the places that are written to. They do depend on the paths of model, tokenizer,
+    /// sources and evaluation files, and not on what the files hold: a study gives the same hashes again where the same files lie at the
+    /// same paths. The recipe file is read again.
     ///
     /// Fails with one line for each problem, on two points that are the same run, and on more than [`MAX_TRIALS`].
     pub fn trials(&self, folder: &Path) -> anyhow::Result<Vec<Trial>> {

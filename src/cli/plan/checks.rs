@@ -101,7 +101,8 @@ pub(super) fn data(wanted: &Wanted<'_>, checks: &mut Vec<Check>) -> DataFacts {
         Ok(Some(manifest)) => {
             checks.push(of_this_recipe(recipe, &manifest));
             let bytes = manifest.shards.iter().map(|shard| shard.bytes).sum();
-            DataFacts::Prepared { samples: manifest.samples, tokens: manifest.tokens, bytes }
+            let epoch_samples = manifest.epoch_samples(recipe.data.mixing_cap);
+            DataFacts::Prepared { samples: manifest.samples, epoch_samples, tokens: manifest.tokens, bytes }
         }
     }
 }

@@ -19,6 +19,9 @@ const VOCABULARY_MULTIPLE: u32 = 64;
 /// Largest config.json that is read, in bytes; real ones have a few thousand.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
+/// Most rows of an embedding. Known vocabularies have fewer than a million; what is computed from more could leave 64 bits.
+const VOCABULARY_MAX: u64 = 16 << 20;
+
 /// Everything that the numbers are computed from.
 pub(super) fn facts(
     wanted: &Wanted<'_>,
@@ -50,9 +53,15 @@ pub(super) fn facts(
 
 fn machine(wanted: &Wanted<'_>, arguments: &PlanArguments) -> MachineFacts {
     let resources = &wanted.study.resources;
-    let per_node = u64::from(wanted.workers.div_ceil(resources.nodes.max(1)).max(1));
+    let of_one_run = wanted.workers.div_ceil(resources.nodes.max(1)).max(1);
+    // Packed trials share a node of the cluster, and each starts workers of its own.
+    let pack = match (&wanted.study.sweep, &wanted.site.kind) {
+        (Some(sweep), SiteKind::Slurm(_)) => sweep.pack.max(1),
+        _ => 1,
+    };
+    let (per_node, per_gpu) = crowd(of_one_run, pack, resources.gpus_per_node);
     let worker_memory_mib = match wanted.study.recipe.train.device {
-        Device::Cuda => wanted.site.gpu_memory_mib,
+        Device::Cuda => wanted.site.gpu_memory_mib.map(|mib| mib / per_gpu),
         Device::Cpu => {
             let is_here = wanted.site.kind == SiteKind::Local;
             let node_mib = resources.memory_per_node_mib.or_else(|| if is_here { memory_of_this_machine_mib() } else { None });
@@ -70,6 +79,13 @@ fn machine(wanted: &Wanted<'_>, arguments: &PlanArguments) -> MachineFacts {
         (facts.warning_s, facts.max_jobs) = (slurm.warning_s, Some(slurm.max_jobs));
     }
     facts
+}
+
+/// Workers on one node, and on one of its GPUs. A worker of a run that has its node alone has its GPU alone too.
+fn crowd(of_one_run: u32, pack: u32, gpus_per_node: u32) -> (u64, u64) {
+    let per_node = u64::from(of_one_run) * u64::from(pack);
+    let per_gpu = if pack > 1 { per_node.div_ceil(gpus_per_node.max(1).into()) } else { 1 };
+    (per_node, per_gpu)
 }
 
 /// `MemTotal:       16384 kB`
@@ -117,6 +133,7 @@ fn model_in(folder: &Path) -> Result<(ModelShape, u64), Failure> {
     let bytes = std::fs::read(&path).map_err(unreadable)?;
     let config: ConfigSizes = serde_json::from_slice(&bytes)
         .map_err(|error| Failure::new(FailureKind::Damaged, "config.json is not valid").at(path.display()).because(error))?;
+    check_sizes(&config).map_err(|failure| failure.at(path.display()))?;
     let defaults = Preset::Base.shape();
     let shape = ModelShape {
         hidden_size: config.hidden_size,
@@ -127,6 +144,31 @@ fn model_in(folder: &Path) -> Result<(ModelShape, u64), Failure> {
         ..defaults
     };
     Ok((shape, config.vocab_size))
+}
+
+/// Whether the sizes are in the ranges that a recipe's own shape may have, so that no number of the plan leaves its type.
+fn check_sizes(config: &ConfigSizes) -> Result<(), Failure> {
+    let damaged = |key: &str, value: u64, expected: String| {
+        Failure::new(FailureKind::Damaged, format!("config.json is not valid: `{key}`")).expected(expected).found(value)
+    };
+    let ranges = [
+        ("vocab_size", config.vocab_size, 1, VOCABULARY_MAX),
+        ("hidden_size", config.hidden_size.into(), 8, 65_536),
+        ("intermediate_size", config.intermediate_size.into(), 8, 262_144),
+        ("num_hidden_layers", config.num_hidden_layers.into(), 1, 1024),
+        ("num_attention_heads", config.num_attention_heads.into(), 1, 1024),
+        ("max_position_embeddings", config.max_position_embeddings.map_or(8, u64::from), 8, 1_048_576),
+    ];
+    for (key, value, least, most) in ranges {
+        if !(least..=most).contains(&value) {
+            return Err(damaged(key, value, format!("{least} to {most}")));
+        }
+    }
+    if !config.hidden_size.is_multiple_of(config.num_attention_heads) {
+        let expected = format!("a divisor of hidden_size, which is {}", config.hidden_size);
+        return Err(damaged("num_attention_heads", config.num_attention_heads.into(), expected));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -143,6 +185,39 @@ mod tests {
         assert_eq!((shape, vocab), (Preset::Base.shape(), 50_368));
         std::fs::write(folder.path().join("config.json"), "{}").unwrap();
         assert_eq!(model_in(folder.path()).unwrap_err().kind, FailureKind::Damaged);
+    }
+
+    #[test]
+    fn sizes_that_no_model_has_are_damage() {
+        let folder = tempfile::tempdir().unwrap();
+        let sizes =
+            [("vocab_size", 100), ("hidden_size", 64), ("intermediate_size", 96), ("num_hidden_layers", 2), ("num_attention_heads", 2)];
+        let cases: [(&str, u64); 8] = [
+            ("vocab_size", 0),
+            ("vocab_size", u64::MAX),
+            ("hidden_size", 0),
+            ("intermediate_size", 4_294_967_295),
+            ("num_hidden_layers", 1025),
+            ("num_attention_heads", 0),
+            ("num_attention_heads", 3),
+            ("max_position_embeddings", 2_000_000),
+        ];
+        for (key, value) in cases {
+            let mut config: serde_json::Map<String, serde_json::Value> =
+                sizes.iter().map(|(key, value)| ((*key).to_owned(), (*value).into())).collect();
+            config.insert(key.to_owned(), value.into());
+            std::fs::write(folder.path().join("config.json"), serde_json::to_vec(&config).unwrap()).unwrap();
+            let failure = model_in(folder.path()).unwrap_err();
+            assert_eq!(failure.kind, FailureKind::Damaged);
+            assert!(failure.what.contains(key) && failure.found == Some(value.to_string()), "{failure:?}");
+        }
+    }
+
+    #[test]
+    fn packed_trials_share_a_node_and_its_gpus() {
+        // Four trials of one worker on a GPU, of two workers on four GPUs, and one trial alone.
+        let found = [crowd(1, 4, 1), crowd(2, 4, 4), crowd(4, 1, 4), crowd(2, 3, 0)];
+        assert_eq!(found, [(4, 4), (8, 2), (4, 1), (6, 6)]);
     }
 
     #[test]

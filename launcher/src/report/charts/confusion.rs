@@ -65,6 +65,11 @@ fn counts(material: &Material, row: &Row, task: &str, labels: &[String]) -> Opti
     any.then_some(sum)
 }
 
+/// A file may claim any counts; a sum that is too large is the largest.
+fn sum<'a>(counts: impl IntoIterator<Item = &'a u64>) -> u64 {
+    counts.into_iter().fold(0, |sum, count| sum.saturating_add(*count))
+}
+
 fn figure(task: &str, labels: &[String], row: &Row, counts: &[Vec<u64>], number: usize) -> Figure {
     let cell = ((WIDTH - LEFT - 10.0) / labels.len() as f64).min(MAX_CELL);
     let mut body = format!(
@@ -78,7 +83,7 @@ fn figure(task: &str, labels: &[String], row: &Row, counts: &[Vec<u64>], number:
         let _ = writeln!(body, "<text class=\"end\" x=\"{:.1}\" y=\"{y:.1}\">{}</text>", LEFT - 8.0, escaped(&fitted(label, LEFT - 12.0)));
     }
     for (y, line) in counts.iter().enumerate() {
-        let total: u64 = line.iter().sum();
+        let total = sum(line);
         for (x, &count) in line.iter().enumerate() {
             let (left, top) = (LEFT + x as f64 * cell, TOP + y as f64 * cell);
             let opacity = if total == 0 { 0.0 } else { count as f64 / total as f64 * MAX_OPACITY };
@@ -95,8 +100,8 @@ fn figure(task: &str, labels: &[String], row: &Row, counts: &[Vec<u64>], number:
         }
     }
     let title = format!("{task}: {}", row.name);
-    let right: u64 = (0..labels.len()).map(|label| counts[label][label]).sum();
-    let all: u64 = counts.iter().flatten().sum();
+    let right = (0..labels.len()).fold(0, |sum: u64, label| sum.saturating_add(counts[label][label]));
+    let all = sum(counts.iter().flatten());
     let description = format!("Confusion matrix of {} labels; {right} of {all} answers are right", labels.len());
     let header = ["right \\ predicted".to_owned()].into_iter().chain(labels.iter().cloned()).collect();
     let rows = labels

@@ -86,10 +86,16 @@ fn value<'a>(trial: &'a Trial, key: &str) -> Option<&'a Value> {
     swept.or_else(|| trial.run.recipe_value(key)).filter(|value| !value.is_null())
 }
 
-/// The trials by what else is swept. Where nobody shares it, as in a paired sweep, all of them are one series.
+/// The trials by what else is swept. Where nobody shares it, as in a paired sweep, all of them are one series, unless two that differ in
+/// more than seeds would become one point.
 fn series(material: &Material, table: &ScoreTable, key: &str, column: usize) -> Vec<Series> {
     let by_rest = grouped(material, table, key, column, true);
-    if by_rest.iter().any(|series| series.points.len() > 1) { by_rest } else { grouped(material, table, key, column, false) }
+    if by_rest.iter().any(|series| series.points.len() > 1) {
+        return by_rest;
+    }
+    let as_one = grouped(material, table, key, column, false);
+    let is_mixed = as_one.iter().map(|series| series.points.len()).sum::<usize>() < by_rest.len();
+    if is_mixed { by_rest } else { as_one }
 }
 
 fn grouped(material: &Material, table: &ScoreTable, key: &str, column: usize, by_rest: bool) -> Vec<Series> {
