@@ -23,5 +23,6 @@ pub mod worker_process;
 
 mod bucket_runs;
 mod errors;
+mod inputs;
 
 pub use errors::{error_text, start_logging};

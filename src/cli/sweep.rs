@@ -28,6 +28,7 @@ use cloze_recipes::site::{Site, SiteKind};
 use cloze_recipes::study::Study;
 use serde_json::json;
 
+use super::inputs::check_inputs;
 use super::reproduce::report_study;
 use super::run::write_last_line;
 use super::worker_process::worker_binary;
@@ -215,6 +216,7 @@ pub(super) struct Driven {
 
 /// Runs a study to its end, or goes on with it.
 pub(super) fn run_study(study: &Study, folder: &Path, site: Option<Site>, wish: &WishArguments) -> Result<Driven> {
+    check_inputs(study, folder)?;
     let options = SweepOptions { site, journal: wish.journal.as_deref().map(absolute_url).transpose()? };
     drive(OpenStudy::create(study, folder, options)?, wish.quiet)
 }

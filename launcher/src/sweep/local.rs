@@ -47,7 +47,7 @@ impl Local {
         let opened = OpenOptions::new().create(true).append(true).open(&log_path);
         let log = opened.map_err(|error| storage("open a log", &log_path, &error))?;
         let errors = log.try_clone().map_err(|error| storage("open a log", &log_path, &error))?;
-        let place = least_used(self.concurrency, self.children.values().map(|(_, place)| *place));
+        let place = least_used(self.concurrency, &self.children.values().map(|(_, place)| *place));
         let child = Command::new(&self.program)
             .args(["sweep", "work"])
             .arg(self.folder.root())
@@ -134,7 +134,7 @@ impl Local {
 }
 
 /// The place that the fewest of these have, the first of several.
-fn least_used(concurrency: u32, taken: impl Iterator<Item = u32> + Clone) -> u32 {
+fn least_used(concurrency: u32, taken: &(impl Iterator<Item = u32> + Clone)) -> u32 {
     (0..concurrency).min_by_key(|&place| taken.clone().filter(|&other| other == place).count()).unwrap_or_default()
 }
 
@@ -146,7 +146,7 @@ mod tests {
     fn a_free_place_comes_first() {
         let cases: [(&[u32], u32); 4] = [(&[], 0), (&[0, 2], 1), (&[0, 1, 2], 0), (&[0, 0, 1, 2, 2], 1)];
         for (taken, expected) in cases {
-            assert_eq!(least_used(3, taken.iter().copied()), expected, "{taken:?}");
+            assert_eq!(least_used(3, &taken.iter().copied()), expected, "{taken:?}");
         }
     }
 }
