@@ -1,7 +1,8 @@
 //! Trials as arrays of jobs in a batch system: one array for a batch, one element for each allocation.
 //!
-//! A batch's job has a name that no other has, made of the study's hash, the folder's random key and the batch's number. Which batch a trial is in is on the disk
-//! before the job is submitted; so whoever finds a trial in a batch asks for the name, and nothing is submitted twice.
+//! A batch's job has a name that no other has, made of the study's hash, the folder's random key and the batch's number. Which batch a
+//! trial is in is on the disk before the job is submitted; so whoever finds a trial in a batch asks for the name, and nothing is submitted
+//! twice.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
