@@ -20,7 +20,7 @@ pub fn load(path: &Path, overrides: &[String]) -> anyhow::Result<Recipe> {
 /// in order after that. In the checked recipe every path is absolute: those of the model, the tokenizer, the sources and the evaluation
 /// files start at the folder of the file that states them (at the current folder where an override does), `data.output` and
 /// `checkpoint.url` at the current folder. Nothing that a recipe points to is opened, and of the sections around the run only the form is
-/// looked at; [`load_study`](crate::load_study) reads them.
+/// looked at; [`load_study`](crate::load_study()) reads them.
 ///
 /// Fails with a [`Failure`](crate::failure::Failure) of kind `Recipe`: at once where a file cannot be read as YAML or has no such profile,
 /// else with one line for each problem.

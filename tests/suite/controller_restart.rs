@@ -66,13 +66,13 @@ fn workers_whose_controller_stays_away_save_and_leave() {
 fn a_controller_that_stood_still_finds_its_generation_again() {
     let world = World::prepared();
     let settings =
-        ["--set", "train.steps=1000000", "--set", "checkpoint.every_steps=1000000", "--set", "cluster.heartbeat_timeout_ms=1000"];
+        ["--set", "train.steps=1000000", "--set", "checkpoint.every_steps=1000000", "--set", "cluster.heartbeat_timeout_ms=2000"];
     let process = world.start_training("run", &[["--workers", "2", "--quiet"].as_slice(), settings.as_slice()].concat());
     let run = world.run("run");
     wait_until("the run trains", Duration::from_secs(90), || run.last_step() >= 10);
     process.signal("STOP");
-    // After two seconds of silence the workers hang up.
-    std::thread::sleep(Duration::from_secs(4));
+    // After four seconds of silence the workers hang up.
+    std::thread::sleep(Duration::from_secs(7));
     let told = run.last_step();
     process.signal("CONT");
     let joined_again = || run.events_named("worker_joined").iter().filter(|event| event["rejoined"] == true).count();
