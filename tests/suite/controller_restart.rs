@@ -6,8 +6,6 @@ use crate::sandbox::{World, wait_until};
 
 /// About four seconds, of which a new controller needs a fraction of one.
 const STEPS: u64 = 600;
-/// Reports that the killed controller had taken and not written: those of one pass of its loop.
-const MOST_UNWRITTEN: usize = 20;
 
 #[test]
 fn a_new_controller_takes_over_the_running_generation() {
@@ -31,7 +29,8 @@ fn a_new_controller_takes_over_the_running_generation() {
     for (event, expected) in [("generation_started", 1), ("worker_started", 2), ("restored", 1), ("generation_aborted", 0)] {
         assert_eq!(run.events_named(event).len(), expected, "{event}");
     }
-    run.expect_undisturbed(&whole, MOST_UNWRITTEN);
+    // What the killed controller had taken and not written, its successor was told again.
+    run.expect_undisturbed(&whole, 0);
     assert!(run.checkpoint_tensors(STEPS) == whole.checkpoint_tensors(STEPS), "the state at the end differs");
     assert_eq!(run.live_workers(), 0);
     assert!(run.control().is_none(), "control.json is still there");
@@ -83,8 +82,7 @@ fn a_controller_that_stood_still_finds_its_generation_again() {
     for (event, expected) in [("generation_started", 1), ("worker_started", 2), ("generation_aborted", 0), ("worker_lost", 0)] {
         assert_eq!(run.events_named(event).len(), expected, "{event}");
     }
-    // No step was done twice. What was on its way when the workers hung up was told to nobody.
+    // Each step is told once, also those that were on their way when the workers hung up.
     let steps: Vec<u64> = run.events_named("step").iter().filter_map(|event| event["step"].as_u64()).collect();
-    assert!(steps.is_sorted_by(|before, after| before < after), "{steps:?}");
-    assert!(steps.len() + MOST_UNWRITTEN >= run.last_step() as usize, "{steps:?}");
+    assert!(steps.iter().copied().eq(1..=run.last_step()), "{steps:?}");
 }

@@ -8,15 +8,23 @@ use anyhow::Context as _;
 use super::Shared;
 use crate::protocol::{self, FrameError, Held, WorkerMessage};
 
-/// Messages that are kept while the coordinator is away. A run that reports ten steps a second fills it in under two minutes; then
-/// the oldest reports go.
-const MAX_KEPT_MESSAGES: usize = 1024;
+/// Messages that are kept: those of the time while the coordinator is away, and reports that were sent, since a connection that breaks
+/// takes with it what was on its way. A run that reports ten steps a second fills it in under seven minutes; then the oldest reports go.
+const MAX_KEPT_MESSAGES: usize = 4096;
 
 /// The way to the coordinator.
 pub(super) struct Line {
     link: Link,
-    kept: VecDeque<WorkerMessage>,
+    kept: VecDeque<Kept>,
     pub(super) standing: Standing,
+}
+
+/// A message that may have to be told once more.
+#[derive(Debug, PartialEq)]
+struct Kept {
+    message: WorkerMessage,
+    /// It was given to a connection, which may have lost it.
+    was_written: bool,
 }
 
 enum Link {
@@ -83,6 +91,7 @@ impl Line {
     /// A generation starts.
     pub(super) fn start(&mut self, generation: u64) {
         self.standing.running = Some(generation);
+        self.kept.retain(|kept| !kept.was_written);
         (self.standing.ready, self.standing.share) = (None, None);
     }
 
@@ -102,7 +111,11 @@ impl Line {
         }
     }
 
-    fn keep(&mut self, message: &WorkerMessage) {
+    fn keep(&mut self, message: &WorkerMessage, was_written: bool) {
+        // A coordinator can tell a repeated report from a new one by its step, and what is written gets there but for a lost connection.
+        if was_written && !is_report(message) {
+            return;
+        }
         // These are worth something at their moment only, or are told again from what is known.
         let is_told_otherwise = matches!(
             message,
@@ -116,20 +129,30 @@ impl Line {
             return;
         }
         if self.kept.len() >= MAX_KEPT_MESSAGES {
-            let oldest_report = self.kept.iter().position(|kept| matches!(kept, WorkerMessage::Step { .. })).unwrap_or(0);
+            let oldest_report = self.kept.iter().position(|kept| is_report(&kept.message)).unwrap_or(0);
             self.kept.remove(oldest_report);
         }
-        self.kept.push_back(message.clone());
+        self.kept.push_back(Kept { message: message.clone(), was_written });
     }
+
+    /// Takes what is to be told on a new connection, in its order: what no connection was given, and the reports of a generation that
+    /// goes on.
+    fn take_untold(&mut self, adopted: bool) -> Vec<WorkerMessage> {
+        let kept = std::mem::take(&mut self.kept);
+        kept.into_iter().filter(|kept| adopted || !kept.was_written).map(|kept| kept.message).collect()
+    }
+}
+
+fn is_report(message: &WorkerMessage) -> bool {
+    matches!(message, WorkerMessage::Step { .. })
 }
 
 impl Shared {
     /// Says something on a line that the caller holds.
     pub(super) fn say(&self, line: &mut Line, message: &WorkerMessage) -> anyhow::Result<()> {
         line.note(message);
-        if !self.write(line, message)? {
-            line.keep(message);
-        }
+        let was_written = self.write(line, message)?;
+        line.keep(message, was_written);
         Ok(())
     }
 
@@ -147,7 +170,7 @@ impl Shared {
         line.link = Link::Up(writer);
         let share = line.standing.share.clone().filter(|_| adopted);
         let again = share.into_iter().chain(line.standing.ready.clone());
-        for message in std::mem::take(&mut line.kept).into_iter().chain(again) {
+        for message in line.take_untold(adopted).into_iter().chain(again) {
             // Where the connection is lost once more, the message is kept once more.
             if let Err(error) = self.say(line, &message) {
                 tracing::error!(error = format!("{error:#}"), "a message that was kept cannot be sent");
@@ -217,15 +240,34 @@ mod tests {
     fn what_is_kept_is_bounded_and_reports_go_first() {
         let mut line = away();
         let broken = WorkerMessage::Broken { generation: 1, reason: "receive".to_owned() };
-        line.keep(&broken);
-        line.keep(&WorkerMessage::Heartbeat { generation: 1, step: 1, phase: Phase::Training, waiting: false, progress: 1 });
-        for number in 1..=2_000 {
-            line.keep(&step(number));
+        line.keep(&broken, false);
+        line.keep(&WorkerMessage::Heartbeat { generation: 1, step: 1, phase: Phase::Training, waiting: false, progress: 1 }, false);
+        let last = 2 * MAX_KEPT_MESSAGES as u64;
+        for number in 1..=last {
+            line.keep(&step(number), false);
         }
         assert_eq!(line.kept.len(), MAX_KEPT_MESSAGES);
-        assert_eq!(line.kept.front(), Some(&broken), "what matters most stays");
-        assert_eq!(line.kept.back(), Some(&step(2_000)));
-        assert_eq!(line.kept[1], step(2_000 - MAX_KEPT_MESSAGES as u64 + 2));
+        let untold = line.take_untold(true);
+        assert_eq!(untold.first(), Some(&broken), "what matters most stays");
+        assert_eq!(untold.last(), Some(&step(last)));
+        assert_eq!(untold[1], step(last - MAX_KEPT_MESSAGES as u64 + 2));
+    }
+
+    #[test]
+    fn a_lost_connection_takes_no_report_of_a_generation_that_goes_on() {
+        let heard = WorkerMessage::Broken { generation: 1, reason: "receive".to_owned() };
+        for (adopted, expected) in [(true, vec![step(1), step(2), step(3)]), (false, vec![step(3)])] {
+            let mut line = away();
+            line.keep(&heard, true);
+            line.keep(&step(1), true);
+            line.keep(&step(2), true);
+            line.keep(&step(3), false);
+            assert_eq!(line.take_untold(adopted), expected, "adopted: {adopted}");
+        }
+        let mut line = away();
+        line.keep(&step(1), true);
+        line.start(2);
+        assert_eq!(line.take_untold(true), [], "an earlier generation's reports were heard or are worth nothing");
     }
 
     #[test]

@@ -307,6 +307,7 @@ impl Controller {
             state_is_replicated: true,
             journal: Some(journal.to_owned()),
             adopt,
+            told: None,
             until_step: None,
         };
         let coordinator = runtime.block_on(Coordinator::bind(options)).unwrap();

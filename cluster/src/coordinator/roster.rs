@@ -18,7 +18,7 @@ use super::server::RunEnd;
 use crate::event::Event;
 use crate::journal::{Entry, Journal, Membership, Memory};
 use crate::membership::{self, Decision, Limits, Reason, Retries, Stage, State, Worker};
-use crate::protocol::{CoordinatorMessage, FailureClass, Frame, StartFrames, StartTerms, StateSource};
+use crate::protocol::{CoordinatorMessage, FailureClass, Frame, Held, StartFrames, StartTerms, StateSource};
 use crate::secret::Secret;
 
 /// The rank that reports for all.
@@ -54,6 +54,8 @@ pub(super) struct Roster {
     kept_for_leader: Vec<Frame>,
     /// Steps done, as the leader last reported.
     step: u64,
+    /// The newest generation's last step of which an event tells, or that of the state it began with.
+    told: Option<u64>,
     /// Since when steps are done that no event tells of.
     untold_since: Option<Duration>,
     /// Whether the newest generation has reported a step.
@@ -90,6 +92,7 @@ impl Roster {
             addresses: Vec::new(),
             kept_for_leader: Vec::new(),
             step: 0,
+            told: None,
             untold_since: None,
             stepped: false,
             restored: None,
@@ -105,6 +108,11 @@ impl Roster {
         };
         roster.remember(memory);
         Ok(roster)
+    }
+
+    /// The last step of which an earlier coordinator told, and its generation.
+    pub(super) fn has_told(&mut self, last: Held) {
+        self.told = Some(last.step).filter(|_| self.state.generation == last.generation);
     }
 
     /// Takes the events since the last call.
@@ -304,6 +312,7 @@ impl Roster {
         self.state.broken = None;
         self.state.setbacks.clear();
         self.kept_for_leader.clear();
+        self.told = None;
         self.untold_since = None;
         self.stepped = false;
         self.restored = None;

@@ -19,6 +19,7 @@ use super::roster::Roster;
 use crate::event::Event;
 use crate::journal::Journal;
 use crate::membership::{HangLimits, Limits};
+use crate::protocol::Held;
 use crate::secret::Secret;
 
 /// Words of workers that wait for the loop.
@@ -73,6 +74,8 @@ pub struct CoordinatorOptions {
     pub journal: Option<PathBuf>,
     /// Take over the generation that runs according to the journal, if there is one.
     pub adopt: bool,
+    /// The last step of which an earlier coordinator told, and its generation: reports up to it are not told again.
+    pub told: Option<Held>,
     /// Step after which the workers of every generation that starts from now on save and leave; `None` goes on to the end.
     pub until_step: Option<u64>,
 }
@@ -169,6 +172,9 @@ impl Coordinator {
         let (sender, mut inputs) = mpsc::channel(INPUT_MESSAGES);
         let reception = ReceptionTask::start(listener, &options, sender);
         let mut roster = Roster::new(options.workers, limits(&options), journal)?;
+        if let Some(last) = options.told {
+            roster.has_told(last);
+        }
         let mut tick = clock(options.heartbeat_timeout / 20, TICK_MS);
         let mut pulse = clock(options.heartbeat_timeout / 2, (TICK_MS.0, u64::MAX));
         let mut last_pass = started.elapsed();

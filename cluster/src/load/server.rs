@@ -91,6 +91,7 @@ fn options(workers: u32, token: Secret) -> CoordinatorOptions {
         state_is_replicated: true,
         journal: None,
         adopt: false,
+        told: None,
         until_step: None,
     }
 }

@@ -20,10 +20,11 @@ use super::record::ProcessRecord;
 use super::restart::RestartLimits;
 use super::signals::Signals;
 use super::supervisor::{CoordinatorTask, Supervisor, SupervisorLimits, last_signal};
+use super::told::last_told;
 use crate::dashboard::{Dashboard, DashboardOptions, DashboardOrder};
 use crate::hosts::{HostCrew, HostsPlan};
 use crate::reporter::{Reporters, TerminalStyle};
-use crate::run_folder::{ControlFile, RunFolder};
+use crate::run_folder::{ControlFile, RunFolder, storage};
 
 /// Threads of the launcher's runtime; it only waits and forwards, and the cores belong to the workers.
 const RUNTIME_THREADS: usize = 2;
@@ -197,6 +198,7 @@ impl LaunchPlan {
             state_is_replicated: self.recipe.train.shard == Shard::None,
             journal: Some(run.paths().journal()),
             adopt,
+            told: None,
             until_step: self.until_step,
         }
     }
@@ -323,7 +325,10 @@ async fn take_over(
     // Without a journal the generation is not known; its workers come back all the same and start another.
     let adopt = run.paths().journal().exists();
     let token = control.token.clone();
-    match Coordinator::bind(plan.coordinator_options(run, control.address, token.clone(), adopt)).await {
+    let path = run.paths().events();
+    let told = last_told(&path).map_err(|error| storage("read what was told of the run", &path, &error))?;
+    let options = CoordinatorOptions { told, ..plan.coordinator_options(run, control.address, token.clone(), adopt) };
+    match Coordinator::bind(options).await {
         Ok(coordinator) => {
             let living = std::mem::take(&mut legacy.living);
             let seconds = plan.come_back_timeout().as_secs();

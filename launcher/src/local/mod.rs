@@ -24,6 +24,7 @@ pub(crate) mod signals;
 mod slot_locks;
 mod slots;
 mod supervisor;
+mod told;
 
 pub(crate) use adoption::forget_earlier;
 pub use drill::{Drill, DrillKind};

@@ -36,7 +36,7 @@ impl Roster {
 
     /// The newest generation trains from this state.
     pub(super) fn note_restored(&mut self, step: u64, source: &str) {
-        self.step = step;
+        (self.step, self.told) = (step, Some(step));
         if !source.starts_with(MEMORY) {
             self.state.saved_step = step;
         }

@@ -121,9 +121,10 @@ impl Roster {
             WorkerMessage::Finished { generation, step, stopped } if generation == self.state.generation => {
                 self.finish(worker, step, stopped);
             }
-            WorkerMessage::Step { generation, report } if self.leads(worker, generation) => {
+            // A worker that comes back repeats what its lost connection may have taken.
+            WorkerMessage::Step { generation, report } if self.leads(worker, generation) && self.told < Some(report.step) => {
                 self.note_step(at, report.step);
-                self.step = report.step;
+                (self.step, self.told) = (report.step, Some(report.step));
                 self.untold_since = None;
                 self.events.push(Event::Step { generation, report });
             }

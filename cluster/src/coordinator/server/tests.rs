@@ -41,6 +41,7 @@ impl Sandbox {
             state_is_replicated: true,
             journal: None,
             adopt: false,
+            told: None,
             until_step: None,
         };
         let coordinator = Coordinator::bind(options).await.unwrap();
