@@ -237,16 +237,38 @@ pub struct ExpectedColumn {
     pub tolerance: Option<f64>,
 }
 
-/// A row of a paper's table: one arm of the sweep, over its seeds; or a row that is only quoted.
+/// A row of a paper's table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExpectedRow {
     /// Its heading.
     pub name: String,
-    /// The arm: keys of the recipe and the values they have in its trials. `None` is a row that is only quoted.
-    pub arm: Option<Vec<(String, serde_json::Value)>>,
+    /// What of ours stands beside it.
+    pub ours: RowSource,
     /// The paper's values, by column name; a column may be absent.
     pub values: BTreeMap<String, f64>,
+}
+
+/// What of ours stands in a row. Trials are named by keys of the recipe and the values that they have in them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum RowSource {
+    /// Nothing: the row is only quoted.
+    Quoted,
+    /// One arm of the sweep, over its seeds.
+    Arm(Vec<(String, serde_json::Value)>),
+    /// In each column the best of these arms.
+    BestOf(Vec<(String, serde_json::Value)>),
+}
+
+impl RowSource {
+    /// Keys and values of its trials; empty for a row that is only quoted.
+    pub fn values(&self) -> &[(String, serde_json::Value)] {
+        match self {
+            Self::Quoted => &[],
+            Self::Arm(values) | Self::BestOf(values) => values,
+        }
+    }
 }
 
 /// Rows of a column from the best to the worst; rows of one group are not compared with each other.

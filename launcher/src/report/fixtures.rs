@@ -21,10 +21,10 @@ pub fn study(root: &Path) -> PathBuf {
                 "source": "It's All in The [MASK], table 1",
                 "columns": [{"name": "MMLU", "metric": {"task": "mmlu", "score": "accuracy"}, "tolerance": 1.5}],
                 "rows": [
-                    {"name": "100 % ATP", "arm": [["objective.auxiliary", "none"]], "values": {"MMLU": 37.07}},
-                    {"name": "80 % ATP / 20 % dummy", "arm": [["objective.auxiliary", "dummy_mlm"], ["objective.auxiliary_ratio", 0.2]],
+                    {"name": "100 % ATP", "ours": {"arm": [["objective.auxiliary", "none"]]}, "values": {"MMLU": 37.07}},
+                    {"name": "80 % ATP / 20 % dummy", "ours": {"arm": [["objective.auxiliary", "dummy_mlm"], ["objective.auxiliary_ratio", 0.2]]},
                      "values": {"MMLU": 43.0}},
-                    {"name": "Llama 3 <1B>", "arm": null, "values": {"MMLU": 49.3}}
+                    {"name": "Llama 3 <1B>", "ours": "quoted", "values": {"MMLU": 49.3}}
                 ],
                 "orders": [{"column": "MMLU", "groups": [["80 % ATP / 20 % dummy"], ["100 % ATP"]]}],
                 "reference_only": false, "note": "A toy profile on a CPU."

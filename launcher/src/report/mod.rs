@@ -18,6 +18,7 @@ pub(crate) mod event_sample;
 pub(crate) mod loaded_run;
 pub(crate) mod study_folder;
 
+mod best_of;
 mod charts;
 mod material;
 mod page;

@@ -6,7 +6,7 @@ use super::charts::{Figure, Numbers};
 use super::study_report::StudyReport;
 use super::svg::escaped;
 use super::table::{Column, Row, ScoreTable};
-use super::text::{NO_VALUE, facts, has_paper, hours, interval_text, legend, number_text, ours_text, row_name, shown_notes};
+use super::text::{NO_VALUE, facts, full_reason, has_paper, hours, interval_text, legend, number_text, ours_text, row_name, shown_notes};
 use super::verdict::{Cell, Order, OrderVerdict, Verdict};
 
 /// The style sheet.
@@ -96,7 +96,8 @@ fn verdict(cell: &Cell) -> String {
         Verdict::NoVerdict => ("", "quiet"),
     };
     let name = if cell.paper.is_none() { NO_VALUE } else { cell.verdict.name() };
-    format!("<td class=\"{class} why\">{sign}{name}<small>{}</small></td>", escaped(if cell.paper.is_some() { &cell.reason } else { "" }))
+    let reason = if cell.paper.is_some() { full_reason(cell) } else { String::new() };
+    format!("<td class=\"{class} why\">{sign}{name}<small>{}</small></td>", escaped(&reason))
 }
 
 fn orders(orders: &[Order]) -> String {

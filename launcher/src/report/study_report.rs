@@ -86,7 +86,7 @@ pub fn report_folders(folders: &[PathBuf], expected: Option<Expected>) -> anyhow
         // Single runs have no swept keys: what tells the paper's rows apart stands in for them.
         if material.keys.is_empty() {
             let keys: std::collections::BTreeSet<&String> =
-                expected.rows.iter().flat_map(|row| row.arm.iter().flatten()).map(|(key, _)| key).collect();
+                expected.rows.iter().flat_map(|row| row.ours.values()).map(|(key, _)| key).collect();
             material.keys = keys.into_iter().cloned().collect();
         }
         material.expected = Some(expected);

@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use cloze_recipes::study::{Expected, ExpectedColumn, ExpectedOrder, Metric, Score};
+use cloze_recipes::study::{Expected, ExpectedColumn, ExpectedOrder, ExpectedRow, Metric, RowSource, Score};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::material::{Material, Trial};
-use super::score;
 use super::verdict::{Cell, Order, OrderRow, Terms, judge, judge_order};
+use super::{best_of, score};
 
 /// Longest value in the name of an arm, in characters.
 const MAX_VALUE_CHARS: usize = 32;
@@ -47,7 +47,9 @@ pub struct Row {
     pub in_paper: bool,
     /// Whether the paper's row is quoted and none of ours belongs to it.
     pub quoted: bool,
-    /// Points of the sweep that the row puts together; more than one where the paper's row leaves keys open.
+    /// Whether the paper's row is the best of its points, and not all of them together.
+    pub is_best_of: bool,
+    /// Points of the sweep that belong to the row; more than one where the paper's row leaves keys open.
     pub num_points: usize,
     /// Its trials.
     pub trials: Vec<TrialEntry>,
@@ -137,30 +139,34 @@ pub fn own_table(material: &Material, arms: &[Arm]) -> ScoreTable {
 /// The paper's table with ours beside it.
 pub fn paper_table(material: &Material, arms: &[Arm], expected: &Expected) -> ScoreTable {
     let columns: Vec<Column> = expected.columns.iter().map(column).collect();
-    let mut used = BTreeSet::new();
-    let mut rows = Vec::with_capacity(expected.rows.len());
-    for wanted in &expected.rows {
-        let ours: Vec<&Arm> = match &wanted.arm {
-            None => Vec::new(),
-            Some(keys) => arms.iter().filter(|arm| arm.trials.iter().all(|&index| matches(&material.trials[index], keys))).collect(),
-        };
-        let trials: Vec<usize> = ours.iter().flat_map(|arm| arm.trials.iter().copied()).collect();
-        used.extend(trials.iter().copied());
-        let values: Vec<Option<f64>> = columns.iter().map(|column| wanted.values.get(&column.name).copied()).collect();
-        let quoted = wanted.arm.is_none();
-        rows.push(Row {
-            name: wanted.name.clone(),
-            parameters: wanted.arm.iter().flatten().cloned().collect(),
-            in_paper: true,
-            quoted,
-            num_points: ours.len(),
-            cells: cells(material, &trials, &columns, &Paper { values: &values, reference_only: expected.reference_only, quoted }),
-            trials: entries(material, &trials),
-        });
-    }
+    let rows = expected.rows.iter().map(|wanted| paper_row(material, arms, &columns, (wanted, expected.reference_only)));
+    let mut rows: Vec<Row> = rows.collect();
+    // The best of several stands above them, and does not take their place.
+    let used: BTreeSet<usize> =
+        rows.iter().filter(|row| !row.is_best_of).flat_map(|row| row.trials.iter().map(|trial| trial.index)).collect();
     let others = arms.iter().filter(|arm| arm.trials.iter().all(|index| !used.contains(index)));
     rows.extend(others.map(|arm| own_row(material, arm, &columns, expected.reference_only)));
     ScoreTable { columns, rows }
+}
+
+fn paper_row(material: &Material, arms: &[Arm], columns: &[Column], (wanted, reference_only): (&ExpectedRow, bool)) -> Row {
+    let keys = wanted.ours.values();
+    let (quoted, is_best_of) = (wanted.ours == RowSource::Quoted, matches!(wanted.ours, RowSource::BestOf(_)));
+    let is_ours = |arm: &&Arm| !quoted && arm.trials.iter().all(|&index| matches(&material.trials[index], keys));
+    let ours: Vec<&Arm> = arms.iter().filter(is_ours).collect();
+    let trials: Vec<usize> = ours.iter().flat_map(|arm| arm.trials.iter().copied()).collect();
+    let values: Vec<Option<f64>> = columns.iter().map(|column| wanted.values.get(&column.name).copied()).collect();
+    let paper = Paper { values: &values, reference_only, quoted, candidates: if is_best_of { &ours } else { &[] } };
+    Row {
+        name: wanted.name.clone(),
+        parameters: keys.iter().cloned().collect(),
+        in_paper: true,
+        quoted,
+        is_best_of,
+        num_points: ours.len(),
+        cells: cells(material, &trials, columns, &paper),
+        trials: entries(material, &trials),
+    }
 }
 
 /// What became of the orders that must come out.
@@ -190,8 +196,9 @@ fn own_row(material: &Material, arm: &Arm, columns: &[Column], reference_only: b
         parameters: arm.parameters.iter().cloned().collect(),
         in_paper: false,
         quoted: false,
+        is_best_of: false,
         num_points: 1,
-        cells: cells(material, &arm.trials, columns, &Paper { values: &values, reference_only, quoted: false }),
+        cells: cells(material, &arm.trials, columns, &Paper { values: &values, reference_only, quoted: false, candidates: &[] }),
         trials: entries(material, &arm.trials),
     }
 }
@@ -201,15 +208,21 @@ struct Paper<'a> {
     values: &'a [Option<f64>],
     reference_only: bool,
     quoted: bool,
+    /// The arms of which the row is the best.
+    candidates: &'a [&'a Arm],
 }
 
 fn cells(material: &Material, trials: &[usize], columns: &[Column], paper: &Paper<'_>) -> Vec<Cell> {
     let absence = if paper.quoted { "quoted; no trial of ours belongs to this row".to_owned() } else { absence(material, trials) };
     let cell = |(column, value): (&Column, &Option<f64>)| {
-        let ours = trials.iter().filter_map(|&index| score::value_of_trial(&material.trials[index], &column.metric)).collect();
         let (tolerance, decimals) = (column.tolerance, score::decimals(column.metric.score));
         let reference_only = paper.reference_only;
-        judge(ours, &Terms { paper: *value, tolerance, reference_only, absence: &absence, decimals })
+        let terms = Terms { paper: *value, tolerance, reference_only, absence: &absence, decimals };
+        if !paper.candidates.is_empty() {
+            return best_of::cell(material, paper.candidates, column, &terms);
+        }
+        let ours = trials.iter().filter_map(|&index| score::value_of_trial(&material.trials[index], &column.metric)).collect();
+        judge(ours, &terms)
     };
     columns.iter().zip(paper.values).map(cell).collect()
 }

@@ -92,6 +92,42 @@ fn arms_that_differ_in_more_than_a_swept_number_are_no_one_point() {
 }
 
 #[test]
+fn a_row_can_be_the_best_of_several_arms() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = study(root.path());
+    let path = folder.join("study.json");
+    let mut described: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let rows = described["expected"]["rows"].as_array_mut().unwrap();
+    rows.push(json!({"name": "best", "ours": {"best_of": []}, "values": {"MMLU": 40.5}}));
+    rows.push(json!({"name": "best at 20 %", "ours": {"best_of": [["objective.auxiliary", "none"]]}, "values": {"MMLU": 37.0}}));
+    write(&path, &described);
+    let report = report_study(&folder).unwrap();
+    let row = |name: &str| report.table.rows.iter().find(|row| row.name == name).unwrap();
+    // One trial of the third arm has failed: it could have been the best.
+    let (all, one) = (row("best"), row("best at 20 %"));
+    assert_eq!((all.num_points, all.cells[0].values.as_slice()), (3, [39.5, 40.0, 40.5].as_slice()));
+    assert_eq!(all.cells[0].chosen.as_deref(), Some("auxiliary=dummy_mlm, auxiliary_ratio=0.2"));
+    assert_eq!(all.cells[0].verdict, Verdict::NoVerdict);
+    assert_eq!(all.cells[0].reason, "1 trial has no score yet, so that 40.00 may not be the best");
+    assert_eq!((one.num_points, one.cells[0].verdict), (1, Verdict::Within));
+    assert!(row("auxiliary=mlm, auxiliary_ratio=0.2").trials.len() == 3, "the arms stand below all the same");
+    for wanted in ["best (of 3 points)", "of auxiliary=dummy_mlm, auxiliary_ratio=0.2"] {
+        assert!(report.table().contains(wanted), "{}", report.table());
+    }
+
+    let failed: Vec<_> = report.table.rows.iter().flat_map(|row| &row.trials).filter(|trial| trial.state == "failed").collect();
+    let trial = folder.join("trials").join(format!("{}.json", failed[0].hash));
+    let mut record: Value = serde_json::from_slice(&fs::read(&trial).unwrap()).unwrap();
+    record["state"] = json!("done");
+    write(&trial, &record);
+    run_folder(&folder.join(record["run"].as_str().unwrap()), 44, Some(0.3));
+    let report = report_study(&folder).unwrap();
+    let best = report.table.rows.iter().find(|row| row.name == "best").unwrap();
+    assert_eq!(best.cells[0].verdict, Verdict::Within);
+    assert!(best.cells[0].reason.ends_with("; best of 3, chosen by this score itself, which flatters it"), "{}", best.cells[0].reason);
+}
+
+#[test]
 fn damaged_files_are_notes_and_the_rest_is_reported() {
     let root = tempfile::tempdir().unwrap();
     let folder = study(root.path());

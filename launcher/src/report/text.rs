@@ -124,6 +124,7 @@ pub fn shown_notes(report: &StudyReport) -> impl Iterator<Item = String> {
 pub fn row_name(row: &Row) -> String {
     match (row.quoted, row.num_points) {
         (true, _) => format!("{} (quoted)", row.name),
+        (false, points) if row.is_best_of => format!("{} (of {points} points)", row.name),
         (false, points) if points > 1 => format!("{} ({points} points)", row.name),
         _ => row.name.clone(),
     }
@@ -190,7 +191,8 @@ fn terminal_cell(cell: &Cell, column: &Column) -> String {
     if cell.verdict != Verdict::NoVerdict {
         let _ = write!(second, " {}", cell.verdict.name());
     }
-    format!("{ours}\n{second}")
+    let chosen = cell.chosen.as_ref().map_or_else(String::new, |arm| format!("\nof {arm}"));
+    format!("{ours}\n{second}{chosen}")
 }
 
 fn markdown_table(scores: &ScoreTable) -> String {
@@ -241,9 +243,17 @@ fn reasons(row: &Row, columns: &[Column]) -> Vec<String> {
     judged
         .map(|(cell, column)| {
             let (row, column) = (escaped(&row.name), escaped(&column.name));
-            format!("- {row}, {column}: **{}**: {}", cell.verdict.name(), escaped(&cell.reason))
+            format!("- {row}, {column}: **{}**: {}", cell.verdict.name(), escaped(&full_reason(cell)))
         })
         .collect()
+}
+
+/// Why a cell got its verdict, and whose value it is.
+pub fn full_reason(cell: &Cell) -> String {
+    match &cell.chosen {
+        None => cell.reason.clone(),
+        Some(arm) => format!("{arm}: {}", cell.reason),
+    }
 }
 
 /// Text that Markdown shows as it is.

@@ -48,6 +48,8 @@ pub struct Cell {
     pub verdict: Verdict,
     /// Why.
     pub reason: String,
+    /// The arm that ours is of, where the row is the best of several.
+    pub chosen: Option<String>,
 }
 
 /// What a value is judged by.
@@ -70,7 +72,7 @@ pub fn judge(values: Vec<f64>, terms: &Terms<'_>) -> Cell {
     let ours = Summary::of(&values);
     let delta = ours.zip(terms.paper).map(|(ours, paper)| ours.mean - paper);
     let (verdict, reason) = verdict_of(ours.as_ref(), delta, terms);
-    Cell { paper: terms.paper, values, ours, delta, verdict, reason }
+    Cell { paper: terms.paper, values, ours, delta, verdict, reason, chosen: None }
 }
 
 fn verdict_of(ours: Option<&Summary>, delta: Option<f64>, terms: &Terms<'_>) -> (Verdict, String) {

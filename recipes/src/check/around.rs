@@ -33,7 +33,7 @@ pub(super) fn check(context: &mut Context<'_>) -> Option<Around> {
 /// Where `null` is a value and does not leave the key out: in what is to be changed in a recipe.
 const AFTER_NULLS: &[&str] = &["set"];
 const SWEEP_NULLS: &[&str] = &["grid", "paired", "list"];
-const EXPECTED_NULLS: &[&str] = &["rows.arm"];
+const EXPECTED_NULLS: &[&str] = &["rows.arm", "rows.best_of"];
 
 /// Names of the evaluation tasks, whether or not that section is right.
 pub(super) fn task_names(root: &Node) -> Vec<&str> {

@@ -2,8 +2,11 @@
 
 use super::{Context, sweep};
 use crate::raw::{ColumnRaw, ExpectedRaw, MetricRaw, OrderRaw, RowRaw};
-use crate::study::{Expected, ExpectedColumn, ExpectedOrder, ExpectedRow};
+use crate::study::{Expected, ExpectedColumn, ExpectedOrder, ExpectedRow, RowSource};
 use crate::tree::shortened;
+
+/// Keys of a recipe and their values.
+type Values = serde_json::Map<String, serde_json::Value>;
 
 /// Checks the expectation; `swept` holds the keys of the sweep, or is `None` where that section is wrong.
 pub(super) fn check(context: &mut Context<'_>, raw: ExpectedRaw, swept: Option<&[&str]>) -> Expected {
@@ -20,10 +23,11 @@ pub(super) fn check(context: &mut Context<'_>, raw: ExpectedRaw, swept: Option<&
         rows.push(checked_row(context, &keys, row, (&columns, swept)));
     }
     for (index, row) in rows.iter().enumerate() {
-        let same_arm = |earlier: &&ExpectedRow| row.arm.is_some() && earlier.arm == row.arm;
+        let same_arm = |earlier: &&ExpectedRow| row.ours != RowSource::Quoted && earlier.ours == row.ours;
         if let Some(earlier) = rows[..index].iter().find(same_arm) {
             let found = format!("the arm of row `{}`", shortened(&earlier.name));
-            context.mismatch_in(&["expected", "rows", &index.to_string(), "arm"], found, "arms that differ");
+            let key = if matches!(row.ours, RowSource::BestOf(_)) { "best_of" } else { "arm" };
+            context.mismatch_in(&["expected", "rows", &index.to_string(), key], found, "arms that differ");
         }
     }
     let orders = raw.orders.into_iter().enumerate();
@@ -49,12 +53,32 @@ fn checked_row(context: &mut Context<'_>, keys: &[&str], raw: RowRaw, known: (&[
         let known: Vec<&str> = columns.iter().map(|column| column.name.as_str()).collect();
         context.mismatch_in(&[keys, &["values", name]].concat(), "no such column", format!("one of `{}`", known.join("`, `")));
     }
-    let arm_keys = raw.arm.iter().flat_map(serde_json::Map::keys);
-    for (key, swept) in arm_keys.filter_map(|key| swept.filter(|swept| !swept.contains(&key.as_str())).map(|swept| (key, swept))) {
-        let known = if swept.is_empty() { "there is none".to_owned() } else { format!("`{}`", swept.join("`, `")) };
-        context.mismatch_in(&[keys, &["arm", key]].concat(), format!("`{}`", shortened(key)), format!("a key of the sweep: {known}"));
+    for (name, arm) in [("arm", &raw.arm), ("best_of", &raw.best_of)] {
+        for key in arm.iter().flat_map(serde_json::Map::keys) {
+            check_swept(context, &[keys, &[name, key]].concat(), key, swept);
+        }
     }
-    ExpectedRow { name: raw.name, arm: raw.arm.map(|arm| arm.into_iter().collect()), values: raw.values }
+    ExpectedRow { name: raw.name, ours: row_source(context, keys, raw.arm, raw.best_of), values: raw.values }
+}
+
+/// Refuses a key that no trial differs in.
+fn check_swept(context: &mut Context<'_>, keys: &[&str], key: &str, swept: Option<&[&str]>) {
+    let Some(swept) = swept.filter(|swept| !swept.contains(&key)) else { return };
+    let known = if swept.is_empty() { "there is none".to_owned() } else { format!("`{}`", swept.join("`, `")) };
+    context.mismatch_in(keys, format!("`{}`", shortened(key)), format!("a key of the sweep: {known}"));
+}
+
+fn row_source(context: &mut Context<'_>, keys: &[&str], arm: Option<Values>, best_of: Option<Values>) -> RowSource {
+    match (arm, best_of) {
+        (None, None) => RowSource::Quoted,
+        (Some(arm), None) => RowSource::Arm(arm.into_iter().collect()),
+        (arm, Some(best_of)) => {
+            if arm.is_some() {
+                context.mismatch_in(&[keys, &["best_of"]].concat(), "beside `arm`", "one of the two");
+            }
+            RowSource::BestOf(best_of.into_iter().collect())
+        }
+    }
 }
 
 fn checked_order(context: &mut Context<'_>, index: usize, raw: OrderRaw, known: (&[ExpectedColumn], &[ExpectedRow])) -> ExpectedOrder {
@@ -72,8 +96,8 @@ fn checked_order(context: &mut Context<'_>, index: usize, raw: OrderRaw, known: 
             let found = format!("`{}`", shortened(name));
             match rows.iter().find(|row| row.name == *name) {
                 None => context.mismatch_in(&keys, found, "the name of a row"),
-                Some(row) if row.arm.is_none() => {
-                    context.mismatch_in(&keys, format!("{found}, which is only quoted"), "a row with an `arm`");
+                Some(row) if row.ours == RowSource::Quoted => {
+                    context.mismatch_in(&keys, format!("{found}, which is only quoted"), "a row with an `arm` or `best_of`");
                 }
                 Some(_) if met.contains(&name.as_str()) => context.mismatch_in(&keys, format!("{found} a second time"), "each row once"),
                 Some(_) => {}

@@ -208,8 +208,10 @@ pub struct RowRaw {
     /// Its heading.
     #[schemars(length(min = 1))]
     pub name: String,
-    /// The arm of the sweep: swept keys and the values that they have in its trials. Unset is a row that is only quoted.
+    /// The arm of the sweep: swept keys and the values that they have in its trials. A row with neither this nor `best_of` is only quoted.
     pub arm: Option<Map<String, Value>>,
+    /// In each column the best of the arms with these values; `{}` is the best of all.
+    pub best_of: Option<Map<String, Value>>,
     /// The paper's values, by column name; a column may be absent.
     #[serde(default)]
     pub values: BTreeMap<String, f64>,

@@ -176,6 +176,14 @@ fn an_expectation_names_what_exists() {
             "expected.rows.0.arm.train.epochs: found `train.epochs`, expected a key of the sweep: `train.steps`",
         ),
         (
+            format!("{columns}, rows: [{{name: a, arm: {{train.steps: 1}}, best_of: {{train.epochs: 1}}}}]"),
+            "expected.rows.0.best_of.train.epochs: found `train.epochs`, expected a key of the sweep: `train.steps`",
+        ),
+        (
+            format!("{columns}, rows: [{{name: a, arm: {{}}, best_of: {{}}}}]"),
+            "expected.rows.0.best_of: found beside `arm`, expected one of the two",
+        ),
+        (
             format!("{columns}, rows: [{{name: a, arm: {{train.steps: 1}}}}, {{name: b, arm: {{train.steps: 1}}}}]"),
             "expected.rows.1.arm: found the arm of row `a`, expected arms that differ",
         ),

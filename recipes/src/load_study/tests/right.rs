@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::{Files, RUN, folder, owned, shown};
-use crate::study::{Container, Distribution, EarlyStopping, Metric, Score, Study, Trial};
+use crate::study::{Container, Distribution, EarlyStopping, Metric, RowSource, Score, Study, Trial};
 use crate::{check_file, load, load_study, load_with_profile};
 
 const SECTIONS: &str = "profiles:
@@ -24,7 +24,7 @@ sweep:
 expected:
   source: a paper
   columns: [{name: T, task: t, tolerance: 1.5}, {name: Loss, score: loss}]
-  rows: [{name: low, arm: {objective.auxiliary_ratio: 0.1}, values: {T: 37.07}}, {name: high, arm: {objective.auxiliary_ratio: 0.2}}, {name: quoted, values: {Loss: 1}}]
+  rows: [{name: low, arm: {objective.auxiliary_ratio: 0.1}, values: {T: 37.07}}, {name: high, arm: {objective.auxiliary_ratio: 0.2}}, {name: quoted, values: {Loss: 1}}, {name: best, best_of: {}}]
   orders: [{column: T, best_first: [[high], [low]]}]
 ";
 
@@ -59,8 +59,9 @@ fn every_section_is_read() {
 
     let expected = study.expected.unwrap();
     assert_eq!(expected.columns[1].metric, Metric { task: None, score: Score::Loss });
-    assert_eq!(expected.rows[0].arm, Some(vec![("objective.auxiliary_ratio".to_owned(), json!(0.1))]));
-    assert_eq!((expected.rows[2].arm.clone(), expected.rows[2].values["Loss"].to_string()), (None, "1".to_owned()));
+    assert_eq!(expected.rows[0].ours, RowSource::Arm(vec![("objective.auxiliary_ratio".to_owned(), json!(0.1))]));
+    assert_eq!((&expected.rows[2].ours, expected.rows[2].values["Loss"].to_string()), (&RowSource::Quoted, "1".to_owned()));
+    assert_eq!(expected.rows[3].ours, RowSource::BestOf(Vec::new()));
     assert_eq!(expected.orders[0].groups, [owned(&["high"]), owned(&["low"])]);
     let text = serde_json::to_string(&expected).unwrap();
     assert_eq!(serde_json::from_str::<crate::study::Expected>(&text).unwrap(), expected, "it goes into study.json and back");
