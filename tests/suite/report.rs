@@ -41,7 +41,7 @@ fn study(world: &World) {
         "expected": {
             "source": "a table of ours", "reference_only": false, "note": null, "orders": [],
             "columns": [{"name": "Sentiment", "metric": metric, "tolerance": 100.0}],
-            "rows": [{"name": "a fast rate", "arm": [["train.learning_rate", 3e-3]], "values": {"Sentiment": 50.0}}]
+            "rows": [{"name": "a fast rate", "ours": {"arm": [["train.learning_rate", 3e-3]]}, "values": {"Sentiment": 50.0}}]
         }
     });
     world.write("studies/rates/study.json", study.to_string());

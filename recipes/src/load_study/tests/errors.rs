@@ -176,7 +176,7 @@ fn an_expectation_names_what_exists() {
             "expected.rows.0.arm.train.epochs: found `train.epochs`, expected a key of the sweep: `train.steps`",
         ),
         (
-            format!("{columns}, rows: [{{name: a, arm: {{train.steps: 1}}, best_of: {{train.epochs: 1}}}}]"),
+            format!("{columns}, rows: [{{name: a, best_of: {{train.epochs: 1}}}}]"),
             "expected.rows.0.best_of.train.epochs: found `train.epochs`, expected a key of the sweep: `train.steps`",
         ),
         (
