@@ -58,7 +58,18 @@ impl SeaweedFs {
         format!("{{endpoint: 'http://127.0.0.1:{}', allow_http: 'true', region: us-east-1}}", self.s3_port)
     }
 
-    /// The same by way of a proxy. A request that is not answered is given up after two seconds, so that a test need not wait for long.
+    /// What a program needs in its environment to use this server where no recipe says how.
+    pub fn environment(&self) -> [(&'static str, String); 5] {
+        [
+            ("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", self.s3_port)),
+            ("AWS_ALLOW_HTTP", "true".to_owned()),
+            ("AWS_REGION", "us-east-1".to_owned()),
+            ("AWS_ACCESS_KEY_ID", ACCESS_KEY.to_owned()),
+            ("AWS_SECRET_ACCESS_KEY", SECRET_KEY.to_owned()),
+        ]
+    }
+
+    /// The options of a store in a server behind a proxy. A request that is not answered is given up after two seconds, so that a test need not wait for long.
     pub fn options_through(proxy: &FaultProxy) -> String {
         format!("{{endpoint: '{}', allow_http: 'true', region: us-east-1, timeout: '2 seconds'}}", proxy.endpoint())
     }

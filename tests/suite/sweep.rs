@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::sandbox::{CLOZE, Process, RECIPE_TEXT, World, send_signal, wait_until};
+use crate::sandbox::{CLOZE, Process, RECIPE_TEXT, SeaweedFs, World, send_signal, tool, wait_until};
 
 /// Longest wait for something of a sweep to happen.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -184,11 +184,21 @@ sweep:
 fn a_sweep_that_is_stopped_saves_and_goes_on_elsewhere() {
     let world = World::with_corpus(2000);
     let study = Study::new(&world, "stopped", "sweep: {seeds: [1, 2, 3], concurrency: 2, metric: {score: loss}}\n");
-    let arguments = ["--set", "train.steps=150", "--set", "checkpoint.every_steps=1000", "--journal", "journal"];
-    let process = study.start(&arguments);
+    let server = tool("a sweep's journal lies in a bucket", "weed").map(|weed| SeaweedFs::start(&weed));
+    let journal = server.as_ref().map_or_else(|| "journal".to_owned(), |_| SeaweedFs::url("journal"));
+    let environment: Vec<_> = server.iter().flat_map(SeaweedFs::environment).collect();
+    let start = |arguments: &[&str]| Process::start(world.command(arguments).envs(environment.clone()), "");
+    let recipe = study.recipe();
+    let process =
+        start(&["sweep", "run", &recipe, "--set", "train.steps=150", "--set", "checkpoint.every_steps=1000", "--journal", &journal]);
     wait_until("two trials train", PATIENCE, || {
         study.records().iter().filter(|(name, record)| record["state"] == "training" && study.steps(name).len() > 5).count() == 2
     });
+    // From another machine, which does not see the folder's lock.
+    start(&["sweep", "resume", "moved", "--journal", &journal])
+        .wait()
+        .expect_code(9)
+        .expect_words(&["another controller has this sweep", "process "]);
     process.terminate();
     let outcome = process.wait().expect_code(130).expect_words(&["what is out saves and leaves", "cloze sweep resume"]);
     assert!(outcome.stderr.matches(" saved at step ").count() == 2, "{}", outcome.stderr);
@@ -198,7 +208,12 @@ fn a_sweep_that_is_stopped_saves_and_goes_on_elsewhere() {
 
     // The folder is lost; the journal still has the study.
     fs::remove_dir_all(world.path(&study.folder())).unwrap();
-    world.done(&["sweep", "resume", "moved", "--journal", "journal"]).expect_words(&["3 of 3 done"]);
+    start(&["sweep", "resume", "moved", "--journal", &journal]).wait().expect_code(0).expect_words(&["3 of 3 done"]);
+    if let Some(server) = &server {
+        let keys = server.keys("journal");
+        assert_eq!(keys.iter().filter(|key| key.contains("/trials/")).count(), 3, "{keys:?}");
+        assert!(!keys.iter().any(|key| key.contains("/leases/")), "the lease was not given back: {keys:?}");
+    }
     let status: Value = serde_json::from_str(&world.done(&["sweep", "status", "moved", "--json"]).stdout).unwrap();
     let trials = status["trials"].as_array().unwrap();
     assert!(trials.iter().all(|trial| trial["state"] == "done" && trial["metric"].as_f64().is_some_and(|loss| loss > 0.0)), "{status}");
