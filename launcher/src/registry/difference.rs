@@ -102,11 +102,12 @@ impl Side {
             return Err(failure.expected("recipe.yaml in it").hint("`cloze runs` lists runs").into());
         }
         let recipe = flattened(&cloze_recipes::read_rendered(&recipe)?);
-        Ok(Self { recipe, metrics: metrics(&LoadedRun::read(path, SAMPLING)) })
+        Ok(Self { recipe, metrics: numbers_of(&LoadedRun::read(path, SAMPLING)) })
     }
 }
 
-fn metrics(run: &LoadedRun) -> Vec<(String, f64)> {
+/// What came out of a run, by name; shares in percent.
+pub(super) fn numbers_of(run: &LoadedRun) -> Vec<(String, f64)> {
     let mut metrics = Vec::new();
     if let Some(evaluation) = &run.evaluation {
         for task in &evaluation.tasks {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::difference::flattened;
@@ -14,12 +14,12 @@ use crate::report::loaded_run::{LoadedRun, read_all};
 use crate::view::controller_lives;
 
 /// Of an event log its first and its last bytes are read: how the run began, and how it stands.
-const SAMPLING: Sampling = Sampling { max_bytes: 96 << 10, num_blocks: 2 };
+pub(super) const SAMPLING: Sampling = Sampling { max_bytes: 96 << 10, num_blocks: 2 };
 /// Percent of a whole.
 const PERCENT: f64 = 100.0;
 
 /// One run.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunEntry {
     /// Its name.
     pub name: String,
@@ -61,7 +61,7 @@ pub struct RunEntry {
 }
 
 /// The checkpoints of a run.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointCount {
     /// How many there are. Of a bucket, how many the end of the event log tells of.
     pub count: u64,
@@ -77,6 +77,11 @@ pub fn entries(folders: &[PathBuf]) -> (Vec<RunEntry>, Vec<String>) {
     let runs = read_all(folders, SAMPLING);
     let entries = runs.into_iter().map(|run| RunEntry::of(&run, studies.place_of(&run))).collect();
     (entries, studies.into_notes())
+}
+
+/// What is known of one run.
+pub(super) fn entry_of(run: &LoadedRun) -> RunEntry {
+    RunEntry::of(run, Studies::default().place_of(run))
 }
 
 impl RunEntry {

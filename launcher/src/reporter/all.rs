@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use cloze_cluster::{Event, Recorded};
 use cloze_recipes::failure::{Failure, FailureKind};
 
+use super::registry::Registry;
 use super::{FailureLog, Jsonl, TensorBoard, Terminal, TerminalStyle};
 use crate::dashboard::Dashboard;
 use crate::run_folder::{RunFolder, RunPaths, storage};
@@ -20,6 +21,7 @@ pub struct Reporters {
     failures: FailureLog,
     tensorboard: TensorBoard,
     dashboard: Option<Dashboard>,
+    registry: Option<Registry>,
     paths: RunPaths,
 }
 
@@ -33,7 +35,8 @@ impl Reporters {
         replay(&paths, |recorded| failures.recall(recorded))?;
         let tensorboard = TensorBoard::create(&paths.tensorboard())
             .map_err(|error| storage("create a TensorBoard file", &paths.tensorboard(), &error))?;
-        Ok(Self { terminal, jsonl, failures, tensorboard, dashboard: None, paths })
+        let registry = Registry::of_run(run.path())?;
+        Ok(Self { terminal, jsonl, failures, tensorboard, dashboard: None, registry, paths })
     }
 
     /// Adds a dashboard, which is shown everything that happened so far.
@@ -52,6 +55,9 @@ impl Reporters {
         self.jsonl.write(&recorded).map_err(|error| storage("write the event log", &self.paths.events(), &error))?;
         if let Some(dashboard) = &mut self.dashboard {
             dashboard.publish(&recorded);
+        }
+        if let Some(registry) = &mut self.registry {
+            registry.apply(&recorded);
         }
         self.failures.write(&recorded).map_err(|error| storage("write the failure log", &self.paths.failures(), &error))?;
         self.tensorboard.write(&recorded).map_err(|error| storage("write a TensorBoard file", &self.paths.tensorboard(), &error))?;

@@ -1,4 +1,5 @@
-//! Readers of the event stream: the terminal, `events.jsonl`, `failures.jsonl`, `TensorBoard` and the dashboard.
+//! Readers of the event stream: the terminal, `events.jsonl`, `failures.jsonl`, `TensorBoard`, the dashboard and the
+//! bucket's registry.
 //!
 //! The launcher hands every event to [`Reporters`], which stamps it with the time once and gives it to each reader. A reader
 //! that cannot write ends the run with a failure of kind `Storage`.
@@ -7,6 +8,7 @@ mod all;
 mod failures;
 mod jsonl;
 pub(crate) mod numbers;
+mod registry;
 mod sentences;
 mod tensorboard;
 mod terminal;
