@@ -16,7 +16,7 @@ const MAX_MANIFEST_BYTES: u64 = 16 << 20;
 /// Name of a manifest, which makes the files beside it a checkpoint.
 const MANIFEST_FILE: &str = "manifest.json";
 /// State of a run of which only checkpoints are known.
-const STATE: &str = "in a bucket";
+pub(super) const STATE: &str = "in a bucket";
 
 /// What is read of a manifest.
 #[derive(Deserialize)]

@@ -8,7 +8,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use cloze_launcher::registry::{DEFAULT_ROOTS, RunEntry, compare, difference_text, entries, entry_text, find_runs, list_text};
+use cloze_launcher::view::RunState;
 use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::nearest;
 use serde_json::json;
 
 use super::bucket_runs;
@@ -37,14 +39,14 @@ pub enum RunsCommand {
 /// Arguments of `cloze runs ls`.
 #[derive(Args)]
 pub struct ListRunsArguments {
-    /// Folder of runs or of studies, or url of a bucket with checkpoints; may be repeated [default: runs/ and studies/]
+    /// Folder of runs or of studies, or of both as a cluster file names it, or url of a bucket with checkpoints; may be repeated [default: runs/ and studies/]
     #[arg(long = "root", value_name = "FOLDER_OR_URL")]
     pub roots: Vec<String>,
     /// Only runs in whose name, place, hash, state, study, tasks or recipe (as `key=value`) this occurs
     #[arg(long, value_name = "TEXT")]
     pub search: Option<String>,
     /// Only runs in this state, such as `finished`, `failed` or `interrupted`
-    #[arg(long)]
+    #[arg(long, value_name = "STATE")]
     pub state: Option<String>,
     /// Print JSON
     #[arg(long)]
@@ -94,13 +96,15 @@ pub fn diff(arguments: &DiffArguments, stdout: &mut dyn Write) -> Result<ExitCod
 }
 
 fn list(arguments: &ListRunsArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
+    let state = arguments.state.as_deref().map(checked_state).transpose()?;
     let (urls, folders): (Vec<&String>, Vec<&String>) = arguments.roots.iter().partition(|root| root.contains("://"));
     let roots = if arguments.roots.is_empty() { default_roots()? } else { folders.into_iter().map(PathBuf::from).collect() };
     let (mut runs, notes) = entries(&find_runs(&roots)?);
     for url in urls {
         runs.extend(bucket_runs::entries(url, &arguments.options)?);
     }
-    runs.retain(|run| is_wanted(run, arguments));
+    runs.retain(|run| state.as_ref().is_none_or(|state| run.state == *state));
+    runs.retain(|run| arguments.search.as_ref().is_none_or(|text| run.contains(text)));
     for note in notes {
         writeln!(std::io::stderr(), "warning: {note}").context("report a study")?;
     }
@@ -124,9 +128,20 @@ fn show(arguments: &ShowRunArguments, stdout: &mut dyn Write) -> Result<ExitCode
     Ok(ExitCode::SUCCESS)
 }
 
-fn is_wanted(run: &RunEntry, arguments: &ListRunsArguments) -> bool {
-    let state = arguments.state.as_ref().is_none_or(|state| run.state == state.replace('_', " "));
-    state && arguments.search.as_ref().is_none_or(|text| run.contains(text))
+/// The state of a name that may have `_` or `-` for its blanks.
+fn checked_state(stated: &str) -> Result<String, Failure> {
+    let plain = stated.to_lowercase().replace(['_', '-'], " ");
+    let known: Vec<&str> =
+        RunState::ALL.iter().map(|state| state.name()).chain(RunEntry::OTHER_STATES).chain([bucket_runs::STATE]).collect();
+    if known.contains(&plain.as_str()) {
+        return Ok(plain);
+    }
+    let failure = Failure::new(FailureKind::Recipe, "there is no such state of a run").at("--state").found(stated);
+    let failure = failure.expected(format!("one of {}", known.join(", ")));
+    Err(match nearest(&plain, known.into_iter()) {
+        Some(meant) => failure.hint(format!("did you mean `{meant}`?")),
+        None => failure,
+    })
 }
 
 /// Those of the usual folders that are there.
@@ -150,4 +165,21 @@ fn pretty(value: &impl serde::Serialize) -> Result<String> {
 
 fn now() -> Result<f64> {
     Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("read the time of day")?.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_that_no_run_has_is_refused_with_those_that_there_are() {
+        for (stated, state) in [("finished", "finished"), ("not_started", "not started"), ("Not-Started", "not started")] {
+            assert_eq!(checked_state(stated).unwrap(), state);
+        }
+        let failure = checked_state("finish").unwrap_err();
+        assert_eq!((failure.kind, failure.hint.as_deref()), (FailureKind::Recipe, Some("did you mean `finished`?")));
+        let failure = checked_state("dancing-all-night").unwrap_err();
+        let all = "one of starting, training, recovering, regrouping, stopped, finished, failed, interrupted, not started, in a bucket";
+        assert_eq!((failure.expected.as_deref(), failure.hint), (Some(all), None));
+    }
 }

@@ -12,6 +12,8 @@ use super::arguments::{
     BenchArguments, DeviceName, EvalArguments, ExportArguments, ForwardArguments, PlacementArguments, PredictArguments, PresetName,
 };
 
+use super::run_place::refuse_study;
+
 /// Environment variable that names another worker binary.
 const WORKER_VARIABLE: &str = "CLOZE_WORKER";
 
@@ -38,6 +40,11 @@ pub fn worker_binary() -> Result<PathBuf> {
 pub fn eval(arguments: &EvalArguments) -> Result<ExitCode> {
     let is_run = arguments.target.is_dir();
     if is_run {
+        refuse_study(&arguments.target, |study| {
+            format!(
+                "its sweep scores its trials: `cloze sweep report {study}` shows the scores, `cloze eval {study}/runs/TRIAL` computes those of one"
+            )
+        })?;
         check_run(&arguments.target)?;
     }
     let (recipe_file, output) = if is_run { eval_of_run(arguments)? } else { eval_of_recipe(arguments)? };
@@ -100,6 +107,7 @@ pub fn predict(arguments: &PredictArguments) -> Result<ExitCode> {
 
 /// `cloze export`
 pub fn export(arguments: &ExportArguments) -> Result<ExitCode> {
+    refuse_study(&arguments.run, |study| format!("`cloze sweep status {study}` names its trials; export {study}/runs/TRIAL"))?;
     check_run(&arguments.run)?;
     run(vec!["export".into(), arguments.run.clone().into(), arguments.output.clone().into()])
 }

@@ -15,6 +15,10 @@ use crate::view::controller_lives;
 
 /// Of an event log its first and its last bytes are read: how the run began, and how it stands.
 const SAMPLING: Sampling = Sampling { max_bytes: 96 << 10, num_blocks: 2 };
+/// The state of a run that has not ended and that no controller has any more.
+const INTERRUPTED: &str = "interrupted";
+/// The state of a run in which nothing has happened yet.
+const NOT_STARTED: &str = "not started";
 /// Percent of a whole.
 const PERCENT: f64 = 100.0;
 
@@ -80,6 +84,9 @@ pub fn entries(folders: &[PathBuf]) -> (Vec<RunEntry>, Vec<String>) {
 }
 
 impl RunEntry {
+    /// States besides those of a run that its own events tell of.
+    pub const OTHER_STATES: [&'static str; 2] = [INTERRUPTED, NOT_STARTED];
+
     /// Whether a text occurs in what is known of the run: name, place, hash, state, study, tasks, or `key=value` of its recipe.
     pub fn contains(&self, text: &str) -> bool {
         let text = text.to_lowercase();
@@ -131,11 +138,11 @@ pub fn metrics_of(run: &LoadedRun) -> BTreeMap<String, f64> {
 fn state_of(run: &LoadedRun) -> String {
     let state = run.view().state;
     if run.events.first_time.is_none() {
-        return "not started".to_owned();
+        return NOT_STARTED.to_owned();
     }
     // A lock that cannot be looked at is no sign of life.
     let lives = || controller_lives(&run.folder).unwrap_or(false);
-    if state.is_end() || lives() { state.name().to_owned() } else { "interrupted".to_owned() }
+    if state.is_end() || lives() { state.name().to_owned() } else { INTERRUPTED.to_owned() }
 }
 
 /// Counted in a folder; of a bucket, what the events say.
