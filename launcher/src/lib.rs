@@ -17,6 +17,7 @@ pub mod simulate;
 pub mod slurm;
 pub mod sweep;
 pub mod view;
+pub mod words;
 
 #[cfg(test)]
 mod sample;

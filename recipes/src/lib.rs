@@ -36,3 +36,4 @@ pub use load_site::load_site;
 pub use load_study::{CheckedFile, check_file, load_study};
 pub use rendered::read_rendered;
 pub use schema::{schema_json, site_schema_json};
+pub use validate::nearest;

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 
 use crate::compose::{ProfileChoice, compose, profile_names};
 use crate::problem::Problems;
-use crate::study::{Scope, Stages, Study, Trial, start_as_stage, trials_of};
+use crate::study::{Scope, Stages, Study, Trial, check_arms, start_as_stage, trials_of};
 use crate::{check, paths, schema, validate};
 
 /// Reads a recipe file whole: the run as [`load_with_profile`](crate::load_with_profile) reads it, and what stands around it.
@@ -31,11 +31,19 @@ pub struct CheckedFile {
 /// Checks everything that a recipe file says: the run, what stands around it, every trial, and, where no profile is asked for, the same
 /// under each profile.
 ///
+/// Without a profile, and the trials right, every arm that is expected must be one of theirs; a profile may sweep less.
+///
 /// Fails with one line for each problem.
 pub fn check_file(path: &Path, overrides: &[String], profile: Option<&str>) -> anyhow::Result<CheckedFile> {
     let shown = path.display().to_string();
     let mut problems = Problems::default();
     let checked = checked_under(path, overrides, profile, &mut problems)?;
+    if let (Some((study, trials)), None) = (&checked, profile)
+        && let Some(expected) = &study.expected
+    {
+        let root = compose(path, overrides, None, &current_folder()?, &mut Problems::default())?;
+        check_arms(expected, trials, &root, &mut problems);
+    }
     let names = if profile.is_some() { Vec::new() } else { named_profiles(path, overrides)? };
     let mut profiles = Vec::new();
     for name in names {

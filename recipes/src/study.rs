@@ -3,6 +3,7 @@
 //! None of this changes what a run computes, so none of it is part of a run's recipe or of its hash. A [`Study`] is a recipe file read
 //! whole; [`crate::recipe::Recipe`] is the part that one run obeys.
 
+mod arms;
 mod draw;
 mod expand;
 mod stages;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::recipe::Recipe;
 
+pub(crate) use arms::check_arms;
 pub(crate) use stages::{Scope, Stages, start_as_stage};
 pub(crate) use trials::trials_of;
 

@@ -103,22 +103,46 @@ impl<'run> Walk<'run> {
         self.problems.push(&node.place, &spot.path, message);
     }
 
-    /// Follows `$ref`, and of `anyOf` takes the alternative that is not `null`.
     fn resolved(&self, schema: &'run Json) -> &'run Json {
-        let mut schema = schema;
-        for _ in 0..MAX_REFERENCES {
-            if let Some(name) = schema.get("$ref").and_then(Json::as_str) {
-                let pointer = name.trim_start_matches('#');
-                schema = self.root_schema.pointer(pointer).unwrap_or(&NOTHING);
-            } else if let Some(alternatives) = schema.get("anyOf").and_then(Json::as_array) {
-                let not_null = alternatives.iter().find(|alternative| alternative.get("type").is_none_or(|of| of != "null"));
-                schema = not_null.unwrap_or(&NOTHING);
-            } else {
-                break;
-            }
-        }
-        schema
+        resolved(self.root_schema, schema)
     }
+}
+
+/// Whether the schema has a place for a key path; in a list its segments are numbers.
+pub(crate) fn knows(root_schema: &Json, key_path: &str) -> bool {
+    let mut schema = resolved(root_schema, root_schema);
+    for segment in key_path.split('.') {
+        let inner = match type_of(schema) {
+            _ if *schema == Json::Bool(true) => return true,
+            "object" => {
+                schema.get("properties").and_then(|properties| properties.get(segment)).or_else(|| schema.get("additionalProperties"))
+            }
+            "array" if segment.parse::<usize>().is_ok() => schema.get("items"),
+            _ => None,
+        };
+        match inner {
+            Some(inner) if *inner != Json::Bool(false) => schema = resolved(root_schema, inner),
+            _ => return false,
+        }
+    }
+    true
+}
+
+/// Follows `$ref`, and of `anyOf` takes the alternative that is not `null`.
+fn resolved<'schema>(root_schema: &'schema Json, schema: &'schema Json) -> &'schema Json {
+    let mut schema = schema;
+    for _ in 0..MAX_REFERENCES {
+        if let Some(name) = schema.get("$ref").and_then(Json::as_str) {
+            let pointer = name.trim_start_matches('#');
+            schema = root_schema.pointer(pointer).unwrap_or(&NOTHING);
+        } else if let Some(alternatives) = schema.get("anyOf").and_then(Json::as_array) {
+            let not_null = alternatives.iter().find(|alternative| alternative.get("type").is_none_or(|of| of != "null"));
+            schema = not_null.unwrap_or(&NOTHING);
+        } else {
+            break;
+        }
+    }
+    schema
 }
 
 /// The one type of the schema that is not `null`; empty where it states none.
@@ -250,7 +274,7 @@ fn joined(path: &str, key: &str) -> String {
 }
 
 /// The known word with the fewest edits to the stated one, if at most about a third of its letters differ.
-pub(crate) fn nearest<'word>(stated: &str, known: impl Iterator<Item = &'word str>) -> Option<&'word str> {
+pub fn nearest<'word>(stated: &str, known: impl Iterator<Item = &'word str>) -> Option<&'word str> {
     let edits_max = stated.chars().count().div_ceil(3);
     let distances = known.map(|word| (strsim::damerau_levenshtein(stated, word), word));
     distances.filter(|(edits, _)| *edits <= edits_max).min_by_key(|(edits, _)| *edits).map(|(_, word)| word)

@@ -12,6 +12,7 @@ use cloze_launcher::slurm::{AllocationOptions, JobPaths, Jobs, LogChoice, Slurm,
 use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::run::{open_to_resume, write_last_line};
+use super::run_place::find_run;
 
 /// Arguments of `cloze cancel`.
 #[derive(Args)]
@@ -45,7 +46,7 @@ pub struct AllocationArguments {
 
 /// Cancels all jobs of a run.
 pub fn cancel(arguments: &CancelArguments) -> Result<ExitCode> {
-    let run = RunPaths::find(&arguments.run)?;
+    let run = find_run(&arguments.run, |study| format!("`cloze sweep cancel {study}` cancels its trials"))?;
     let paths = JobPaths::of(&run);
     let Some(submission) = Submission::read(&paths)? else {
         return Err(Failure::new(FailureKind::Recipe, "this run has no jobs")
@@ -72,7 +73,11 @@ pub fn cancel(arguments: &CancelArguments) -> Result<ExitCode> {
 
 /// Prints the logs of a run.
 pub fn logs(arguments: &LogsArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
-    let run = RunPaths::find(&arguments.run)?;
+    let run = find_run(&arguments.run, |study| {
+        format!(
+            "`cloze sweep status {study}` names its trials; their logs are in {study}/jobs, and `cloze logs {study}/runs/TRIAL` shows those of a run"
+        )
+    })?;
     let choice = LogChoice { worker: arguments.worker, job: arguments.job.clone(), follow: arguments.follow };
     match show_logs(&run, &choice, stdout) {
         Ok(true) => Ok(ExitCode::SUCCESS),

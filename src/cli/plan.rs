@@ -13,12 +13,16 @@ use anyhow::{Context, Result};
 use clap::Args;
 use cloze_data::batch::total_steps;
 use cloze_launcher::plan::{Check, CheckLevel, DataFacts, PlanFacts, RunPlan, check_memory, check_time};
+use cloze_launcher::sweep::folder::StudyFolder;
+use cloze_launcher::sweep::graph::Graph;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::site::Site;
 use cloze_recipes::study::Study;
 use serde::Serialize;
 
 use super::arguments::RecipeArguments;
+use super::run::check_data;
+use super::sweep::study_folder;
 
 /// Arguments of `cloze plan`.
 #[derive(Args)]
@@ -52,8 +56,11 @@ struct Printed {
     plan: Option<RunPlan>,
     /// Every check.
     checks: Vec<Check>,
-    /// The batch script of the run's first job.
+    /// The batch script of the run's first job, or of the sweep's first array.
     script: Option<String>,
+    /// Of which jobs that is.
+    #[serde(skip)]
+    script_of: &'static str,
 }
 
 /// What is planned.
@@ -62,6 +69,28 @@ struct Wanted<'a> {
     site: &'a Site,
     workers: u32,
     offline: bool,
+    /// The trials, where it takes `cloze sweep run` to start the recipe.
+    trials: Option<Trials>,
+}
+
+/// The trials of a study, in the folder that `cloze sweep run` would make.
+struct Trials {
+    folder: StudyFolder,
+    graph: Graph,
+}
+
+impl<'a> Wanted<'a> {
+    fn new(study: &'a Study, site: &'a Site, workers: Option<u32>, offline: bool) -> Result<Self> {
+        let workers = workers.unwrap_or_else(|| study.resources.nodes.saturating_mul(study.resources.workers_per_node));
+        let trials = if study.sweep.is_some() || study.after.is_some() {
+            let folder = study_folder(&study.recipe.name, study.profile.as_deref(), Some(site));
+            let folder = std::path::absolute(folder).context("find the current folder")?;
+            Some(Trials { graph: Graph::new(study.trials(&folder)?)?, folder: StudyFolder::new(folder) })
+        } else {
+            None
+        };
+        Ok(Self { study, site, workers, offline, trials })
+    }
 }
 
 /// Prints numbers, script and checks. A check that failed decides the exit code; one of the recipe comes before all others.
@@ -69,9 +98,8 @@ pub fn plan(arguments: &PlanArguments, stdout: &mut dyn Write) -> Result<ExitCod
     let changes = &arguments.recipe.changes;
     let study = cloze_recipes::load_study(&arguments.recipe.recipe, &changes.overrides, changes.profile.as_deref())?;
     let site = arguments.cluster.as_deref().map_or_else(|| Ok(Site::local()), cloze_recipes::load_site)?;
-    let workers = arguments.workers.unwrap_or_else(|| study.resources.nodes.saturating_mul(study.resources.workers_per_node));
-    let wanted = Wanted { study: &study, site: &site, workers, offline: arguments.offline };
-    let printed = compute(&wanted, arguments)?;
+    let wanted = Wanted::new(&study, &site, arguments.workers, arguments.offline)?;
+    let printed = compute(&wanted, arguments.tokens_per_second)?;
     if arguments.json {
         writeln!(stdout, "{}", serde_json::to_string_pretty(&printed).context("encode the plan")?)
     } else {
@@ -81,31 +109,46 @@ pub fn plan(arguments: &PlanArguments, stdout: &mut dyn Write) -> Result<ExitCod
     verdict(&arguments.recipe.recipe, &printed.checks)
 }
 
-fn compute(wanted: &Wanted<'_>, arguments: &PlanArguments) -> Result<Printed> {
+fn compute(wanted: &Wanted<'_>, tokens_per_second: Option<f64>) -> Result<Printed> {
     let mut checks = Vec::new();
-    let model = checks::model(wanted.study, &mut checks)?;
+    let model = checks::model(wanted, &mut checks);
     let data = checks::data(wanted, &mut checks);
+    checks::evaluation(wanted, &mut checks);
     checks::places(wanted, &mut checks);
     checks::machines(wanted, &mut checks);
-    let plan = match model {
-        Some((shape, vocab)) => {
-            let facts = facts::facts(wanted, arguments, (shape, vocab), data)?;
-            let plan = RunPlan::new(&facts, steps(&facts));
-            checks.push(check_memory(&facts, &plan.memory));
-            checks.push(check_time(&plan, &facts.machine));
-            Some(plan)
-        }
-        None => None,
-    };
-    let script = match script::script(wanted) {
-        Ok(script) => script,
-        Err(error) => {
-            checks.push(Check::error("batch script", &error));
-            None
-        }
-    };
+    let plan = model.map(|model| {
+        let facts = facts::facts(wanted, tokens_per_second, model, data);
+        let plan = RunPlan::new(&facts, steps(&facts));
+        checks.push(check_memory(&facts, &plan.memory));
+        checks.push(check_time(&plan, &facts.machine));
+        plan
+    });
+    let script = script::checked_script(wanted, &mut checks);
     let ok = checks.iter().all(|check| check.level != CheckLevel::Fail);
-    Ok(Printed { ok, plan, checks, script })
+    let script_of = if wanted.trials.is_some() { "the first array of jobs" } else { "the first job" };
+    Ok(Printed { ok, plan, checks, script, script_of })
+}
+
+/// Refuses a run, before it is submitted, that would not start: by its model, its prepared data, its memory and these checks, all told at
+/// once.
+pub(super) fn refuse(recipe: &Path, study: &Study, site: &Site, mut checks: Vec<Check>) -> Result<()> {
+    let wanted = Wanted::new(study, site, None, true)?;
+    let model = checks::model(&wanted, &mut checks);
+    if let Err(error) = check_data(&study.recipe) {
+        checks.push(Check::error("prepared data", &error));
+    }
+    if let Some(model) = model {
+        let facts = facts::facts(&wanted, None, model, DataFacts::Unknown);
+        checks.push(check_memory(&facts, &RunPlan::new(&facts, steps(&facts)).memory));
+    }
+    // Model and data may both say that the tokenizer cannot be read.
+    let mut told: Vec<Check> = Vec::new();
+    for check in checks {
+        if told.iter().all(|earlier| earlier.found != check.found) {
+            told.push(check);
+        }
+    }
+    verdict(recipe, &told).map(drop)
 }
 
 /// Steps of the run, where the recipe or prepared data says so.

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use cloze_launcher::report::{ReportFormat, report_folders};
 use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::nearest;
 
 use super::run::write_last_line;
 use super::sweep::{WishArguments, run_study};
@@ -93,10 +94,15 @@ fn tables(recipes: &Path) -> Result<Vec<String>> {
 }
 
 fn unknown(table: &str, tables: &[String], recipes: &Path) -> Failure {
-    Failure::new(FailureKind::Recipe, "there is no such table")
+    let failure = Failure::new(FailureKind::Recipe, "there is no such table")
         .at(recipes.display())
         .expected(if tables.is_empty() { "a recipe with `expected:`, and there is none".to_owned() } else { tables.join(", ") })
-        .found(table)
+        .found(table);
+    let of_some_paper = || tables.iter().find(|known| known.ends_with(&format!("/{table}"))).map(String::as_str);
+    match nearest(table, tables.iter().map(String::as_str)).or_else(of_some_paper) {
+        Some(meant) => failure.hint(format!("did you mean `{meant}`?")),
+        None => failure,
+    }
 }
 
 #[cfg(test)]
@@ -119,6 +125,10 @@ mod tests {
         assert_eq!(found, ["paper/table1", "paper/table2"]);
         let failure = unknown("paper/table3", &found, root.path());
         assert_eq!((failure.kind, failure.expected.as_deref()), (FailureKind::Recipe, Some("paper/table1, paper/table2")));
+        for (stated, hint) in [("papr/table2", Some("paper/table2")), ("table1", Some("paper/table1")), ("glue", None)] {
+            let hint = hint.map(|hint| format!("did you mean `{hint}`?"));
+            assert_eq!(unknown(stated, &found, root.path()).hint, hint, "{stated}");
+        }
         assert!(tables(&root.path().join("none")).is_err());
     }
 }

@@ -19,6 +19,7 @@ use cloze_recipes::recipe::Recipe;
 
 use super::arguments::{ResumeArguments, TrainArguments, WatchArguments, WorkerArguments};
 use super::hosts::Hosts;
+use super::run_place::refuse_study;
 use super::worker_process::worker_binary;
 
 /// Folder of runs that are given no folder.
@@ -60,6 +61,7 @@ pub fn train(arguments: &TrainArguments) -> Result<ExitCode> {
 
 /// Goes on with a run: here, or in jobs where jobs brought it this far.
 pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
+    refuse_study(&arguments.run, |study| format!("`cloze sweep resume {study}` goes on with its trials"))?;
     if let Some(code) = super::submit::resume(arguments, stdout)? {
         return Ok(code);
     }
@@ -78,6 +80,11 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Exi
 /// Opens what a run reads, and checks that it belongs together.
 pub(super) fn check_inputs(recipe: &Recipe) -> Result<Dataset> {
     check_model_folder(recipe)?;
+    check_data(recipe)
+}
+
+/// Opens the prepared data, and checks that it is of this recipe and this tokenizer.
+pub(super) fn check_data(recipe: &Recipe) -> Result<Dataset> {
     let dataset = Dataset::open(&recipe.data.output)?;
     check_has_samples(&dataset, recipe)?;
     check_prepared(recipe, dataset.manifest())?;

@@ -8,12 +8,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use cloze_launcher::RunPaths;
 use cloze_launcher::dashboard::{ViewStream, fetch_view};
 use cloze_launcher::slurm::{JobsView, jobs_text, view_jobs};
 use cloze_launcher::view::{EventLog, RunState, RunView, controller_lives, status_line, status_page};
 use cloze_recipes::failure::{Failure, FailureKind};
 use serde::Serialize;
+
+use super::run_place::{find_run, refuse_study};
 
 /// How often a run's folder is looked at, and most often a line is printed.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -61,7 +62,7 @@ pub fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Result<Exi
         (fetch_view(&arguments.run)?, true, None)
     } else {
         let folder = Path::new(&arguments.run);
-        let jobs = view_jobs(&RunPaths::find(folder)?)?;
+        let jobs = view_jobs(&find_run(folder, |study| format!("`cloze sweep status {study}` shows its trials"))?)?;
         let mut log = EventLog::of_run(folder);
         // The first job of a run may still wait.
         if jobs.is_none() || folder.join("events.jsonl").exists() {
@@ -93,6 +94,9 @@ pub fn watch(arguments: &WatchRunArguments, stdout: &mut dyn Write) -> Result<Ex
 }
 
 fn watch_folder(folder: &Path, screen: &mut Screen<'_>) -> Result<RunView> {
+    refuse_study(folder, |study| {
+        format!("`cloze sweep status {study}` shows its trials, and `cloze watch {study}/runs/TRIAL` one of them")
+    })?;
     let mut log = EventLog::of_run(folder);
     log.read_new()?;
     tell_passed_over(&log)?;

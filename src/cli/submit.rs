@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Args;
 use cloze_cluster::protocol::build_name;
+use cloze_launcher::plan::Check;
 use cloze_launcher::run_folder::{read_info, read_recipe};
 use cloze_launcher::slurm::{JobId, JobPaths, Jobs, Programs, Role, SUBMIT_SETTLED_S, Slurm, Submission, Wanted, Wish, unmark_cancelled};
 use cloze_launcher::{NewRun, RunFolder, RunPaths};
@@ -17,7 +18,8 @@ use cloze_recipes::site::{Site, SiteKind, SlurmSite};
 use cloze_recipes::study::{Resources, Study};
 
 use super::arguments::{RecipeArguments, ResumeArguments};
-use super::run::{RUNS_FOLDER, check_inputs, split, write_last_line};
+use super::plan::refuse;
+use super::run::{RUNS_FOLDER, check_data, check_inputs, split, write_last_line};
 use super::worker_process::worker_binary;
 
 /// Stands for what only a submission knows, where a script is only shown.
@@ -105,28 +107,24 @@ impl Request {
     /// Checks everything that can be wrong before anything is written.
     fn check(arguments: &SubmitArguments) -> Result<Self> {
         let changes = &arguments.recipe.changes;
-        let study = cloze_recipes::load_study(&arguments.recipe.recipe, &changes.overrides, changes.profile.as_deref())?;
+        let recipe_file = &arguments.recipe.recipe;
+        let mut study = cloze_recipes::load_study(recipe_file, &changes.overrides, changes.profile.as_deref())?;
         refuse_studies(&study)?;
         let site = cloze_recipes::load_site(&arguments.cluster)?;
         let slurm_site = slurm_of(&site)?;
-        let Study { recipe, mut resources, .. } = study;
-        resources.nodes = arguments.nodes.unwrap_or(resources.nodes);
-        let dataset = check_inputs(&recipe)?;
-        worker_binary()?;
-        let slurm = Slurm::find(slurm_site)?;
-        refuse_misfits(&slurm, &resources, slurm_site)?;
+        study.resources.nodes = arguments.nodes.unwrap_or(study.resources.nodes);
+        let slurm = Slurm::find(slurm_site);
+        let mut checks = checks_of_site(slurm.as_ref(), &study.resources, slurm_site);
+        checks.extend(worker_binary().err().map(|error| Check::error("worker binary", &error)));
+        checks.extend(too_few_workers(&study).map(|failure| Check::fail("workers", &failure)));
+        refuse(recipe_file, &study, &site, checks)?;
+        let (slurm, dataset) = (slurm?, check_data(&study.recipe)?);
+        let Study { recipe, resources, .. } = study;
         let folder = arguments.run.clone().unwrap_or_else(|| {
             let root = site.folder.clone().unwrap_or_default();
             root.join(RUNS_FOLDER).join(&recipe.name)
         });
         let folder = std::path::absolute(&folder).context("find the run folder")?;
-        let workers = resources.nodes.saturating_mul(resources.workers_per_node);
-        if let Some(min_workers) = recipe.cluster.min_workers.filter(|&min_workers| min_workers > workers) {
-            return Err(Failure::new(FailureKind::Recipe, "the run has fewer workers than its recipe needs")
-                .expected(format!("at least {min_workers} workers (`cluster.min_workers`)"))
-                .found(format!("{workers}, on {} nodes (`resources`)", resources.nodes))
-                .into());
-        }
         let data_fingerprint = dataset.manifest().fingerprint();
         Ok(Self { recipe, resources, site, slurm, data_fingerprint, folder })
     }
@@ -229,8 +227,25 @@ fn refuse_studies(study: &Study) -> Result<(), Failure> {
     Err(Failure::new(FailureKind::Recipe, what).at(study.file.display()).hint("`cloze sweep run` submits all runs that it needs"))
 }
 
+/// What is wrong with the batch system, or what it cannot give.
+fn checks_of_site(slurm: Result<&Slurm, &Failure>, resources: &Resources, site: &SlurmSite) -> Vec<Check> {
+    let wish = Wish::of(resources, site.gpu_type.as_deref(), site.time_limit_minutes);
+    let misfits = slurm.map_err(Failure::clone).and_then(|slurm| slurm.misfits(&wish));
+    let failures = misfits.unwrap_or_else(|failure| vec![failure]);
+    failures.iter().map(|failure| Check::fail("partition", failure)).collect()
+}
+
+fn too_few_workers(study: &Study) -> Option<Failure> {
+    let Resources { nodes, workers_per_node, .. } = study.resources;
+    let workers = nodes.saturating_mul(workers_per_node);
+    let min_workers = study.recipe.cluster.min_workers.filter(|&min_workers| min_workers > workers)?;
+    let failure = Failure::new(FailureKind::Recipe, "the run has fewer workers than its recipe needs");
+    let failure = failure.expected(format!("at least {min_workers} workers (`cluster.min_workers`)"));
+    Some(failure.found(format!("{workers}, on {nodes} nodes (`resources`)")))
+}
+
 /// Everything that the cluster cannot give, at once.
-fn refuse_misfits(slurm: &Slurm, resources: &Resources, site: &SlurmSite) -> Result<(), Failure> {
+pub(super) fn refuse_misfits(slurm: &Slurm, resources: &Resources, site: &SlurmSite) -> Result<(), Failure> {
     let wish = Wish::of(resources, site.gpu_type.as_deref(), site.time_limit_minutes);
     let mut misfits = slurm.misfits(&wish)?;
     match misfits.len() {

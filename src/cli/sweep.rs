@@ -1,10 +1,12 @@
 //! `cloze sweep`: many runs of one recipe, from a preview to a table.
 
+mod machines;
+
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
@@ -17,16 +19,20 @@ use cloze_launcher::sweep::journal::read_records;
 use cloze_launcher::sweep::local::Local;
 use cloze_launcher::sweep::lock::FileLock;
 use cloze_launcher::sweep::open::OpenStudy;
+use cloze_launcher::sweep::outlook::{is_over, newest_step};
 use cloze_launcher::sweep::queue::{Queue, QueueOptions};
 use cloze_launcher::sweep::record::{TrialRecord, TrialState};
 use cloze_launcher::sweep::share::Part;
 use cloze_launcher::sweep::talk::{Talk, counts};
 use cloze_launcher::sweep::text::{preview_text, status_table};
 use cloze_launcher::sweep::work::{WorkOptions, work as work_on};
+use cloze_launcher::words::{counted, is_or_are};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::site::{Site, SiteKind};
 use cloze_recipes::study::Study;
 use serde_json::json;
+
+use machines::check_machines;
 
 use super::inputs::check_inputs;
 use super::reproduce::report_study;
@@ -116,6 +122,9 @@ pub struct StatusArguments {
 pub struct ResumeArguments {
     /// Study folder
     pub folder: PathBuf,
+    /// Cluster file that takes the place of the one that the study was started with
+    #[arg(long, value_name = "FILE")]
+    pub cluster: Option<PathBuf>,
     /// Bucket with the study's records; brings the study into a folder that does not have it
     #[arg(long, value_name = "URL")]
     pub journal: Option<String>,
@@ -173,15 +182,12 @@ pub fn sweep(command: &SweepCommand, stdout: &mut dyn Write) -> Result<ExitCode>
     match command {
         SweepCommand::Run(arguments) => start(arguments, stdout),
         SweepCommand::Status(arguments) => status(arguments, stdout),
-        SweepCommand::Resume(arguments) => {
-            let journal = arguments.journal.as_deref().map(absolute_url).transpose()?;
-            let study = OpenStudy::open(&arguments.folder, journal.as_deref())?;
-            finish(&drive(study, arguments.quiet)?, stdout)
-        }
+        SweepCommand::Resume(arguments) => finish(&resume(arguments)?, stdout),
         SweepCommand::Retry(arguments) => {
             let mut study = OpenStudy::open(&arguments.folder, None)?;
             let num_reset = study.retry(&arguments.trials)?;
-            write_last_line(&mut std::io::stderr(), &format!("{num_reset} trials are tried again"))?;
+            let line = format!("{} {} tried again", counted(num_reset, "trial"), is_or_are(num_reset));
+            write_last_line(&mut std::io::stderr(), &line)?;
             finish(&drive(study, arguments.quiet)?, stdout)
         }
         SweepCommand::Cancel(arguments) => cancel(&arguments.folder),
@@ -192,6 +198,18 @@ pub fn sweep(command: &SweepCommand, stdout: &mut dyn Write) -> Result<ExitCode>
         }
         SweepCommand::Work(arguments) => work(arguments),
     }
+}
+
+/// Goes on with a study, with another cluster file where one is named.
+fn resume(arguments: &ResumeArguments) -> Result<Driven> {
+    let journal = arguments.journal.as_deref().map(absolute_url).transpose()?;
+    let site = arguments.cluster.as_deref().map(cloze_recipes::load_site).transpose()?;
+    let mut study = OpenStudy::open(&arguments.folder, journal.as_deref())?;
+    check_machines(&study.plan.resources, site.as_ref().or(study.plan.site.as_ref()))?;
+    if let Some(site) = site {
+        study.move_to(site)?;
+    }
+    drive(study, arguments.quiet)
 }
 
 fn start(arguments: &RunArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
@@ -217,6 +235,7 @@ pub(super) struct Driven {
 /// Runs a study to its end, or goes on with it.
 pub(super) fn run_study(study: &Study, folder: &Path, site: Option<Site>, wish: &WishArguments) -> Result<Driven> {
     check_inputs(study, folder)?;
+    check_machines(&study.resources, site.as_ref())?;
     let options = SweepOptions { site, journal: wish.journal.as_deref().map(absolute_url).transpose()? };
     drive(OpenStudy::create(study, folder, options)?, wish.quiet)
 }
@@ -257,9 +276,9 @@ fn controller(study: OpenStudy, quiet: bool) -> Result<Controller> {
 /// The table, and how the sweep ended as an exit code.
 fn finish(driven: &Driven, stdout: &mut dyn Write) -> Result<ExitCode> {
     driven.check()?;
-    write_table(&driven.plan, &driven.end.records, stdout)?;
+    write_table(&driven.plan, &driven.end.records, true, stdout)?;
     let shown = driven.folder.display();
-    write_last_line(&mut std::io::stderr(), &format!("{}; study folder: {shown}", counts(&driven.end.records)))?;
+    write_last_line(&mut std::io::stderr(), &format!("{}; study folder: {shown}", counts(&driven.end.records, true)))?;
     driven.check_trials()?;
     Ok(ExitCode::SUCCESS)
 }
@@ -271,7 +290,7 @@ impl Driven {
             return Ok(());
         }
         let shown = self.folder.display().to_string();
-        let what = format!("the sweep was left: {}", counts(&self.end.records));
+        let what = format!("the sweep was left: {}", counts(&self.end.records, false));
         Err(Failure::new(FailureKind::Interrupted, what).at(&shown).hint(format!("go on with: cloze sweep resume {shown}")))
     }
 
@@ -297,13 +316,15 @@ impl WishArguments {
 
     /// The study folder: what was asked for, or one by the name of the study and the profile.
     pub(super) fn folder_of(&self, name: &str, site: Option<&Site>) -> PathBuf {
-        if let Some(folder) = &self.folder {
-            return folder.clone();
-        }
-        let profile = self.profile.as_ref().map_or_else(String::new, |profile| format!("-{profile}"));
-        let root = site.and_then(|site| site.folder.clone()).unwrap_or_default();
-        root.join(STUDIES_FOLDER).join(format!("{name}{profile}"))
+        self.folder.clone().unwrap_or_else(|| study_folder(name, self.profile.as_deref(), site))
     }
+}
+
+/// The folder of a study that is given none: by the name of the study and the profile, in the site's folder.
+pub(super) fn study_folder(name: &str, profile: Option<&str>, site: Option<&Site>) -> PathBuf {
+    let profile = profile.map_or_else(String::new, |profile| format!("-{profile}"));
+    let root = site.and_then(|site| site.folder.clone()).unwrap_or_default();
+    root.join(STUDIES_FOLDER).join(format!("{name}{profile}"))
 }
 
 fn preview(study: &Study, folder: &Path, stdout: &mut dyn Write) -> Result<()> {
@@ -317,27 +338,37 @@ fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Result<ExitCod
     let folder = StudyFolder::find(&arguments.folder)?;
     let (info, plan) = (folder.info()?, folder.plan()?);
     let mut known = read_records(&folder, &plan)?;
-    let records: Vec<TrialRecord> = plan
+    let mut records: Vec<TrialRecord> = plan
         .trials
         .iter()
         .map(|trial| known.remove(&trial.hash).unwrap_or_else(|| TrialRecord::new(trial, plan.parent_hash(trial))))
         .collect();
+    let is_over = is_over(now()?, &plan, &records);
+    // A record knows the newest saved step; what is out is further.
+    for record in records.iter_mut().filter(|record| record.state == TrialState::Training) {
+        record.step = record.step.max(newest_step(&folder.run_path(&record.name)));
+    }
     let controller = FileLock::holder(&folder.lock_path())?;
     if arguments.json {
         let trials: Vec<_> = records.iter().map(|record| TrialRecord { evaluation: None, ..record.clone() }).collect();
-        let text = json!({"name": info.name, "hash": info.hash, "controller": controller, "trials": trials});
+        let text = json!({"name": info.name, "hash": info.hash, "controller": controller, "over": is_over, "trials": trials});
         serde_json::to_writer_pretty(&mut *stdout, &text).context("print the status")?;
         writeln!(stdout).context("print the status")?;
         return Ok(ExitCode::SUCCESS);
     }
-    write_table(&plan, &records, stdout)?;
+    write_table(&plan, &records, is_over, stdout)?;
     let controller = controller.map_or_else(|| "no controller lives".to_owned(), |holder| format!("controlled by {holder}"));
-    writeln!(stdout, "{}; {controller}", counts(&records)).context("print the status")?;
+    writeln!(stdout, "{}; {controller}", counts(&records, is_over)).context("print the status")?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn write_table(plan: &SweepPlan, records: &[TrialRecord], stdout: &mut dyn Write) -> Result<()> {
-    write!(stdout, "{}", status_table(plan, records)).context("print the table")
+fn write_table(plan: &SweepPlan, records: &[TrialRecord], is_over: bool, stdout: &mut dyn Write) -> Result<()> {
+    write!(stdout, "{}", status_table(plan, records, is_over)).context("print the table")
+}
+
+/// Unix time, in seconds.
+fn now() -> Result<f64> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("read the time of day")?.as_secs_f64())
 }
 
 /// Asks the live controller, or does it in its place.

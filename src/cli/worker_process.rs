@@ -3,14 +3,18 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use cloze_launcher::registry::publish_run;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::raw::Preset;
 
 use super::arguments::{
     BenchArguments, DeviceName, EvalArguments, ExportArguments, ForwardArguments, PlacementArguments, PredictArguments, PresetName,
 };
+
+use super::run_place::refuse_study;
 
 /// Environment variable that names another worker binary.
 const WORKER_VARIABLE: &str = "CLOZE_WORKER";
@@ -38,6 +42,11 @@ pub fn worker_binary() -> Result<PathBuf> {
 pub fn eval(arguments: &EvalArguments) -> Result<ExitCode> {
     let is_run = arguments.target.is_dir();
     if is_run {
+        refuse_study(&arguments.target, |study| {
+            format!(
+                "its sweep scores its trials: `cloze sweep report {study}` shows the scores, `cloze eval {study}/runs/TRIAL` computes those of one"
+            )
+        })?;
         check_run(&arguments.target)?;
     }
     let (recipe_file, output) = if is_run { eval_of_run(arguments)? } else { eval_of_recipe(arguments)? };
@@ -48,7 +57,20 @@ pub fn eval(arguments: &EvalArguments) -> Result<ExitCode> {
     if let Some(model) = &arguments.model {
         worker.extend(["--model".into(), model.into()]);
     }
-    run(worker)
+    let code = run(worker)?;
+    // Scores of another model, or in another folder, are not those of the run.
+    if is_run && code == ExitCode::SUCCESS && arguments.model.is_none() && arguments.output.is_none() {
+        tell_bucket(&arguments.target);
+    }
+    Ok(code)
+}
+
+/// The scores stand in the run's folder already, so a bucket that does not take them is no failure.
+fn tell_bucket(run: &Path) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64());
+    if let Err(error) = publish_run(run, now) {
+        tracing::warn!(error = format!("{error:#}"), "the bucket of the run's checkpoints could not be told its scores");
+    }
 }
 
 /// Refuses a folder that is no run.
@@ -100,6 +122,7 @@ pub fn predict(arguments: &PredictArguments) -> Result<ExitCode> {
 
 /// `cloze export`
 pub fn export(arguments: &ExportArguments) -> Result<ExitCode> {
+    refuse_study(&arguments.run, |study| format!("`cloze sweep status {study}` names its trials; export {study}/runs/TRIAL"))?;
     check_run(&arguments.run)?;
     run(vec!["export".into(), arguments.run.clone().into(), arguments.output.clone().into()])
 }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde_json::{Value, json};
+
 use crate::sandbox::{ACCESS_KEY, Outcome, Process, SECRET_KEY, SeaweedFs, World, expect_close, tool, wait_until};
 
 /// With a checkpoint every 10 steps: when step 35 is reported, those of steps 10 and 20 are complete.
@@ -60,6 +62,34 @@ fn check_against_local_files(cloud: &Cloud) {
     assert!(exported == expected, "the exported weights differ");
 }
 
+/// Whoever sees only the bucket is told of the run what its folder knows, but for the place.
+fn check_registry(cloud: &Cloud) {
+    let option = |pair: String| ["--option".to_owned(), pair];
+    let options = [
+        option(format!("endpoint=http://127.0.0.1:{}", cloud.server.s3_port())),
+        option("allow_http=true".to_owned()),
+        option("region=us-east-1".to_owned()),
+    ];
+    let asked = |arguments: &[&str]| {
+        let all: Vec<&str> = arguments.iter().copied().chain(options.iter().flatten().map(String::as_str)).collect();
+        cloud.cloze(&all).expect_code(0).stdout
+    };
+    let parsed = |text: String| -> Value { serde_json::from_str(&text).expect("the list is JSON") };
+    let place = SeaweedFs::url("checkpoints");
+    let listed =
+        parsed(asked(&["runs", "--root", "s3://bucket", "--state", "finished", "--search", &format!("train.steps={STEPS}"), "--json"]));
+    let [run] = listed["runs"].as_array().map(Vec::as_slice).expect("a list") else { panic!("{listed}") };
+    let own = parsed(cloud.cloze(&["runs", "show", "cloud", "--json"]).expect_code(0).stdout);
+    for key in ["name", "recipe_hash", "state", "step", "steps", "loss", "worker_hours", "started"] {
+        assert_eq!(run[key], own[key], "{key}");
+    }
+    assert_eq!((run["place"].as_str(), run["checkpoints"]["newest_step"].as_u64()), (Some(place.as_str()), Some(STEPS)));
+    let shown = asked(&["runs", "show", &place]);
+    assert!(shown.contains("run cloud: finished") && shown.contains(&format!("train.steps: {STEPS}")), "{shown}");
+    let difference = parsed(asked(&["diff", "cloud", &place, "--json"]));
+    assert_eq!((difference["recipe"].as_array().map(Vec::len), &difference["metrics"][0]["delta"]), (Some(0), &json!(0.0)), "{difference}");
+}
+
 #[test]
 fn a_run_lives_in_a_bucket() {
     let Some(weed) = tool("a run lives in a bucket", "weed") else { return };
@@ -82,6 +112,8 @@ fn a_run_lives_in_a_bucket() {
     }
     cloud.cloze(&["export", "cloud", "--output", "exported"]).expect_code(0);
     check_against_local_files(&cloud);
+
+    check_registry(&cloud);
 
     // Nothing that stays on this machine holds the secret.
     for file in ["recipe.yaml", "run.json", "events.jsonl", "logs/worker-0.log", "logs/worker-1.log"] {

@@ -55,6 +55,41 @@ fn everything_that_is_wrong_is_said_at_once() {
 }
 
 #[test]
+fn a_sweep_is_planned_as_it_would_be_submitted() {
+    let world = World::with_corpus(2000);
+    let around = "resources: {nodes: 1, workers_per_node: 1}\nsweep: {grid: {data.max_length: [64, 128]}, seeds: [1, 2], concurrency: 2}\n";
+    world.write("sweep.yaml", format!("extends: recipe.yaml\nversion: 1\nname: many\n{around}"));
+    world.write("cluster.yaml", "version: 1\nname: mine\nkind: slurm\nslurm: {partition: main}\n");
+    let plan = || world.done(&["plan", "sweep.yaml", "--cluster", "cluster.yaml", "--offline"]).stdout;
+    let text = plan();
+    let study = world.path("studies/many").display().to_string();
+    for part in [
+        "batch script of the first array of jobs",
+        "#SBATCH --array=0-3%2\n",
+        &format!("/cloze sweep work {study} --batch 1\n"),
+        &format!("OK    prepared data: the sweep prepares 2 times, in {study}/data\n"),
+        "OK    evaluation: its file is there\n",
+        "OK    batch script: can be written\n",
+    ] {
+        assert!(text.contains(part), "`{part}` is missing in:\n{text}");
+    }
+    assert!(!world.path("studies").exists(), "a plan makes no folder");
+    // Data of another recipe, where the sweep would look for it.
+    let script = world.done(&["sweep", "run", "sweep.yaml", "--preview"]).stdout;
+    assert!(script.contains("4 trials, 0 earlier stages, 2 data preparations"), "{script}");
+    world.done(&["sweep", "run", "sweep.yaml", "--quiet", "--set", "train.steps=1"]);
+    assert!(plan().contains(&format!("OK    prepared data: 2 preparations are there, in {study}/data\n")), "{}", plan());
+}
+
+#[test]
+fn an_evaluation_file_that_is_missing_fails_the_plan() {
+    let world = World::prepared();
+    let set = ["--set", "evaluation=[{name: t, files: [gone.jsonl], labels: [{value: a}, {value: b}]}]"];
+    let outcome = world.cloze(&[["plan", "recipe.yaml"].as_slice(), &set].concat()).expect_code(4);
+    assert!(outcome.stdout.contains("FAIL  evaluation: a file of the task `t` is not there; at "), "{}", outcome.stdout);
+}
+
+#[test]
 fn a_recipe_that_does_not_fit_says_what_would_help() {
     let world = World::prepared();
     world.write("cluster.yaml", "version: 1\nname: small\nkind: local\n");

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::sandbox::{CLOZE, Outcome, RECIPE, Run, SlurmCluster, SlurmOptions, World, run_command, wait_until};
+use crate::sandbox::{CLOZE, Outcome, RECIPE, Run, SlurmCluster, SlurmOptions, World, fake_slurm, run_command, wait_until};
 
 /// How long a run that goes to its end is to train, in seconds, so that something can happen on the way.
 const RUN_S: f64 = 8.0;
@@ -302,6 +302,28 @@ fn a_run_goes_on_beyond_its_time_limit() {
     assert_eq!(site.cluster.job_field(job, "Restarts").as_deref(), Some("1"));
     site.cloze(&["cancel", &run.path.display().to_string()]).expect_code(0);
     site.expect_no_job(&run);
+}
+
+#[test]
+fn everything_that_a_run_would_meet_is_told_before_it_is_submitted() {
+    let world = World::prepared();
+    let path = fake_slurm(&world);
+    world.write("main.yaml", cluster_file("partition: main"));
+    fs::create_dir(world.path("model")).unwrap();
+    world.write("wrong.yaml", "extends: recipe.yaml\nversion: 1\nmodel: {path: model, shape: null}\ndata: {output: elsewhere}\n");
+    let submit = |recipe: &str, more: &[&str]| {
+        let arguments = ["submit", recipe, "--cluster", "main.yaml", "--run", "run"];
+        run_command(world.command(&[arguments.as_slice(), more].concat()).env("PATH", &path))
+    };
+    let wishes = ["--set", "resources.workers_per_node=9", "--set", "resources.cpus_per_worker=1"];
+    for more in [["--dry-run"].as_slice(), &[]] {
+        let outcome = submit("wrong.yaml", &[wishes.as_slice(), more].concat()).expect_code(3);
+        outcome.expect_words(&["3 of ", "partition: no node of the partition has that many cores", "model: ", "prepared data: "]);
+    }
+    let outcome = submit(RECIPE, &["--set", "resources.memory_per_node_mib=1"]).expect_code(3);
+    outcome.expect_words(&["memory: the recipe does not fit"]);
+    assert!(!world.path("run").exists(), "a run folder was made for nothing");
+    assert!(submit(RECIPE, &["--dry-run"]).expect_code(0).stdout.contains("#SBATCH --partition=main\n"));
 }
 
 #[test]

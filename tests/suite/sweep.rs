@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::sandbox::{CLOZE, Process, RECIPE_TEXT, SeaweedFs, World, send_signal, tool, wait_until};
+use crate::sandbox::{CLOZE, Process, RECIPE_TEXT, SeaweedFs, World, fake_slurm, run_command, send_signal, tool, wait_until};
 
 /// Longest wait for something of a sweep to happen.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -121,12 +121,16 @@ trial #3 #2 #1 train.learning_rate=0.001 seed=1
 trial #4 #2 #1 train.learning_rate=0.001 seed=2
 trial #5 #2 #1 train.learning_rate=0.002 seed=1
 trial #6 #2 #1 train.learning_rate=0.002 seed=2
-4 trials, 1 earlier stages, 1 data preparations; at most 2 at the same time
+4 trials, 1 earlier stage, 1 data preparation; at most 2 at the same time
 ";
     assert_eq!(without_hashes(&preview), expected);
     assert!(!world.path("studies").exists(), "a preview makes nothing");
 
     let outcome = world.done(&["sweep", "run", &recipe]).expect_words(&["4 of 4 done"]);
+    // Each change is a line, also where nobody watches.
+    for change in [" starts: ", " done at step "] {
+        assert_eq!(outcome.stderr.matches(change).count(), 5, "{}", outcome.stderr);
+    }
     assert_eq!(outcome.stdout.lines().count(), 5, "{}", outcome.stdout);
     assert_eq!(study.states(), vec!["done"; 5]);
     for (name, record) in study.records() {
@@ -140,6 +144,12 @@ trial #6 #2 #1 train.learning_rate=0.002 seed=2
 
     // Once more: nothing is left to do.
     world.done(&["sweep", "run", &recipe]).expect_words(&["4 of 4 done"]);
+    // A study is no run, and says which command is meant.
+    for command in ["status", "logs", "cancel", "resume"] {
+        let hint = format!("`cloze sweep {} ", if command == "logs" { "status" } else { command });
+        world.cloze(&[command, &study.folder()]).expect_code(4).expect_words(&["this folder holds a study", &hint]);
+    }
+    world.cloze(&["eval", &study.folder()]).expect_code(4).expect_words(&["this folder holds a study", "`cloze sweep report "]);
     assert!(study.records().keys().all(|name| study.starts(name) == 1));
     // The same folder is not another study's.
     let folder = study.folder();
@@ -158,12 +168,15 @@ sweep:
   concurrency: 2
 ";
     let study = Study::new(&world, "killed", around);
-    let process = study.start(&["--set", "train.steps=150", "--set", "checkpoint.every_steps=20"]);
+    let process = study.start(&["--set", "train.steps=300", "--set", "checkpoint.every_steps=20"]);
     wait_until("two trials train", PATIENCE, || {
         study.records().iter().filter(|(name, record)| record["state"] == "training" && study.steps(name).len() > 5).count() == 2
     });
-    // A second controller is refused by name.
     let folder = study.folder();
+    let status: Value = serde_json::from_str(&world.done(&["sweep", "status", &folder, "--json"]).stdout).unwrap();
+    let steps = status["trials"].as_array().unwrap().iter().filter(|trial| trial["step"].as_u64() >= Some(5)).count();
+    assert_eq!((steps, status["over"].as_bool()), (2, Some(false)), "what trains shows its newest step: {status}");
+    // A second controller is refused by name.
     world.cloze(&["sweep", "resume", &folder]).expect_code(9).expect_words(&["another live controller has this sweep", "process "]);
     process.kill();
     let out: Vec<String> = study.records().into_iter().filter(|(_, record)| record["state"] == "training").map(|(name, _)| name).collect();
@@ -176,7 +189,7 @@ sweep:
     for (name, record) in study.records() {
         assert_eq!((record["state"].as_str(), record["attempts"].as_u64()), (Some("done"), Some(1)), "{name}");
         let steps = study.steps(&name);
-        assert_eq!((study.starts(&name), steps.len(), steps.last()), (1, 150, Some(&150)), "{name}");
+        assert_eq!((study.starts(&name), steps.len(), steps.last()), (1, 300, Some(&300)), "{name}");
     }
 }
 
@@ -269,8 +282,13 @@ fn a_failed_trial_is_named_and_tried_again_when_asked() {
     let name = failed["name"].as_str().unwrap().to_owned();
     let folder = study.folder();
     world.cloze(&["sweep", "retry", &folder, "nobody"]).expect_code(3).expect_words(&["no such trial"]);
+    let done = records.values().find(|record| record["state"] == "done").unwrap()["name"].as_str().unwrap().to_owned();
+    let refused = world.cloze(&["sweep", "retry", &folder, &done]).expect_code(3);
+    refused.expect_words(&["only a trial that has failed is tried again", &format!("{done}, which is done")]);
+    let report = world.done(&["report", &folder]).stdout;
+    assert!(report.contains("Of 2 trials: 1 failed; `cloze sweep status "), "{report}");
     fs::copy(world.path("corpus/tokenizer.json"), world.path("other.json")).unwrap();
-    world.done(&["sweep", "retry", &folder, &name]).expect_words(&["1 trials are tried again", "2 of 2 done"]);
+    world.done(&["sweep", "retry", &folder, &name]).expect_words(&["1 trial is tried again", "2 of 2 done"]);
     assert_eq!(study.records()[&name]["attempts"], 2);
     // A damaged record is named.
     let path = format!("{folder}/trials/{}.json", failed["hash"].as_str().unwrap());
@@ -289,13 +307,40 @@ fn what_cannot_begin_starts_nothing() {
     world.write("cluster.yaml", "version: 1\nname: here\nkind: slurm\nslurm: {partition: main}\n");
     let mut command = world.command(&["sweep", "run", &recipe, "--cluster", "cluster.yaml"]);
     command.env("PATH", "/nowhere");
-    crate::sandbox::run_command(&mut command).expect_code(5).expect_words(&["sbatch"]);
-    assert_eq!(alone.states(), ["waiting"]);
+    run_command(&mut command).expect_code(5).expect_words(&["sbatch"]);
+    assert!(!world.path(&alone.folder()).exists(), "a study folder was made for nothing");
     fs::create_dir_all(world.path("full")).unwrap();
     world.write("full/thesis.tex", "x");
     world.cloze(&["sweep", "run", &recipe, "--folder", "full"]).expect_code(3).expect_words(&["not empty", "thesis.tex"]);
     world.cloze(&["sweep", "status", "full"]).expect_code(4).expect_words(&["this folder holds no study"]);
     world.cloze(&["reproduce", "no/table", "--recipes", "."]).expect_code(3).expect_words(&["there is no such table"]);
+}
+
+#[test]
+fn a_cluster_file_is_checked_before_a_study_is_made_and_can_be_changed() {
+    let world = World::with_corpus(500);
+    let study = Study::new(&world, "queued", "");
+    let path = fake_slurm(&world);
+    let recipe = study.recipe();
+    let folder = study.folder();
+    for (file, name, slurm) in [("main", "a", "partition: main"), ("nowhere", "a", "partition: nowhere"), ("lab", "b", "account: lab")] {
+        world.write(&format!("{file}.yaml"), format!("version: 1\nname: {name}\nkind: slurm\nslurm: {{{slurm}}}\n"));
+    }
+    let cloze = |arguments: &[&str]| run_command(world.command(arguments).env("PATH", &path));
+    let no_partition = ["the cluster has no such partition", "nowhere"];
+    cloze(&["sweep", "run", &recipe, "--cluster", "nowhere.yaml"]).expect_code(3).expect_words(&no_partition);
+    assert!(!world.path(&folder).exists(), "a study folder was made for nothing");
+    cloze(&["sweep", "run", &recipe, "--cluster", "main.yaml"]).expect_code(5).expect_words(&["Invalid account"]);
+    assert_eq!(study.states(), ["waiting"]);
+
+    // The file that is named counts, and not the one of before.
+    let plan = || -> Value { serde_json::from_slice(&world.read(&format!("{folder}/sweep.json"))).unwrap() };
+    cloze(&["sweep", "resume", &folder, "--cluster", "nowhere.yaml"]).expect_code(3).expect_words(&no_partition);
+    assert_eq!(plan()["site"]["kind"]["slurm"]["partition"], "main");
+    cloze(&["sweep", "resume", &folder, "--cluster", "lab.yaml"]).expect_code(5).expect_words(&["Invalid account"]);
+    assert_eq!(plan()["site"]["kind"]["slurm"]["account"], "lab");
+    let script = String::from_utf8(world.read(&format!("{folder}/jobs/batch-000002.sh"))).unwrap();
+    assert!(script.contains("#SBATCH --account=lab\n"), "{script}");
 }
 
 impl Drop for Study<'_> {

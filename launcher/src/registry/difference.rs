@@ -7,6 +7,7 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use serde::Serialize;
 use serde_json::Value;
 
+use super::record::RunRecord;
 use crate::report::event_sample::Sampling;
 use crate::report::loaded_run::LoadedRun;
 
@@ -52,16 +53,14 @@ pub struct MetricDifference {
     pub delta: Option<f64>,
 }
 
-/// Compares two run folders, or recipe files, which have no numbers. Fails with kind `Input` on a folder that holds no run, and as
-/// [`cloze_recipes::load`] on a recipe file.
-pub fn compare(first: &Path, second: &Path) -> anyhow::Result<Difference> {
-    let (one, other) = (Side::read(first)?, Side::read(second)?);
-    Ok(Difference {
-        first: first.display().to_string(),
-        second: second.display().to_string(),
-        recipe: recipe_differences(&one.recipe, &other.recipe),
-        metrics: metric_differences(&one.metrics, &other.metrics),
-    })
+/// Compares two runs, or recipe files.
+pub fn compare(first: Side, second: Side) -> Difference {
+    Difference {
+        recipe: recipe_differences(&first.recipe, &second.recipe),
+        metrics: metric_differences(&first.metrics, &second.metrics),
+        first: first.name,
+        second: second.name,
+    }
 }
 
 /// Every value of a recipe that is neither map nor list, by its key; keys without a value are left out.
@@ -84,17 +83,27 @@ fn flatten(value: &Value, key: String, flat: &mut BTreeMap<String, Value>) {
     }
 }
 
-/// A run, or a recipe file.
-struct Side {
+/// A run, or a recipe file, which has no numbers.
+#[derive(Clone, Debug)]
+pub struct Side {
+    name: String,
     recipe: BTreeMap<String, Value>,
     metrics: Vec<(String, f64)>,
 }
 
 impl Side {
-    fn read(path: &Path) -> anyhow::Result<Self> {
+    /// A run whose record lies in a bucket.
+    pub fn of_record(url: &str, record: RunRecord) -> Self {
+        Self { name: url.to_owned(), recipe: record.recipe, metrics: record.numbers }
+    }
+
+    /// Reads a run folder or a recipe file. Fails with kind `Input` on a folder that holds no run, and as [`cloze_recipes::load`] on a
+    /// recipe file.
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        let name = path.display().to_string();
         if path.is_file() {
             let recipe = serde_json::to_value(cloze_recipes::load(path, &[])?)?;
-            return Ok(Self { recipe: flattened(&recipe), metrics: Vec::new() });
+            return Ok(Self { name, recipe: flattened(&recipe), metrics: Vec::new() });
         }
         let recipe = path.join("recipe.yaml");
         if !recipe.is_file() {
@@ -102,7 +111,7 @@ impl Side {
             return Err(failure.expected("recipe.yaml in it").hint("`cloze runs` lists runs").into());
         }
         let recipe = flattened(&cloze_recipes::read_rendered(&recipe)?);
-        Ok(Self { recipe, metrics: numbers_of(&LoadedRun::read(path, SAMPLING)) })
+        Ok(Self { name, recipe, metrics: numbers_of(&LoadedRun::read(path, SAMPLING)) })
     }
 }
 
@@ -183,7 +192,7 @@ mod tests {
     #[test]
     fn a_folder_without_a_run_is_a_failure() {
         let folder = tempfile::tempdir().unwrap();
-        let error = compare(folder.path(), folder.path()).unwrap_err();
+        let error = Side::read(folder.path()).unwrap_err();
         assert_eq!(error.downcast_ref::<Failure>().unwrap().kind, FailureKind::Input);
     }
 }

@@ -15,6 +15,10 @@ use crate::view::controller_lives;
 
 /// Of an event log its first and its last bytes are read: how the run began, and how it stands.
 pub(super) const SAMPLING: Sampling = Sampling { max_bytes: 96 << 10, num_blocks: 2 };
+/// The state of a run that has not ended and that no controller has any more.
+const INTERRUPTED: &str = "interrupted";
+/// The state of a run in which nothing has happened yet.
+const NOT_STARTED: &str = "not started";
 /// Percent of a whole.
 const PERCENT: f64 = 100.0;
 
@@ -53,6 +57,8 @@ pub struct RunEntry {
     pub started: Option<f64>,
     /// Why it failed.
     pub failure: Option<String>,
+    /// Unix time, in seconds, at which a bucket was told all this; `None` where the run's own folder was read.
+    pub told: Option<f64>,
     /// What could not be read.
     pub notes: Vec<String>,
     /// The recipe, key by key; it is searched.
@@ -85,6 +91,9 @@ pub(super) fn entry_of(run: &LoadedRun) -> RunEntry {
 }
 
 impl RunEntry {
+    /// States besides those of a run that its own events tell of.
+    pub const OTHER_STATES: [&'static str; 2] = [INTERRUPTED, NOT_STARTED];
+
     /// Whether a text occurs in what is known of the run: name, place, hash, state, study, tasks, or `key=value` of its recipe.
     pub fn contains(&self, text: &str) -> bool {
         let text = text.to_lowercase();
@@ -115,6 +124,7 @@ impl RunEntry {
             gpu_hours: run.gpu_hours(),
             started: run.info.as_ref().map(|info| info.started).or(run.events.first_time),
             failure: view.failure.as_ref().map(|failure| failure.what.clone()),
+            told: None,
             notes: run.notes.clone(),
             recipe: run.recipe.as_ref().map(flattened).unwrap_or_default(),
         }
@@ -136,11 +146,11 @@ pub fn metrics_of(run: &LoadedRun) -> BTreeMap<String, f64> {
 fn state_of(run: &LoadedRun) -> String {
     let state = run.view().state;
     if run.events.first_time.is_none() {
-        return "not started".to_owned();
+        return NOT_STARTED.to_owned();
     }
     // A lock that cannot be looked at is no sign of life.
     let lives = || controller_lives(&run.folder).unwrap_or(false);
-    if state.is_end() || lives() { state.name().to_owned() } else { "interrupted".to_owned() }
+    if state.is_end() || lives() { state.name().to_owned() } else { INTERRUPTED.to_owned() }
 }
 
 /// Counted in a folder; of a bucket, what the events say.

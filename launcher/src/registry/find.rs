@@ -12,8 +12,8 @@ pub const DEFAULT_ROOTS: [&str; 2] = ["runs", "studies"];
 /// Most run folders of one listing.
 const MAX_RUNS: usize = 100_000;
 
-/// The run folders of each root: the root itself, the folders in it, or those in a folder `runs` of it or of one of its folders, as in
-/// a folder of studies. Sorted by path. Fails with kind `Input` on a root that is not there, with kind `Storage` when one cannot be
+/// The run folders of each root: the root itself, the folders in it, those in a folder `runs` of it or of one of its folders, as in a
+/// folder of studies, and those of a folder `studies` in it, as in the folder of a cluster. Sorted by path. Fails with kind `Input` on a root that is not there, with kind `Storage` when one cannot be
 /// listed, and with kind `Recipe` when there are too many runs.
 pub fn find_runs(roots: &[PathBuf]) -> Result<Vec<PathBuf>, Failure> {
     let mut runs = Vec::new();
@@ -26,9 +26,13 @@ pub fn find_runs(roots: &[PathBuf]) -> Result<Vec<PathBuf>, Failure> {
             if is_run(&folder) {
                 runs.push(folder);
             } else if folder.ends_with("runs") {
-                runs.extend(folders_in(&folder)?.into_iter().filter(|folder| is_run(folder)));
+                runs.extend(runs_in(&folder)?);
             } else if folder.join("runs").is_dir() {
-                runs.extend(folders_in(&folder.join("runs"))?.into_iter().filter(|folder| is_run(folder)));
+                runs.extend(runs_in(&folder.join("runs"))?);
+            } else if folder.ends_with("studies") {
+                for study in folders_in(&folder)?.iter().map(|study| study.join("runs")).filter(|runs| runs.is_dir()) {
+                    runs.extend(runs_in(&study)?);
+                }
             }
             if runs.len() > MAX_RUNS {
                 let failure = Failure::new(FailureKind::Recipe, "too many runs for one listing").at(root.display());
@@ -39,6 +43,10 @@ pub fn find_runs(roots: &[PathBuf]) -> Result<Vec<PathBuf>, Failure> {
     runs.sort();
     runs.dedup();
     Ok(runs)
+}
+
+fn runs_in(folder: &Path) -> Result<Vec<PathBuf>, Failure> {
+    Ok(folders_in(folder)?.into_iter().filter(|folder| is_run(folder)).collect())
 }
 
 fn is_run(folder: &Path) -> bool {
@@ -87,6 +95,8 @@ mod tests {
         assert_eq!(found(&["runs", "studies"]), [["runs/a", "runs/b"].as_slice(), &in_studies].concat());
         assert_eq!(found(&["studies/s"]), in_studies[..2]);
         assert_eq!(found(&["runs/a", "runs/a"]), ["runs/a"]);
+        // The folder of a cluster has both.
+        assert_eq!(found(&[""]), [["runs/a", "runs/b"].as_slice(), &in_studies].concat());
         assert_eq!(find_runs(&[at("nowhere")]).unwrap_err().kind, FailureKind::Input);
     }
 }

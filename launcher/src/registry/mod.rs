@@ -10,7 +10,7 @@ mod parents;
 mod record;
 mod text;
 
-pub use difference::{Difference, KeyDifference, MetricDifference, compare};
+pub use difference::{Difference, KeyDifference, MetricDifference, Side, compare};
 pub use entry::{CheckpointCount, RunEntry, entries};
 pub use find::{DEFAULT_ROOTS, find_runs};
 pub use record::{RECORD_FILE, RecordPlace, RunRecord, publish, publish_run};

@@ -14,7 +14,7 @@ use super::entry::{RunEntry, SAMPLING, entry_of};
 use crate::report::loaded_run::LoadedRun;
 
 /// Name of the object, in the folder of the checkpoints.
-pub const RECORD_FILE: &str = "run.json";
+pub const RECORD_FILE: &str = "run-record.json";
 
 /// Form of the object; another one is not read.
 const VERSION: u32 = 1;
@@ -93,6 +93,7 @@ impl RunRecord {
             return Err(failure.hint("use the version that trained it, or a newer one").into());
         }
         record.entry.recipe.clone_from(&record.recipe);
+        record.entry.told = Some(record.told);
         Ok(record)
     }
 }
@@ -126,16 +127,16 @@ mod tests {
         let store = store::open(&bucket, &BTreeMap::new()).unwrap();
         let record = RunRecord::read(&store, "").unwrap();
         let (entries, _) = super::super::entries(std::slice::from_ref(&run));
-        assert_eq!((&record.entry, record.told), (&entries[0], 5.0));
-        assert!(record.entry.state == "finished" && record.entry.metrics["mmlu"] == 25.0 && record.recipe["seed"] == json!(7));
-        assert!(record.numbers.iter().any(|(name, value)| name == "mmlu accuracy" && *value == 25.0), "{:?}", record.numbers);
+        assert_eq!(record.entry, RunEntry { told: Some(5.0), ..entries[0].clone() });
+        assert_eq!((record.entry.state.as_str(), &record.recipe["seed"]), ("finished", &json!(7)));
+        assert_eq!((json!(record.entry.metrics["mmlu"]), json!(record.numbers[0])), (json!(25.0), json!(["mmlu accuracy", 25.0])));
 
-        let text = std::fs::read_to_string(root.path().join("bucket/run.json")).unwrap();
+        let text = std::fs::read_to_string(root.path().join("bucket/run-record.json")).unwrap();
         for (text, what) in [
             (text.replace("\"version\": 1", "\"version\": 2"), "the record of a run is of another version of cloze"),
             ("{".to_owned(), "the record of a run cannot be read"),
         ] {
-            std::fs::write(root.path().join("bucket/run.json"), text).unwrap();
+            std::fs::write(root.path().join("bucket/run-record.json"), text).unwrap();
             let failure = RunRecord::read(&store, "").unwrap_err().downcast::<Failure>().unwrap();
             assert_eq!((failure.kind, failure.what.as_str()), (FailureKind::Damaged, what));
         }

@@ -8,6 +8,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use super::difference::Difference;
 use super::entry::{RunEntry, plain};
 use crate::reporter::numbers::clock_text;
+use crate::view::RunState;
 
 /// Length of a hash in a list.
 const HASH_CHARS: usize = 8;
@@ -38,7 +39,7 @@ pub fn list_text(runs: &[RunEntry], now: f64) -> String {
             // What `cloze runs show` and `cloze diff` take.
             run.place.clone(),
             run.recipe_hash.chars().take(HASH_CHARS).collect(),
-            run.state.clone(),
+            state_text(run, now),
             step_text(run),
             run.loss.map_or_else(|| UNKNOWN.to_owned(), |loss| format!("{loss:.4}")),
             run.metrics.get("mean").map_or_else(|| UNKNOWN.to_owned(), |mean| format!("{mean:.2}")),
@@ -61,7 +62,7 @@ pub fn list_text(runs: &[RunEntry], now: f64) -> String {
 
 /// Everything of one run.
 pub fn entry_text(run: &RunEntry, now: f64) -> String {
-    let mut text = format!("run {}: {}\n", run.name, run.state);
+    let mut text = format!("run {}: {}\n", run.name, state_text(run, now));
     let mut add = |name: &str, value: &str| {
         // Writing to a string cannot fail.
         let _ = writeln!(text, "  {name:<13}{value}");
@@ -123,6 +124,16 @@ fn shown(number: f64) -> String {
     if number.fract() == 0.0 { format!("{number:.0}") } else { format!("{number:.4}") }
 }
 
+/// A bucket is told now and then, so that a run which has not ended may be farther by now, or gone.
+fn state_text(run: &RunEntry, now: f64) -> String {
+    match run.told {
+        Some(told) if !RunState::ALL.iter().any(|state| state.is_end() && state.name() == run.state) => {
+            format!("{}, told {}", run.state, ago(now - told))
+        }
+        _ => run.state.clone(),
+    }
+}
+
 fn step_text(run: &RunEntry) -> String {
     if run.steps == 0 { run.step.to_string() } else { format!("{}/{}", run.step, run.steps) }
 }
@@ -162,7 +173,7 @@ mod tests {
     use std::fs;
     use std::path::PathBuf;
 
-    use super::super::difference::compare;
+    use super::super::difference::{Side, compare};
     use super::super::entry::entries;
     use super::*;
     use crate::report::fixtures::{run_folder, study};
@@ -215,7 +226,8 @@ mod tests {
         let [one, two] = ["one", "two"].map(|name| root.path().join(name));
         run_folder(&one, 1, Some(0.25));
         run_folder(&two, 2, Some(0.5));
-        let text = squeezed(&difference_text(&compare(&one, &two).unwrap()));
+        let side = |run: &PathBuf| Side::read(run).unwrap();
+        let text = squeezed(&difference_text(&compare(side(&one), side(&two))));
         for line in ["name one two", "seed 1 2", "mmlu accuracy 25 50 +25", "step 20 20 0"] {
             assert!(text.contains(&format!("\n{line}\n")), "`{line}` is missing in:\n{text}");
         }

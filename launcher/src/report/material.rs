@@ -52,6 +52,8 @@ pub struct Material {
     pub hash: String,
     /// Unix time at which the study was made, in seconds.
     pub created: Option<f64>,
+    /// The study folders, as they were named.
+    pub studies: Vec<PathBuf>,
     /// What a paper says comes out.
     pub expected: Option<Expected>,
     /// What trials are compared by.
@@ -98,6 +100,7 @@ impl Material {
             self.notes
                 .push(format!("{}: what it expects is left out, as an earlier study of this report has its own", folder.root.display()));
         }
+        self.studies.push(folder.root);
         self.file = self.file.take().or(study.file);
         self.profile = self.profile.take().or(study.profile);
         self.created = self.created.or(study.created);

@@ -8,6 +8,7 @@ use super::svg::escaped;
 use super::table::{Column, Row, ScoreTable};
 use super::text::{NO_VALUE, facts, full_reason, has_paper, hours, interval_text, legend, number_text, ours_text, row_name, shown_notes};
 use super::verdict::{Cell, Order, OrderVerdict, Verdict};
+use crate::words::counted;
 
 /// The style sheet.
 const STYLE: &str = include_str!("page.css");
@@ -168,7 +169,8 @@ fn trials(table: &ScoreTable) -> String {
     };
     let count = all.clone().count();
     let rows: Vec<Vec<String>> = all.take(MAX_TRIALS).map(row).collect();
-    let shown = if count > rows.len() { format!("{count} trials, the first {MAX_TRIALS} of them") } else { format!("{count} trials") };
+    let more = if count > rows.len() { format!(", the first {MAX_TRIALS} of them") } else { String::new() };
+    let shown = counted(count, "trial") + &more;
     format!(
         "<section>\n<h2>Trials</h2>\n<details>\n<summary>{shown}</summary>\n{}</details>\n</section>\n",
         numbers(&Numbers { header, rows })

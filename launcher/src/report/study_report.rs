@@ -45,6 +45,9 @@ pub struct StudyReport {
     pub hash: String,
     /// Unix time at which the study was made, in seconds.
     pub created: Option<f64>,
+    /// The study folders, as they were named; none for single runs.
+    #[serde(skip)]
+    pub studies: Vec<PathBuf>,
     /// Paper and table that ours are compared with.
     pub source: Option<String>,
     /// Number of trials.
@@ -122,6 +125,7 @@ impl StudyReport {
             profile: material.profile,
             hash: material.hash,
             created: material.created,
+            studies: material.studies,
             source: expected.as_ref().map(|expected| expected.source.clone()),
             remark: expected.and_then(|expected| expected.note),
             table,

@@ -16,9 +16,33 @@ fn report() -> (tempfile::TempDir, StudyReport) {
 
 #[test]
 fn the_terminal_shows_the_papers_table_with_ours_beside_it() {
-    let (_root, report) = report();
+    let (root, report) = report();
     let expected = include_str!("snapshots/study.txt");
-    assert_eq!(report.table(), expected, "\n{}", report.table());
+    let table = report.table().replace(&root.path().display().to_string(), "ROOT");
+    assert_eq!(table, expected, "\n{table}");
+}
+
+#[test]
+fn trials_without_an_end_are_counted_below_the_table() {
+    let (_root, report) = report();
+    let text = |states: &[(&str, usize)], studies: &[&str]| {
+        let states: Vec<(String, usize)> = states.iter().map(|(state, count)| ((*state).to_owned(), *count)).collect();
+        let num_trials = states.iter().map(|(_, count)| count).sum();
+        let studies = studies.iter().map(std::path::PathBuf::from).collect();
+        super::text::unfinished(&StudyReport { studies, num_trials, states, ..report.clone() })
+    };
+    let cases = [
+        (text(&[("done", 3), ("stopped_early", 2)], &["s"]), None),
+        (text(&[("done", 3), ("failed", 2)], &["s"]), Some("Of 5 trials: 2 failed; `cloze sweep status s` shows them.")),
+        (
+            text(&[("training", 1), ("waiting", 1), ("failed", 1)], &["s", "t"]),
+            Some("Of 3 trials: 1 failed, 2 not finished; `cloze sweep status s`, `cloze sweep status t` shows them."),
+        ),
+        (text(&[("stopped", 1)], &[]), Some("Of 1 trial: 1 not finished; `cloze status RUN` shows them.")),
+    ];
+    for (found, expected) in cases {
+        assert_eq!(found.as_deref(), expected);
+    }
 }
 
 #[test]

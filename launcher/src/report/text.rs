@@ -8,6 +8,7 @@ use super::score;
 use super::study_report::StudyReport;
 use super::table::{Column, Row, ScoreTable};
 use super::verdict::{Cell, Verdict};
+use crate::words::counted;
 
 /// Notes that are shown; the JSON has all of them.
 pub const MAX_NOTES: usize = 20;
@@ -28,6 +29,9 @@ pub fn terminal(report: &StudyReport) -> String {
         column.set_cell_alignment(CellAlignment::Right);
     }
     let _ = writeln!(text, "{table}\n{}", legend(report));
+    if let Some(line) = unfinished(report) {
+        let _ = writeln!(text, "{line}");
+    }
     for order in &report.orders {
         let _ = writeln!(text, "\norder in {}: {}", order.column, order.verdict.name());
         for step in &order.steps {
@@ -113,6 +117,23 @@ pub fn legend(report: &StudyReport) -> String {
     format!("{ours} Verdicts compare our mean with the paper's value and the column's tolerance.{single}")
 }
 
+/// How many trials have failed or have not ended, and the command that says which; `None` where all have ended well. One that early
+/// stopping has left behind is where it should be.
+pub fn unfinished(report: &StudyReport) -> Option<String> {
+    let count = |names: &[&str]| report.states.iter().filter(|(state, _)| names.contains(&state.as_str())).map(|(_, count)| count).sum();
+    let failed: usize = count(&["failed"]);
+    let open = report.num_trials.saturating_sub(failed + count(&["done", "finished", "stopped_early"]));
+    let what = match (failed, open) {
+        (0, 0) => return None,
+        (0, open) => format!("{open} not finished"),
+        (failed, 0) => format!("{failed} failed"),
+        (failed, open) => format!("{failed} failed, {open} not finished"),
+    };
+    let commands: Vec<String> = report.studies.iter().map(|folder| format!("`cloze sweep status {}`", folder.display())).collect();
+    let commands = if commands.is_empty() { "`cloze status RUN`".to_owned() } else { commands.join(", ") };
+    Some(format!("Of {}: {what}; {commands} shows them.", counted(report.num_trials, "trial")))
+}
+
 /// The first notes, and how many there are more.
 pub fn shown_notes(report: &StudyReport) -> impl Iterator<Item = String> {
     let hidden = report.notes.len().saturating_sub(MAX_NOTES);
@@ -168,7 +189,7 @@ pub fn has_paper(table: &ScoreTable) -> bool {
 fn heading(report: &StudyReport) -> String {
     let source = report.source.as_ref().map_or_else(String::new, |source| format!(", beside {source}"));
     let profile = report.profile.as_ref().map_or_else(String::new, |profile| format!(", profile {profile}"));
-    format!("{}{profile}{source}: {} trials", report.name, report.num_trials)
+    format!("{}{profile}{source}: {}", report.name, counted(report.num_trials, "trial"))
 }
 
 fn column_heading(column: &Column) -> String {

@@ -5,7 +5,7 @@
 //! |----------------|--------------------------------------------|-----------------------------------------------------|
 //! | `run-registry` | warns; the next telling tries again         | ends when the value is dropped, waited for a while  |
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle, sleep};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -80,7 +80,7 @@ fn is_due(last_told: Option<f64>, recorded: &Recorded) -> bool {
 }
 
 /// Body of the thread.
-fn tell(folder: &PathBuf, place: &RecordPlace, orders: &Receiver<()>) {
+fn tell(folder: &Path, place: &RecordPlace, orders: &Receiver<()>) {
     while let Ok(()) = orders.recv() {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64());
         if let Err(error) = publish(folder, place, now) {

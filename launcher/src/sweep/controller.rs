@@ -9,18 +9,20 @@ use anyhow::Context as _;
 use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::batch::{Assignment, Batch, End, Outcome};
-use super::decide::{Action, FailedAttempt, Fate, Limits, Reason, SweepState, TrialStatus, after_failure, decide};
+use super::decide::{Action, FailedAttempt, Fate, Limits, Reason, SweepState, after_failure, decide};
 use super::executor::{Executor, Out};
 use super::folder::{SweepPlan, outcome_name};
 use super::journal::Journal;
 use super::lease::MAX_CLOCK_SKEW_S;
 use super::open::OpenStudy;
+use super::outlook::statuses;
 use super::record::{Place, Rung, TrialRecord, TrialState};
 use super::talk::Talk;
 use super::time::unix_now_s;
 use super::work::run_facts;
 use crate::local::signals::{Request, Signals};
 use crate::run_folder::{remove_if_there, storage};
+use crate::words::counted;
 
 /// Failed attempts in a row without a new step, after which a trial has failed.
 const MAX_FRUITLESS_ATTEMPTS: u32 = 3;
@@ -115,7 +117,8 @@ impl Controller {
     fn tell_found(&mut self) {
         let num_out = self.outs().len();
         if num_out > 0 {
-            self.talk.line(&format!("{num_out} trials of an earlier controller are out; they go on"));
+            let (verb, go_on) = if num_out == 1 { ("is", "it goes on") } else { ("are", "they go on") };
+            self.talk.line(&format!("{} of an earlier controller {verb} out; {go_on}", counted(num_out, "trial")));
         }
     }
 
@@ -126,7 +129,8 @@ impl Controller {
                 Stop::No if self.executor.is_queue() => {
                     let num_out = self.outs().len();
                     self.talk.line(&format!(
-                        "{signal}: the controller leaves; {num_out} trials stay in the queue, and `cloze sweep cancel` ends them"
+                        "{signal}: the controller leaves; what is in the queue stays there ({}), and `cloze sweep cancel` ends it",
+                        counted(num_out, "trial")
                     ));
                     self.stop = Stop::Detached;
                 }
@@ -254,7 +258,7 @@ impl Controller {
     }
 
     fn take_failure(&mut self, now: f64, trial: usize, loss: Loss) -> anyhow::Result<()> {
-        let limits = self.limits(usize::MAX);
+        let limits = limits_of(&self.plan, usize::MAX);
         let is_wished = self.stop != Stop::No;
         let record = &mut self.records[trial];
         let attempt =
@@ -292,11 +296,11 @@ impl Controller {
             let limits = match self.executor.room(&outs) {
                 // A queue takes all that can start, since it runs no more of them at a time than the sweep allows. Early stopping needs
                 // the results of some to choose the next.
-                Some(0) => self.limits(num_out),
-                Some(_) if self.plan.early_stopping.is_none() => self.limits(usize::MAX),
-                Some(_) | None => self.limits(self.plan.concurrency as usize),
+                Some(0) => limits_of(&self.plan, num_out),
+                Some(_) if self.plan.early_stopping.is_none() => limits_of(&self.plan, usize::MAX),
+                Some(_) | None => limits_of(&self.plan, self.plan.concurrency as usize),
             };
-            let state = SweepState { trials: self.statuses(), is_draining: self.stop != Stop::No };
+            let state = SweepState { trials: statuses(&self.plan, &self.records), is_draining: self.stop != Stop::No };
             let (actions, reason) = decide(now, &state, &limits);
             let mut starts = Vec::new();
             for action in &actions {
@@ -376,30 +380,19 @@ impl Controller {
         self.journal.write(record)
     }
 
-    fn limits(&self, concurrency: usize) -> Limits {
-        Limits {
-            concurrency,
-            max_fruitless_attempts: MAX_FRUITLESS_ATTEMPTS,
-            backoff_s: BACKOFF_S,
-            backoff_max_s: BACKOFF_MAX_S,
-            ladder: self.plan.ladder(),
-        }
-    }
-
-    fn statuses(&self) -> Vec<TrialStatus> {
-        let of = |(trial, record): (usize, &TrialRecord)| TrialStatus {
-            parent: self.plan.trials[trial].parent,
-            climbs: self.plan.climbs(trial),
-            state: record.state,
-            fruitless_attempts: record.fruitless_attempts,
-            retry_at: record.retry_at,
-            rungs: record.rungs.clone(),
-        };
-        self.records.iter().enumerate().map(of).collect()
-    }
-
     fn outs(&self) -> Vec<Out<'_>> {
         outs_of(&self.records)
+    }
+}
+
+/// Bounds of a sweep that may have so many trials out.
+pub(super) fn limits_of(plan: &SweepPlan, concurrency: usize) -> Limits {
+    Limits {
+        concurrency,
+        max_fruitless_attempts: MAX_FRUITLESS_ATTEMPTS,
+        backoff_s: BACKOFF_S,
+        backoff_max_s: BACKOFF_MAX_S,
+        ladder: plan.ladder(),
     }
 }
 

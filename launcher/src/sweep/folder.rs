@@ -65,6 +65,25 @@ pub struct StudyInfo {
     pub created: f64,
 }
 
+impl StudyInfo {
+    /// What was asked for with a study, made at this Unix time; `key` is the folder's own.
+    pub fn new(study: &Study, hash: String, key: String, created: f64) -> Self {
+        Self {
+            version: VERSION,
+            name: study.recipe.name.clone(),
+            file: study.file.clone(),
+            profile: study.profile.clone(),
+            overrides: study.overrides.clone(),
+            hash,
+            key,
+            expected: study.expected.clone(),
+            metric: metric_of(study),
+            keys: study.sweep.iter().flat_map(|sweep| sweep.keys()).map(str::to_owned).collect(),
+            created,
+        }
+    }
+}
+
 /// What `sweep.json` says: how the trials are run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

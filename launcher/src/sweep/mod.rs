@@ -21,6 +21,7 @@ pub mod lease;
 pub mod local;
 pub mod lock;
 pub mod open;
+pub mod outlook;
 pub mod queue;
 pub mod record;
 pub mod share;

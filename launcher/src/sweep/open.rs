@@ -7,14 +7,19 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use cloze_cluster::Secret;
 use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::site::{Site, SiteKind};
 use cloze_recipes::study::Study;
 
-use super::folder::{StudyFolder, StudyInfo, SweepOptions, SweepPlan, metric_of, study_hash};
+use super::folder::{StudyFolder, StudyInfo, SweepOptions, SweepPlan, study_hash};
 use super::graph::Graph;
 use super::journal::{Journal, restore, write_record};
 use super::record::{TrialRecord, TrialState};
 use super::time::unix_now_s;
 use crate::run_folder::{READABLE, storage, write_whole};
+use crate::words::{counted, is_or_are};
+
+/// Fewest characters of a hash that mean a trial.
+const HASH_CHARS_MIN: usize = 4;
 
 /// Characters of a study's key in the names of its jobs.
 const KEY_LENGTH: usize = 8;
@@ -53,7 +58,11 @@ impl OpenStudy {
         let recipes: BTreeMap<String, String> =
             graph.nodes.iter().map(|node| (node.trial.hash.clone(), node.trial.recipe.to_yaml())).collect();
         write_recipes(&folder, &recipes)?;
+        let before = if folder.info_path().is_file() { Some(folder.plan()?.site) } else { None };
         let opened = Self::with_records(journal, plan, now)?;
+        if let Some(before) = before {
+            check_move(&opened.records, before.as_ref(), opened.plan.site.as_ref()).map_err(|failure| opened.at_root(failure))?;
+        }
         StudyFolder::write_json(&folder.plan_path(), &opened.plan)?;
         // The study comes last: a folder with it is complete.
         if !folder.info_path().is_file() {
@@ -83,28 +92,34 @@ impl OpenStudy {
         Self::with_records(journal, plan, now)
     }
 
-    /// Puts failed trials back: those of these names or hashes, or all.
+    /// Lets the trials run at another site from now on. Fails with kind `Run` where some are out at the one before: nobody would hear of
+    /// their end.
+    pub fn move_to(&mut self, site: Site) -> anyhow::Result<()> {
+        check_move(&self.records, self.plan.site.as_ref(), Some(&site)).map_err(|failure| self.at_root(failure))?;
+        self.plan.site = Some(site);
+        StudyFolder::write_json(&self.journal.folder().plan_path(), &self.plan)
+    }
+
+    /// Puts failed trials back: those of these names or hashes, or all. Fails with kind `Recipe` on a name of none, and on one that has
+    /// not failed.
     pub fn retry(&mut self, wanted: &[String]) -> anyhow::Result<usize> {
         for name in wanted {
-            let is_meant = |record: &TrialRecord| record.name == *name || (name.len() >= 4 && record.hash.starts_with(name.as_str()));
-            if !self.records.iter().any(is_meant) {
-                return Err(Failure::new(FailureKind::Recipe, "the study has no such trial")
-                    .at(self.journal.folder().root().display())
-                    .found(name)
-                    .hint("`cloze sweep status` lists names and hashes")
-                    .into());
-            }
+            check_retry(&self.records, name).map_err(|failure| self.at_root(failure))?;
         }
         let mut num_reset = 0;
         for record in &mut self.records {
-            let is_meant = wanted.is_empty() || wanted.iter().any(|name| record.name == *name || record.hash.starts_with(name.as_str()));
-            if is_meant && record.state == TrialState::Failed {
+            let is_wanted = wanted.is_empty() || wanted.iter().any(|name| is_meant(record, name));
+            if is_wanted && record.state == TrialState::Failed {
                 record.reset();
                 self.journal.write(record)?;
                 num_reset += 1;
             }
         }
         Ok(num_reset)
+    }
+
+    fn at_root(&self, failure: Failure) -> Failure {
+        failure.at(self.journal.folder().root().display())
     }
 
     fn with_records(journal: Journal, plan: SweepPlan, now: f64) -> anyhow::Result<Self> {
@@ -144,6 +159,42 @@ impl OpenStudy {
         }
         Ok(())
     }
+}
+
+/// Whether a user means a trial by its name, or by the first characters of its hash.
+fn is_meant(record: &TrialRecord, name: &str) -> bool {
+    record.name == name || (name.len() >= HASH_CHARS_MIN && record.hash.starts_with(name))
+}
+
+/// Refuses a name that means no trial, or none that has failed.
+fn check_retry(records: &[TrialRecord], name: &str) -> Result<(), Failure> {
+    let meant: Vec<&TrialRecord> = records.iter().filter(|record| is_meant(record, name)).collect();
+    let hint = "`cloze sweep status` lists the trials with their states";
+    let Some(first) = meant.first() else {
+        return Err(Failure::new(FailureKind::Recipe, "the study has no such trial").found(name).hint(hint));
+    };
+    if meant.iter().any(|record| record.state == TrialState::Failed) {
+        return Ok(());
+    }
+    Err(Failure::new(FailureKind::Recipe, "only a trial that has failed is tried again")
+        .found(format!("{}, which is {}", first.name, first.state.name().replace('_', " ")))
+        .hint(hint))
+}
+
+/// Refuses another site while trials are out at the one before.
+fn check_move(records: &[TrialRecord], before: Option<&Site>, now: Option<&Site>) -> Result<(), Failure> {
+    let name = |site: Option<&Site>| {
+        let of_cluster = site.filter(|site| site.kind != SiteKind::Local);
+        of_cluster.map_or_else(|| "this machine".to_owned(), |site| format!("the cluster `{}`", site.name))
+    };
+    let num_out = records.iter().filter(|record| record.state == TrialState::Training).count();
+    if num_out == 0 || name(before) == name(now) {
+        return Ok(());
+    }
+    Err(Failure::new(FailureKind::Run, "trials are out elsewhere")
+        .expected(format!("{}, where {} {} out", name(before), counted(num_out, "trial"), is_or_are(num_out)))
+        .found(name(now))
+        .hint("wait for them, or end them with `cloze sweep cancel`"))
 }
 
 /// Refuses a folder that holds something else.
@@ -186,19 +237,7 @@ fn adopt_key(journal: &Journal) -> anyhow::Result<()> {
 
 fn info(study: &Study, hash: String, now: f64) -> anyhow::Result<StudyInfo> {
     let key = Secret::random().context("draw a key for the names of jobs")?.expose()[..KEY_LENGTH].to_owned();
-    Ok(StudyInfo {
-        version: 1,
-        name: study.recipe.name.clone(),
-        file: study.file.clone(),
-        profile: study.profile.clone(),
-        overrides: study.overrides.clone(),
-        hash,
-        key,
-        expected: study.expected.clone(),
-        metric: metric_of(study),
-        keys: study.sweep.iter().flat_map(|sweep| sweep.keys()).map(str::to_owned).collect(),
-        created: now,
-    })
+    Ok(StudyInfo::new(study, hash, key, now))
 }
 
 fn write_recipes(folder: &StudyFolder, recipes: &BTreeMap<String, String>) -> anyhow::Result<()> {
@@ -228,4 +267,60 @@ fn bring(root: &Path, url: &str) -> anyhow::Result<()> {
         write_whole(&path, recipe.to_yaml().as_bytes(), READABLE)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(name: &str, state: TrialState) -> TrialRecord {
+        let text = serde_json::json!({
+            "hash": format!("{name}{name}{name}{name}"), "name": name, "parameters": {}, "seed": 1, "data_hash": "d", "parent": null,
+            "run": format!("runs/{name}"), "wanted": true, "state": state, "step": 0, "attempts": 1, "fruitless_attempts": 0,
+            "retry_at": null, "place": null, "rungs": [], "failure": null, "metric": null, "evaluation": null, "updated": 0.0
+        });
+        serde_json::from_value(text).unwrap()
+    }
+
+    #[test]
+    fn only_a_failed_trial_is_tried_again() {
+        let records = [record("a", TrialState::Failed), record("b", TrialState::Done), record("c", TrialState::StoppedEarly)];
+        let cases = [
+            ("a", None),
+            ("aaaa", None),
+            ("aaa", Some("aaa")),
+            ("b", Some("b, which is done")),
+            ("cccc", Some("c, which is stopped early")),
+            ("nobody", Some("nobody")),
+        ];
+        for (name, found) in cases {
+            let failure = check_retry(&records, name).err();
+            assert_eq!(failure.and_then(|failure| failure.found).as_deref(), found, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_sweep_moves_when_nothing_is_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let site = |name: &str, kind: &str| {
+            let path = folder.path().join("cluster.yaml");
+            fs::write(&path, format!("version: 1\nname: {name}\nkind: {kind}\n")).unwrap();
+            cloze_recipes::load_site(&path).unwrap()
+        };
+        let (one, other, here) = (site("one", "slurm"), site("other", "slurm"), site("desk", "local"));
+        let (out, idle) = ([record("a", TrialState::Training)], [record("a", TrialState::Done)]);
+        let cases = [
+            (&out, Some(&one), Some(&one), true),
+            (&out, None, Some(&here), true),
+            (&out, Some(&one), Some(&other), false),
+            (&out, Some(&one), None, false),
+            (&idle, Some(&one), Some(&other), true),
+        ];
+        for (records, before, now, may) in cases {
+            let result = check_move(records, before, now);
+            assert_eq!(result.is_ok(), may, "{before:?} {now:?} {result:?}");
+        }
+        let failure = check_move(&out, Some(&one), None).unwrap_err();
+        assert_eq!(failure.expected.as_deref(), Some("the cluster `one`, where 1 trial is out"));
+    }
 }

@@ -17,7 +17,7 @@ use super::batch::Batch;
 use super::executor::{Gone, Out};
 use super::folder::{StudyFolder, StudyInfo};
 use crate::run_folder::{READABLE, write_whole};
-use crate::slurm::{ArrayRange, JobId, JobRequest, JobState, SUBMIT_SETTLED_S, Slurm, State, cpus_per_node, next_poll, render};
+use crate::slurm::{ArrayRange, JobId, JobRequest, JobState, SUBMIT_SETTLED_S, Slurm, State, Version, cpus_per_node, next_poll, render};
 
 /// Most elements of one array; batch systems allow 1,001 unless told otherwise.
 pub const MAX_ELEMENTS: usize = 1000;
@@ -79,14 +79,7 @@ struct Job {
 impl Queue {
     /// Finds the batch system. Fails with kind `Environment` where it is not here, and with `Recipe` where a trial wants several nodes.
     pub fn new(options: QueueOptions) -> Result<Self, Failure> {
-        if options.resources.nodes > 1 {
-            return Err(Failure::new(FailureKind::Recipe, "a trial of a sweep has one node")
-                .at("resources.nodes")
-                .expected("1")
-                .found(options.resources.nodes)
-                .hint("start runs of several nodes one by one, or give a trial more workers on its node"));
-        }
-        let site = slurm_site(&options.site)?;
+        let site = options.site_of_jobs()?;
         let slurm = Slurm::find(site)?;
         let (poll_s, free) = (site.poll_s, elements_at_once(options.concurrency));
         Ok(Self {
@@ -107,7 +100,7 @@ impl Queue {
     pub fn submit(&mut self, batch: &Batch, open_elements: usize) -> anyhow::Result<()> {
         let script = self.options.folder.job_path(&format!("batch-{:06}.sh", batch.number));
         let limit = share_of(self.free, batch.elements.len(), open_elements);
-        let text = self.script(batch, limit)?;
+        let text = self.options.script(batch, limit, self.slurm.version())?;
         write_whole(&script, text.as_bytes(), READABLE)?;
         let submitted = self.slurm.submit(&script, &[]);
         let id = match submitted {
@@ -124,29 +117,6 @@ impl Queue {
         self.next_poll_at = Instant::now() + next_poll(0, self.poll_s);
         self.unchanged_polls = 0;
         Ok(())
-    }
-
-    /// The text of the job of a batch.
-    pub fn script(&self, batch: &Batch, limit: u32) -> Result<String, Failure> {
-        let QueueOptions { folder, program, resources, site, .. } = &self.options;
-        let mut command = vec![program.display().to_string(), "sweep".to_owned(), "work".to_owned()];
-        command.push(folder.root().display().to_string());
-        command.extend(["--batch".to_owned(), batch.number.to_string()]);
-        // Without cgroups a process sees all cores of its node.
-        command.extend(cpus_per_node(resources).iter().flat_map(|cores| ["--cores".to_owned(), cores.to_string()]));
-        let last = batch.elements.len().saturating_sub(1);
-        let request = JobRequest {
-            name: self.name(batch.number),
-            command,
-            folder: folder.root().to_owned(),
-            logs: folder.job_path(""),
-            array: Some(ArrayRange { elements: format!("0-{last}"), limit: Some(limit) }),
-            dependency: None,
-            exclude: Vec::new(),
-            survives_node_loss: false,
-            in_container: true,
-        };
-        render(&request, resources, site, self.slurm.version())
     }
 
     /// Trials on whose element nobody works any more. The batch system is asked at intervals that grow while nothing changes.
@@ -272,6 +242,54 @@ impl Queue {
     }
 }
 
+impl QueueOptions {
+    /// The batch system of the site, as [`site_of_jobs`] finds it.
+    pub(super) fn site_of_jobs(&self) -> Result<&SlurmSite, Failure> {
+        site_of_jobs(&self.resources, &self.site)
+    }
+
+    /// The text of the job of a batch, for a batch system of this version.
+    pub(super) fn script(&self, batch: &Batch, limit: u32, version: Version) -> Result<String, Failure> {
+        let Self { folder, info, program, resources, site, .. } = self;
+        let mut command = vec![program.display().to_string(), "sweep".to_owned(), "work".to_owned()];
+        command.push(folder.root().display().to_string());
+        command.extend(["--batch".to_owned(), batch.number.to_string()]);
+        // Without cgroups a process sees all cores of its node.
+        command.extend(cpus_per_node(resources).iter().flat_map(|cores| ["--cores".to_owned(), cores.to_string()]));
+        let last = batch.elements.len().saturating_sub(1);
+        let request = JobRequest {
+            name: job_name(info, batch.number),
+            command,
+            folder: folder.root().to_owned(),
+            logs: folder.job_path(""),
+            array: Some(ArrayRange { elements: format!("0-{last}"), limit: Some(limit) }),
+            dependency: None,
+            exclude: Vec::new(),
+            survives_node_loss: false,
+            in_container: true,
+        };
+        render(&request, resources, site, version)
+    }
+}
+
+/// What a site says of its batch system. Fails with kind `Recipe` where it has none, and where a trial wants several nodes: its trials
+/// cannot be jobs.
+pub fn site_of_jobs<'a>(resources: &Resources, site: &'a Site) -> Result<&'a SlurmSite, Failure> {
+    if resources.nodes > 1 {
+        return Err(Failure::new(FailureKind::Recipe, "a trial of a sweep has one node")
+            .at("resources.nodes")
+            .expected("1")
+            .found(resources.nodes)
+            .hint("start runs of several nodes one by one, or give a trial more workers on its node"));
+    }
+    match &site.kind {
+        SiteKind::Slurm(slurm) => Ok(slurm),
+        SiteKind::Local | SiteKind::Ssh(_) => Err(Failure::new(FailureKind::Recipe, "the site has no batch system")
+            .at(&site.name)
+            .expected("`kind: slurm` in the cluster file")),
+    }
+}
+
 /// The name of a batch's job. Folders that are older than the key keep the names that they had.
 fn job_name(info: &StudyInfo, batch: u32) -> String {
     let name: String = info.name.chars().take(MAX_NAME_CHARS).collect();
@@ -281,23 +299,14 @@ fn job_name(info: &StudyInfo, batch: u32) -> String {
 }
 
 /// The part of the free room that an array gets among arrays with so many elements in all, rounded up; at least one element runs.
-fn share_of(free: u32, elements: usize, open_elements: usize) -> u32 {
+pub(super) fn share_of(free: u32, elements: usize, open_elements: usize) -> u32 {
     let (elements, all) = (elements as u64, open_elements.max(elements).max(1) as u64);
     let share = (u64::from(free) * elements).div_ceil(all).min(u64::from(free));
     u32::try_from(share).unwrap_or(free).max(1)
 }
 
-fn slurm_site(site: &Site) -> Result<&SlurmSite, Failure> {
-    match &site.kind {
-        SiteKind::Slurm(slurm) => Ok(slurm),
-        SiteKind::Local | SiteKind::Ssh(_) => Err(Failure::new(FailureKind::Recipe, "the site has no batch system")
-            .at(&site.name)
-            .expected("`kind: slurm` in the cluster file")),
-    }
-}
-
 /// Elements that run at the same time.
-fn elements_at_once((concurrency, pack): (u32, u32)) -> u32 {
+pub(super) fn elements_at_once((concurrency, pack): (u32, u32)) -> u32 {
     concurrency.div_ceil(pack.max(1)).max(1)
 }
 

@@ -40,7 +40,7 @@ impl Talk {
         if !self.interactive || self.quiet {
             return;
         }
-        let text = format!("{}: {reason}", counts(records));
+        let text = format!("{}: {reason}", counts(records, reason.is_over()));
         if text != self.shown {
             drop(write!(self.output, "\r\x1b[2K{text}"));
             drop(self.output.flush());
@@ -70,7 +70,7 @@ impl Talk {
         let record = &records[trial];
         let value = record.metric.map_or_else(String::new, |value| format!(", {}", metric_text(metric, value)));
         let verb = if record.state == TrialState::Done { "done" } else { "waits at its rung" };
-        self.line(&format!("{} {verb} at step {}{value} ({})", record.name, record.step, counts(records)));
+        self.line(&format!("{} {verb} at step {}{value} ({})", record.name, record.step, counts(records, false)));
     }
 
     /// A trial has left because somebody asked.
@@ -91,12 +91,13 @@ impl Talk {
     }
 }
 
-/// How many trials of the sweep are how far.
-pub fn counts(records: &[TrialRecord]) -> String {
+/// How many trials of the sweep are how far. Once nothing is left to do, a trial that waits at its rung was stopped early.
+pub fn counts(records: &[TrialRecord], is_over: bool) -> String {
     let count = |state| records.iter().filter(|record| record.wanted && record.state == state).count();
     let total = records.iter().filter(|record| record.wanted).count();
     let mut text = format!("{} of {total} done", count(TrialState::Done));
-    let others = [(TrialState::Training, "out"), (TrialState::StoppedEarly, "stopped early"), (TrialState::Failed, "failed")];
+    let paused = if is_over { "stopped early" } else { "paused at a rung" };
+    let others = [(TrialState::Training, "out"), (TrialState::StoppedEarly, paused), (TrialState::Failed, "failed")];
     for (number, name) in others.map(|(state, name)| (count(state), name)) {
         if number > 0 {
             // Writing to a string cannot fail.

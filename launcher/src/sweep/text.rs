@@ -8,6 +8,7 @@ use cloze_recipes::study::Score;
 use super::folder::SweepPlan;
 use super::graph::{Graph, parameters_text, plain};
 use super::record::{TrialRecord, TrialState};
+use crate::words::counted;
 
 /// Characters of a hash that are shown.
 const HASH_CHARS: usize = 12;
@@ -25,10 +26,10 @@ pub fn preview_text(graph: &Graph, plan: &SweepPlan) -> String {
     let mut text = table(&rows);
     let _ = writeln!(
         text,
-        "{} trials, {} earlier stages, {} data preparations; at most {} at the same time{}{}",
-        trials.len(),
-        stages.len(),
-        graph.num_preparations(),
+        "{}, {}, {}; at most {} at the same time{}{}",
+        counted(trials.len(), "trial"),
+        counted(stages.len(), "earlier stage"),
+        counted(graph.num_preparations(), "data preparation"),
         plan.concurrency,
         if plan.pack > 1 { format!(", {} to an allocation", plan.pack) } else { String::new() },
         plan.early_stopping.map_or_else(String::new, |(first_step, factor)| {
@@ -38,8 +39,9 @@ pub fn preview_text(graph: &Graph, plan: &SweepPlan) -> String {
     text
 }
 
-/// The trials that the sweep asks for, and the earlier stages that are not done, as a table.
-pub fn status_table(plan: &SweepPlan, records: &[TrialRecord]) -> String {
+/// The trials that the sweep asks for, and the earlier stages that are not done, as a table. Once nothing is left to do, a trial that
+/// waits at its rung was stopped early.
+pub fn status_table(plan: &SweepPlan, records: &[TrialRecord], is_over: bool) -> String {
     let shown: Vec<&TrialRecord> = records.iter().filter(|record| record.wanted || record.state != TrialState::Done).collect();
     let mut keys: Vec<&String> = Vec::new();
     let mut seen = BTreeSet::new();
@@ -61,11 +63,18 @@ pub fn status_table(plan: &SweepPlan, records: &[TrialRecord]) -> String {
     for record in shown {
         let mut row = vec![record.name.clone()];
         row.extend(keys.iter().map(|key| record.parameters.get(*key).filter(|_| record.wanted).map_or_else(|| "-".to_owned(), plain)));
-        row.extend([record.seed.to_string(), record.state.name().replace('_', " "), record.step.to_string()]);
+        row.extend([record.seed.to_string(), state_text(record.state, is_over), record.step.to_string()]);
         row.push(record.metric.map_or_else(|| "-".to_owned(), |value| number(plan.metric.score, value)));
         rows.push(row);
     }
     table(&rows)
+}
+
+fn state_text(state: TrialState, is_over: bool) -> String {
+    match state {
+        TrialState::StoppedEarly if !is_over => "paused, waits at its rung".to_owned(),
+        state => state.name().replace('_', " "),
+    }
 }
 
 fn named(task: Option<&str>, score: &str) -> String {
@@ -146,8 +155,9 @@ demo-aaaa  -            1     waiting        0     -
 demo-bbbb  10           1     stopped early  10    25.60
 demo-cccc  10           2     waiting        0     -
 ";
-        assert_eq!(status_table(&plan, &records), expected);
+        assert_eq!(status_table(&plan, &records, true), expected);
+        assert!(status_table(&plan, &records, false).contains("1     paused, waits at its rung  10    25.60"));
         records[0].state = TrialState::Done;
-        assert!(!status_table(&plan, &records).contains("demo-aaaa"));
+        assert!(!status_table(&plan, &records, true).contains("demo-aaaa"));
     }
 }

@@ -4,8 +4,10 @@ use serde_json::{Map, Value as Json};
 
 use super::{Context, around};
 use crate::raw::{DistributionRaw, MetricRaw, RandomRaw, SweepRaw};
+use crate::schema;
 use crate::study::{Distribution, EarlyStopping, MAX_TRIALS, Metric, RandomSpace, Score, Space, Sweep};
 use crate::tree::shortened;
+use crate::validate::knows;
 
 /// Top-level keys that are not of one run, or that the trials' own places and names take the part of.
 const NOT_OF_A_RUN: [&str; 8] = ["version", "extends", "name", "profiles", "resources", "sweep", "expected", "seed"];
@@ -104,6 +106,19 @@ fn unswept(key: &str) -> Option<String> {
         _ if PLACES.contains(&run_key) => Some("each trial has a place of its own; the sweep cannot change it".to_owned()),
         _ => None,
     }
+}
+
+/// Whether a recipe, or that of an earlier stage, has all of these keys.
+pub(super) fn are_known(keys: &[&str]) -> bool {
+    let schema = schema::schema();
+    let is_known = |key: &&str| {
+        let mut run_key = *key;
+        while let Some(rest) = run_key.strip_prefix("after.").filter(|rest| *rest != "recipe") {
+            run_key = rest;
+        }
+        knows(&schema, run_key)
+    };
+    keys.iter().all(is_known)
 }
 
 /// Whether the keys are the same or one is a part of the other.
@@ -255,6 +270,16 @@ mod tests {
         ];
         for key in refused {
             assert!(unswept(key).is_some(), "{key}");
+        }
+    }
+
+    #[test]
+    fn keys_that_a_recipe_has() {
+        for key in ["train.steps", "after.recipe", "after.train.steps", "after.after.seed", "data.sources.0.url", "train.schedule"] {
+            assert!(are_known(&[key]), "{key}");
+        }
+        for key in ["train.stepz", "after.train.stepz", "data.sources.x.url", "train.steps.x", "trian"] {
+            assert!(!are_known(&["train.steps", key]), "{key}");
         }
     }
 

@@ -91,6 +91,7 @@ pub struct SweepRaw {
     pub random: Option<RandomRaw>,
     /// Seeds of every point; unset takes the recipe's own.
     #[serde(default)]
+    #[schemars(length(min = 1))]
     pub seeds: Vec<u64>,
     /// Trials that run at the same time, at most; as many as `pack` unless stated.
     #[schemars(range(min = 1, max = 10_000))]

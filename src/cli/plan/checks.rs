@@ -1,5 +1,6 @@
 //! Looks at everything that a run will touch, and says at once what is wrong with it.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::Result;
@@ -8,14 +9,13 @@ use cloze_data::prepare::check_prepared;
 use cloze_data::record::{Format, list_inputs};
 use cloze_data::store::{ConditionalPut, probe_conditional_put};
 use cloze_data::tokenizer::Tokenizer;
-use cloze_launcher::plan::{Check, DataFacts, check_clock};
+use cloze_launcher::plan::{Check, CheckLevel, DataFacts, check_clock};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::{DataRecipe, ModelRecipe, ModelShape, Recipe};
 use cloze_recipes::site::{SiteKind, SshSite};
-use cloze_recipes::study::Study;
 
-use super::Wanted;
 use super::facts::model_sizes;
+use super::{Trials, Wanted};
 use crate::cli::places::{open_place, try_place};
 use crate::cli::run::RUNS_FOLDER;
 use crate::cli::worker_process::worker_binary;
@@ -27,14 +27,11 @@ const COMPRESSION: u64 = 4;
 const WEIGHTS: [&str; 2] = ["model.safetensors", "model.safetensors.index.json"];
 
 /// The model and its tokenizer; returns the model's extents where they are known.
-pub(super) fn model(study: &Study, checks: &mut Vec<Check>) -> Result<Option<(ModelShape, u64)>> {
+pub(super) fn model(wanted: &Wanted<'_>, checks: &mut Vec<Check>) -> Option<(ModelShape, u64)> {
+    let recipe = &wanted.study.recipe;
     // An earlier stage's export has the extents of the model that the first stage starts from.
-    let first = match &study.after {
-        Some(_) => study.trials(Path::new("study"))?.into_iter().next().and_then(|trial| trial.parent),
-        None => None,
-    };
-    let mut model = &study.recipe.model;
-    let mut stage = first.as_deref();
+    let first = wanted.trials.as_ref().and_then(|trials| trials.graph.wanted().next());
+    let (mut model, mut stage) = (&recipe.model, first.and_then(|node| node.trial.parent.as_deref()));
     while let Some(trial) = stage {
         model = &trial.recipe.model;
         stage = trial.parent.as_deref();
@@ -49,8 +46,8 @@ pub(super) fn model(study: &Study, checks: &mut Vec<Check>) -> Result<Option<(Mo
             None
         }
     };
-    checks.push(tokenizer(&study.recipe.model, model, sizes.as_ref().map(|(_, vocab)| *vocab)));
-    Ok(sizes)
+    checks.push(tokenizer(&recipe.model, model, sizes.as_ref().map(|(_, vocab)| *vocab)));
+    sizes
 }
 
 fn weights(model: &ModelRecipe) -> Check {
@@ -85,26 +82,72 @@ fn tokenizer(of_run: &ModelRecipe, of_first_stage: &ModelRecipe, vocab: Option<u
 pub(super) fn data(wanted: &Wanted<'_>, checks: &mut Vec<Check>) -> DataFacts {
     let recipe = &wanted.study.recipe;
     let sources = sources(&recipe.data, wanted.offline, checks);
+    if let Some(trials) = &wanted.trials {
+        return data_of_trials(trials, checks).unwrap_or(sources);
+    }
     let name = "prepared data";
-    let place = recipe.data.output.display();
     match Manifest::find(&recipe.data.output) {
         Err(error) => {
             checks.push(Check::error(name, &error));
             sources
         }
         Ok(None) => {
-            // Trials of a sweep have prepared data of their own, in the study's folder.
-            let hint = if wanted.study.sweep.is_some() { "the sweep prepares it" } else { "run `cloze data prepare RECIPE` first" };
-            checks.push(Check::warn(name, format!("not prepared yet, at {place}"), hint));
+            let found = format!("not prepared yet, at {}", recipe.data.output.display());
+            checks.push(Check::warn(name, found, "run `cloze data prepare RECIPE` first"));
             sources
         }
         Ok(Some(manifest)) => {
             checks.push(of_this_recipe(recipe, &manifest));
-            let bytes = manifest.shards.iter().map(|shard| shard.bytes).sum();
-            let epoch_samples = manifest.epoch_samples(recipe.data.mixing_cap);
-            DataFacts::Prepared { samples: manifest.samples, epoch_samples, tokens: manifest.tokens, bytes }
+            facts_of(recipe, &manifest)
         }
     }
+}
+
+/// What the trials of a sweep find in the study's folder, each preparation once; the facts are those of the first trial, where its data
+/// is prepared.
+fn data_of_trials(trials: &Trials, checks: &mut Vec<Check>) -> Option<DataFacts> {
+    let name = "prepared data";
+    let first = trials.graph.wanted().next().map(|node| node.trial.data_hash.as_str());
+    let mut looked_at = BTreeSet::new();
+    let (mut num_prepared, mut facts, num_before) = (0, None, checks.len());
+    for trial in trials.graph.nodes.iter().map(|node| &node.trial).filter(|trial| looked_at.insert(trial.data_hash.as_str())) {
+        match Manifest::find(&trial.recipe.data.output) {
+            Err(error) => checks.push(Check::error(name, &error)),
+            Ok(None) => {}
+            Ok(Some(manifest)) => {
+                num_prepared += 1;
+                let check = of_this_recipe(&trial.recipe, &manifest);
+                if check.level == CheckLevel::Fail {
+                    checks.push(check);
+                }
+                if first == Some(trial.data_hash.as_str()) {
+                    facts = Some(facts_of(&trial.recipe, &manifest));
+                }
+            }
+        }
+    }
+    if checks.len() == num_before {
+        checks.push(Check::ok(name, preparations(num_prepared, looked_at.len(), &trials.folder.root().join("data"))));
+    }
+    facts
+}
+
+/// How many of the sweep's preparations are there. One that is not yet is no failure: the first trial that needs it prepares it.
+fn preparations(prepared: usize, all: usize, place: &Path) -> String {
+    let place = place.display();
+    match (prepared, all) {
+        (0, 1) => format!("the sweep prepares it, in {place}"),
+        (0, all) => format!("the sweep prepares {all} times, in {place}"),
+        (1, 1) => format!("there, in {place}"),
+        (prepared, all) if prepared == all => format!("{all} preparations are there, in {place}"),
+        (prepared, all) => format!("{prepared} of {all} preparations there, in {place}; the sweep prepares the rest"),
+    }
+}
+
+fn facts_of(recipe: &Recipe, manifest: &Manifest) -> DataFacts {
+    let bytes = manifest.shards.iter().map(|shard| shard.bytes).sum();
+    let epoch_samples = manifest.epoch_samples(recipe.data.mixing_cap);
+    DataFacts::Prepared { samples: manifest.samples, epoch_samples, tokens: manifest.tokens, bytes }
 }
 
 fn of_this_recipe(recipe: &Recipe, manifest: &Manifest) -> Check {
@@ -159,16 +202,34 @@ fn sources(data: &DataRecipe, offline: bool, checks: &mut Vec<Check>) -> DataFac
     if all_known { DataFacts::Sources { stored_bytes, text_bytes } } else { DataFacts::Unknown }
 }
 
-/// The place of the checkpoints, its clock, and the files of the evaluation.
+/// The files of the evaluation, of all trials where there are several.
+pub(super) fn evaluation(wanted: &Wanted<'_>, checks: &mut Vec<Check>) {
+    let name = "evaluation";
+    let of_trials = wanted.trials.iter().flat_map(|trials| &trials.graph.nodes).map(|node| &node.trial.recipe);
+    let recipes: Vec<&Recipe> = if wanted.trials.is_some() { of_trials.collect() } else { vec![&wanted.study.recipe] };
+    let tasks = recipes.into_iter().flat_map(|recipe| &recipe.evaluation);
+    let files: BTreeSet<(&Path, &str)> =
+        tasks.flat_map(|task| task.files.iter().map(|file| (file.as_path(), task.name.as_str()))).collect();
+    let missing: Vec<&(&Path, &str)> = files.iter().filter(|(file, _)| !file.exists()).collect();
+    for (file, task) in &missing {
+        let failure = Failure::new(FailureKind::Input, format!("a file of the task `{task}` is not there")).at(file.display());
+        checks.push(Check::fail(name, &failure.hint("correct `files` of the task in the recipe; `cloze eval` needs it")));
+    }
+    if missing.is_empty() {
+        let found = match files.len() {
+            0 => "no task".to_owned(),
+            1 => "its file is there".to_owned(),
+            count => format!("its {count} files are there"),
+        };
+        checks.push(Check::ok(name, found));
+    }
+}
+
+/// The place of the checkpoints, and its clock.
 pub(super) fn places(wanted: &Wanted<'_>, checks: &mut Vec<Check>) {
     let recipe = &wanted.study.recipe;
-    for task in &recipe.evaluation {
-        for file in task.files.iter().filter(|file| !file.exists()) {
-            let found = format!("{} of task {} is not there", file.display(), task.name);
-            checks.push(Check::warn("evaluation", found, "`cloze eval` will need it"));
-        }
-    }
-    let folder = wanted.site.folder.as_deref().unwrap_or(Path::new("")).join(RUNS_FOLDER);
+    let of_runs = || wanted.site.folder.as_deref().unwrap_or(Path::new("")).join(RUNS_FOLDER);
+    let folder = wanted.trials.as_ref().map_or_else(of_runs, |trials| trials.folder.root().join(RUNS_FOLDER));
     let url = recipe.checkpoint.url.clone().unwrap_or_else(|| folder.display().to_string());
     let name = "checkpoint place";
     if wanted.offline && url.contains("://") && !url.starts_with("file://") {
@@ -216,4 +277,23 @@ fn hosts(ssh: &SshSite, nodes: u32) -> Check {
         return Check::fail("hosts", &failure.found(ssh.hosts.len()).hint("add to `ssh.hosts`, or lower `resources.nodes`"));
     }
     Check::ok("hosts", found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_sweep_prepares_is_no_failure() {
+        let cases = [
+            (0, 1, "the sweep prepares it, in D"),
+            (0, 3, "the sweep prepares 3 times, in D"),
+            (1, 1, "there, in D"),
+            (3, 3, "3 preparations are there, in D"),
+            (1, 3, "1 of 3 preparations there, in D; the sweep prepares the rest"),
+        ];
+        for (prepared, all, expected) in cases {
+            assert_eq!(preparations(prepared, all, Path::new("D")), expected);
+        }
+    }
 }

@@ -11,7 +11,7 @@ use cloze_recipes::recipe::{Device, ModelRecipe, ModelShape};
 use cloze_recipes::site::SiteKind;
 use serde::Deserialize;
 
-use super::{PlanArguments, Wanted};
+use super::Wanted;
 
 /// The vocabulary of a new model is rounded up to a multiple of this.
 const VOCABULARY_MULTIPLE: u32 = 64;
@@ -23,35 +23,27 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 const VOCABULARY_MAX: u64 = 16 << 20;
 
 /// Everything that the numbers are computed from.
-pub(super) fn facts(
-    wanted: &Wanted<'_>,
-    arguments: &PlanArguments,
-    (shape, vocab): (ModelShape, u64),
-    data: DataFacts,
-) -> Result<PlanFacts> {
+pub(super) fn facts(wanted: &Wanted<'_>, tokens_per_second: Option<f64>, (shape, vocab): (ModelShape, u64), data: DataFacts) -> PlanFacts {
     let study = wanted.study;
-    let trials = match &study.sweep {
-        Some(sweep) => Some(TrialFacts {
-            trials: study.trials(Path::new("study"))?.len() as u64,
-            concurrency: sweep.concurrency,
-            pack: sweep.pack,
-            stops_early: sweep.early_stopping.is_some(),
-        }),
-        None => None,
-    };
-    Ok(PlanFacts {
+    let trials = study.sweep.as_ref().zip(wanted.trials.as_ref()).map(|(sweep, trials)| TrialFacts {
+        trials: trials.graph.wanted().count() as u64,
+        concurrency: sweep.concurrency,
+        pack: sweep.pack,
+        stops_early: sweep.early_stopping.is_some(),
+    });
+    PlanFacts {
         recipe: study.recipe.clone(),
         shape,
         vocab,
         nodes: study.resources.nodes,
         workers: wanted.workers,
         data,
-        machine: machine(wanted, arguments),
+        machine: machine(wanted, tokens_per_second),
         trials,
-    })
+    }
 }
 
-fn machine(wanted: &Wanted<'_>, arguments: &PlanArguments) -> MachineFacts {
+fn machine(wanted: &Wanted<'_>, tokens_per_second: Option<f64>) -> MachineFacts {
     let resources = &wanted.study.resources;
     let of_one_run = wanted.workers.div_ceil(resources.nodes.max(1)).max(1);
     // Packed trials share a node of the cluster, and each starts workers of its own.
@@ -70,7 +62,7 @@ fn machine(wanted: &Wanted<'_>, arguments: &PlanArguments) -> MachineFacts {
     };
     let mut facts = MachineFacts {
         worker_memory_mib,
-        tokens_per_second: arguments.tokens_per_second.or(wanted.site.tokens_per_second),
+        tokens_per_second: tokens_per_second.or(wanted.site.tokens_per_second),
         time_limit_minutes: resources.time_limit_minutes,
         ..MachineFacts::default()
     };

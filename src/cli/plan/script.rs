@@ -1,4 +1,4 @@
-//! What a plan says of a batch system: the script of the run's first job, and whether the job fits.
+//! What a plan says of a batch system: the script of the run's first job or of the sweep's first array, and whether the job fits.
 
 use std::path::Path;
 
@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use cloze_launcher::RunPaths;
 use cloze_launcher::plan::Check;
 use cloze_launcher::slurm::{JobPaths, Programs, Role, Slurm, Submission, Version, Wanted, Wish};
+use cloze_launcher::sweep::outlook::first_script;
 use cloze_recipes::failure::Failure;
 use cloze_recipes::site::{SiteKind, SlurmSite};
 
@@ -18,11 +19,34 @@ const KEY_PLACE: &str = "KEY";
 /// The version whose script is shown where the batch system is not asked or does not answer.
 const ASSUMED_VERSION: Version = Version { year: 20, month: 11 };
 
-/// The script of the run's first job, as it is for this version of the batch system; `None` where there is none.
-pub(super) fn script(wanted: &Planned<'_>) -> Result<Option<String>> {
-    if !matches!(wanted.site.kind, SiteKind::Slurm(_)) {
-        return Ok(None);
+/// The script, and a check that it can be written; `None` where there is none.
+pub(super) fn checked_script(wanted: &Planned<'_>, checks: &mut Vec<Check>) -> Option<String> {
+    let name = "batch script";
+    match script(wanted) {
+        Ok(script) => {
+            checks.extend(script.is_some().then(|| Check::ok(name, "can be written")));
+            script
+        }
+        Err(error) => {
+            checks.push(Check::error(name, &error));
+            None
+        }
     }
+}
+
+/// The script, as it is for this version of the batch system.
+fn script(wanted: &Planned<'_>) -> Result<Option<String>> {
+    match (&wanted.trials, &wanted.site.kind) {
+        (_, SiteKind::Local) | (None, SiteKind::Ssh(_)) => Ok(None),
+        // Trials are jobs or processes of this machine; what else a site is, is told as `cloze sweep run` tells it.
+        (Some(trials), SiteKind::Ssh(_) | SiteKind::Slurm(_)) => {
+            first_script(wanted.study, &trials.graph, &trials.folder, (wanted.site, version(wanted))).map(Some)
+        }
+        (None, SiteKind::Slurm(_)) => script_of_run(wanted).map(Some),
+    }
+}
+
+fn script_of_run(wanted: &Planned<'_>) -> Result<String> {
     let recipe = &wanted.study.recipe;
     let folder = wanted.site.folder.as_deref().unwrap_or(Path::new("")).join(RUNS_FOLDER).join(&recipe.name);
     let run = RunPaths::new(std::path::absolute(&folder).context("find the run folder")?);
@@ -33,7 +57,7 @@ pub(super) fn script(wanted: &Planned<'_>) -> Result<Option<String>> {
     let submission =
         Submission { key: KEY_PLACE.to_owned(), ..Submission::new(wanted.site.clone(), resources, programs, survives_node_loss)? };
     let job = Wanted { name: submission.job_name(&recipe.name, 1), role: Role::Asked, exclude: Vec::new() };
-    Ok(Some(submission.script(&run, &job, version(wanted))?))
+    Ok(submission.script(&run, &job, version(wanted))?)
 }
 
 /// The version of the batch system, if it may be asked and answers; what it cannot say is told by [`check_machines`].

@@ -17,7 +17,7 @@ pub(super) fn text(printed: &Printed) -> String {
         }
     }
     if let Some(script) = &printed.script {
-        sections.push(format!("batch script of the first job\n\n{}\n", script.trim_end()));
+        sections.push(format!("batch script of {}\n\n{}\n", printed.script_of, script.trim_end()));
     }
     sections.push(printed.checks.iter().map(line).collect());
     sections.join("\n")
@@ -187,7 +187,8 @@ mod tests {
     fn the_plan_is_read_at_a_glance() {
         let failure = Failure::new(FailureKind::Recipe, "too few").hint("more");
         let checks = vec![Check::ok("model", "new"), Check::warn("data", "not yet", "do it"), Check::fail("hosts", &failure)];
-        let printed = Printed { ok: false, plan: Some(plan()), checks, script: Some("#!/bin/bash\nexec x\n".to_owned()) };
+        let printed =
+            Printed { ok: false, plan: Some(plan()), checks, script: Some("#!/bin/bash\nexec x\n".to_owned()), script_of: "the first job" };
         let expected = "\
 recipe: base, hash abc
 ranks: 16 on 2 nodes

@@ -99,6 +99,7 @@ fn a_sweep_contradicts_neither_itself_nor_the_recipe() {
             "sweep: {random: {samples: 2, keys: {train.steps: {integer: [1, 9], choice: [1]}}}}",
             "r.yaml:7:37: sweep.random.keys.train.steps: expected exactly one of `choice`, `uniform`, `log_uniform` and `integer`",
         ),
+        ("sweep: {seeds: []}", "r.yaml:7:16: sweep.seeds: found a list of 0, expected a list of at least 1"),
         ("sweep: {seeds: [1, 1]}", "r.yaml:7:20: sweep.seeds.1: found 1 a second time, expected seeds that differ"),
         ("sweep: {pack: 3, concurrency: 2}", "r.yaml:7:15: sweep.pack: found 3, expected at most sweep.concurrency, which is 2"),
         ("sweep: {metric: {task: z}}", "r.yaml:7:24: sweep.metric.task: found `z`, expected a task of `evaluation`: `t`, `u`"),
@@ -213,6 +214,40 @@ fn an_expectation_names_what_exists() {
         assert_eq!(found.len(), 1, "{rest}: {found:?}");
         assert!(found[0].starts_with("r.yaml:8:") && found[0].ends_with(message), "{rest}: {}", found[0]);
     }
+}
+
+#[test]
+fn a_misspelt_swept_key_is_blamed_and_not_what_is_expected_of_it() {
+    let expected = "expected: {source: p, columns: [{name: T, task: t}], rows: [{name: a, arm: {train.steps: 1}}]}";
+    let found = problems(&format!("sweep: {{grid: {{train.stepz: [1, 2]}}}}\n{expected}"));
+    assert_eq!(found, ["r.yaml:7:16: train.stepz: unknown key; did you mean `steps`? (in the trial train.stepz=1)"]);
+}
+
+#[test]
+fn an_expected_arm_is_one_of_the_sweep() {
+    let expected = |arm: &str| format!("expected: {{source: p, columns: [{{name: T, task: t}}], rows: [{{name: a, arm: {arm}}}]}}\n");
+    let sweep = "sweep: {paired: [{train.steps: [1, 2], objective.masking: [all_mask, 80_10_10]}]}\n";
+    let all = [sweep, "profiles: {toy: {sweep: {paired: [{train.steps: [3], objective.masking: [80_10_10]}]}}}\n"].concat();
+    let table = [
+        ("{train.steps: 3}", "arm.train.steps: found `3`, expected a value that the sweep takes: `1`, `2`"),
+        (
+            "{train.steps: 1.0, objective.masking: 80_10_1}",
+            "arm.objective.masking: found `80_10_1`, expected a value that the sweep takes: `all_mask`, `80_10_10`; did you mean `80_10_10`?",
+        ),
+        (
+            "{train.steps: 1, objective.masking: 80_10_10}",
+            "arm: found values that no trial has together, expected those of one point of the sweep",
+        ),
+    ];
+    for (arm, message) in table {
+        let found = problems(&(all.clone() + &expected(arm)));
+        assert_eq!(found.len(), 1, "{arm}: {found:?}");
+        assert!(found[0].ends_with(&format!("expected.rows.0.{message}")), "{arm}: {}", found[0]);
+    }
+    // A value that only the recipe states counts too.
+    let list = "sweep: {list: [{train.steps: 1}, {objective.mask_probability: 0.5}]}\n";
+    let files = Files::with(&(list.to_owned() + &expected("{train.steps: 10, objective.mask_probability: 0.5}")));
+    assert_eq!(check_file(&files.recipe(), &[], None).unwrap().trials.len(), 2);
 }
 
 #[test]

@@ -1,0 +1,231 @@
+//! What a sweep would do next, for whoever only looks: whether trials still wait at their rungs, and the first array of jobs.
+
+use std::path::{Path, PathBuf};
+
+use cloze_recipes::failure::Failure;
+use cloze_recipes::site::Site;
+use cloze_recipes::study::Study;
+
+use super::batch::{Assignment, Batch};
+use super::controller::limits_of;
+use super::decide::{Action, SweepState, TrialStatus, decide};
+use super::folder::{StudyFolder, StudyInfo, SweepOptions, SweepPlan, study_hash};
+use super::graph::Graph;
+use super::queue::{MAX_ELEMENTS, QueueOptions, elements_at_once, share_of};
+use super::record::TrialRecord;
+use crate::report::event_sample::{self, Sampling};
+use crate::slurm::Version;
+
+/// How the event log of a trial is looked at: its first and its last bytes.
+const SAMPLING: Sampling = Sampling { max_bytes: 64 << 10, num_blocks: 2 };
+
+/// Stands for the characters that tell the jobs of a study, and its programs, from those of others.
+const KEY_PLACE: &str = "KEY";
+
+/// The trials as decisions see them.
+pub(super) fn statuses(plan: &SweepPlan, records: &[TrialRecord]) -> Vec<TrialStatus> {
+    let of = |(trial, record): (usize, &TrialRecord)| TrialStatus {
+        parent: plan.trials[trial].parent,
+        climbs: plan.climbs(trial),
+        state: record.state,
+        fruitless_attempts: record.fruitless_attempts,
+        retry_at: record.retry_at,
+        rungs: record.rungs.clone(),
+    };
+    records.iter().enumerate().map(of).collect()
+}
+
+/// Whether nothing is left to do, so that a trial that waits at its rung waits for good. `records` are in the plan's order.
+pub fn is_over(now: f64, plan: &SweepPlan, records: &[TrialRecord]) -> bool {
+    let state = SweepState { trials: statuses(plan, records), is_draining: false };
+    decide(now, &state, &limits_of(plan, usize::MAX)).1.is_over()
+}
+
+/// Newest step of the run of a trial that is out, by the ends of its event log; 0 where it has none yet.
+pub fn newest_step(run: &Path) -> u64 {
+    match event_sample::read(&run.join("events.jsonl"), SAMPLING) {
+        Ok(sample) => sample.map_or(0, |sample| sample.view.progress.step),
+        Err(failure) => {
+            tracing::warn!(%failure, "the step of a trial is the newest that was saved");
+            0
+        }
+    }
+}
+
+/// The script of the first array of jobs that a sweep submits to a site of this version; the characters that only a submission knows are
+/// left open. Fails with kind `Recipe` where the trials cannot be jobs of the site.
+pub fn first_script(study: &Study, graph: &Graph, folder: &StudyFolder, (site, version): (&Site, Version)) -> anyhow::Result<String> {
+    let plan = SweepPlan::new(study, graph, SweepOptions { site: Some(site.clone()), journal: None });
+    let options = QueueOptions {
+        info: StudyInfo::new(study, study_hash(&plan)?, KEY_PLACE.to_owned(), 0.0),
+        program: folder.programs_path().join(PathBuf::from(KEY_PLACE).join("cloze")),
+        folder: folder.clone(),
+        resources: plan.resources.clone(),
+        site: site.clone(),
+        concurrency: (plan.concurrency, plan.pack),
+    };
+    Ok(first_script_of(&options, &plan, version)?)
+}
+
+fn first_script_of(options: &QueueOptions, plan: &SweepPlan, version: Version) -> Result<String, Failure> {
+    options.site_of_jobs()?;
+    let (batch, open_elements) = first_batch(plan);
+    let limit = share_of(elements_at_once(options.concurrency), batch.elements.len(), open_elements);
+    options.script(&batch, limit, version)
+}
+
+/// The first batch of a sweep in a queue, and the number of elements of all batches that are handed out with it.
+fn first_batch(plan: &SweepPlan) -> (Batch, usize) {
+    // As the controller does: a queue takes all that can start, unless the results of some choose the next.
+    let concurrency = if plan.early_stopping.is_none() { usize::MAX } else { plan.concurrency as usize };
+    let records: Vec<TrialRecord> = plan.trials.iter().map(|trial| TrialRecord::new(trial, plan.parent_hash(trial))).collect();
+    let state = SweepState { trials: statuses(plan, &records), is_draining: false };
+    let (actions, _) = decide(0.0, &state, &limits_of(plan, concurrency));
+    let starts = actions.into_iter().filter_map(|action| match action {
+        Action::Start { trial, until_step } => Some(Assignment { trial: plan.trials[trial].hash.clone(), attempt: 1, until_step }),
+        Action::FailWithParent { .. } => None,
+    });
+    let starts: Vec<Assignment> = starts.collect();
+    let pack = plan.pack.max(1) as usize;
+    let elements: Vec<Vec<Assignment>> = starts.chunks(pack).map(<[Assignment]>::to_vec).collect();
+    let open_elements = elements.len();
+    (Batch { number: 1, elements: elements.into_iter().take(MAX_ELEMENTS).collect() }, open_elements)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use cloze_recipes::failure::FailureKind;
+    use cloze_recipes::study::{Metric, Resources, Score};
+
+    use super::super::folder::PlannedTrial;
+    use super::super::record::{Rung, TrialState};
+    use super::*;
+
+    /// A stage, two trials that start from it, and one that does not.
+    fn plan() -> SweepPlan {
+        let trial = |hash: &str, parent| PlannedTrial {
+            hash: hash.to_owned(),
+            name: format!("demo-{hash}"),
+            parameters: serde_json::Map::new(),
+            seed: 1,
+            data_hash: "d".to_owned(),
+            data_seed: 1,
+            parent,
+            wanted: hash != "stage",
+            is_stage: hash == "stage",
+        };
+        SweepPlan {
+            version: 1,
+            concurrency: 4,
+            pack: 2,
+            early_stopping: None,
+            metric: Metric { task: None, score: Score::Loss },
+            resources: resources(),
+            site: None,
+            journal: None,
+            trials: vec![trial("stage", None), trial("a", Some(0)), trial("b", Some(0)), trial("c", None), trial("d", None)],
+        }
+    }
+
+    fn resources() -> Resources {
+        Resources {
+            nodes: 1,
+            workers_per_node: 2,
+            gpus_per_node: 0,
+            cpus_per_worker: Some(3),
+            memory_per_node_mib: None,
+            time_limit_minutes: None,
+            container: None,
+            modules: Vec::new(),
+            environment: BTreeMap::new(),
+            setup: Vec::new(),
+        }
+    }
+
+    /// A cluster file's site.
+    fn site(kind: &str) -> Site {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("cluster.yaml");
+        std::fs::write(&path, format!("version: 1\nname: mine\n{kind}\n")).unwrap();
+        cloze_recipes::load_site(&path).unwrap()
+    }
+
+    fn options(site: Site) -> QueueOptions {
+        let metric = Metric { task: None, score: Score::Loss };
+        let info = StudyInfo {
+            version: 1,
+            name: "demo".to_owned(),
+            file: PathBuf::from("demo.yaml"),
+            profile: None,
+            overrides: Vec::new(),
+            hash: "0123456789abcdef".to_owned(),
+            key: KEY_PLACE.to_owned(),
+            expected: None,
+            metric,
+            keys: Vec::new(),
+            created: 0.0,
+        };
+        let folder = StudyFolder::new(PathBuf::from("/shared/studies/demo"));
+        QueueOptions { folder, info, program: PathBuf::from("/bin/cloze"), resources: resources(), site, concurrency: (4, 2) }
+    }
+
+    #[test]
+    fn the_first_array_holds_what_needs_no_stage() {
+        let script = |plan| first_script_of(&options(site("kind: slurm")), &plan, Version { year: 22, month: 5 }).unwrap();
+        let expected = "\
+#!/bin/bash
+#SBATCH --job-name=cloze-demo-0123456789-KEY-000001
+#SBATCH --chdir=/shared/studies/demo
+#SBATCH --output=/shared/studies/demo/jobs/job-%A_%a.log
+#SBATCH --open-mode=append
+#SBATCH --array=0-1%2
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=6
+#SBATCH --signal=B:USR2@120
+#SBATCH --requeue
+
+exec /bin/cloze sweep work /shared/studies/demo --batch 1 --cores 6
+";
+        assert_eq!(script(plan()), expected);
+        // Alone in an element, of which four run at the same time.
+        let of_early_stopping = SweepPlan { early_stopping: Some((10, 3)), concurrency: 1, pack: 1, ..plan() };
+        assert!(script(of_early_stopping).contains("--array=0-0%"), "early stopping hands out no more than run");
+    }
+
+    #[test]
+    fn trials_that_cannot_be_jobs_have_no_script() {
+        let version = Version { year: 22, month: 5 };
+        let ssh = first_script_of(&options(site("kind: ssh\nssh: {hosts: [a]}")), &plan(), version).unwrap_err();
+        assert_eq!((ssh.kind, ssh.what.as_str()), (FailureKind::Recipe, "the site has no batch system"));
+        let mut wide = options(site("kind: slurm"));
+        wide.resources.nodes = 2;
+        let wide = first_script_of(&wide, &plan(), version).unwrap_err();
+        assert_eq!((wide.kind, wide.what.as_str()), (FailureKind::Recipe, "a trial of a sweep has one node"));
+    }
+
+    #[test]
+    fn the_newest_step_is_that_of_the_event_log() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(newest_step(folder.path()), 0);
+        crate::report::fixtures::run_folder(folder.path(), 1, None);
+        assert_eq!(newest_step(folder.path()), 20);
+    }
+
+    #[test]
+    fn a_trial_waits_at_its_rung_until_nothing_is_left_to_do() {
+        let plan = SweepPlan { early_stopping: Some((10, 3)), ..plan() };
+        let mut records: Vec<TrialRecord> = plan.trials.iter().map(|trial| TrialRecord::new(trial, None)).collect();
+        for record in &mut records {
+            (record.state, record.rungs) = (TrialState::StoppedEarly, vec![Rung { step: 10, metric: Some(1.0) }]);
+        }
+        (records[0].state, records[0].rungs) = (TrialState::Done, Vec::new());
+        assert!(!is_over(0.0, &plan, &records), "one goes on at least");
+        records[1].state = TrialState::Done;
+        assert!(is_over(0.0, &plan, &records));
+        records[2].state = TrialState::Waiting;
+        assert!(!is_over(0.0, &plan, &records));
+    }
+}
