@@ -99,7 +99,7 @@ pub fn plan(arguments: &PlanArguments, stdout: &mut dyn Write) -> Result<ExitCod
     let study = cloze_recipes::load_study(&arguments.recipe.recipe, &changes.overrides, changes.profile.as_deref())?;
     let site = arguments.cluster.as_deref().map_or_else(|| Ok(Site::local()), cloze_recipes::load_site)?;
     let wanted = Wanted::new(&study, &site, arguments.workers, arguments.offline)?;
-    let printed = compute(&wanted, arguments.tokens_per_second)?;
+    let printed = compute(&wanted, arguments.tokens_per_second);
     if arguments.json {
         writeln!(stdout, "{}", serde_json::to_string_pretty(&printed).context("encode the plan")?)
     } else {
@@ -109,7 +109,7 @@ pub fn plan(arguments: &PlanArguments, stdout: &mut dyn Write) -> Result<ExitCod
     verdict(&arguments.recipe.recipe, &printed.checks)
 }
 
-fn compute(wanted: &Wanted<'_>, tokens_per_second: Option<f64>) -> Result<Printed> {
+fn compute(wanted: &Wanted<'_>, tokens_per_second: Option<f64>) -> Printed {
     let mut checks = Vec::new();
     let model = checks::model(wanted, &mut checks);
     let data = checks::data(wanted, &mut checks);
@@ -126,7 +126,7 @@ fn compute(wanted: &Wanted<'_>, tokens_per_second: Option<f64>) -> Result<Printe
     let script = script::checked_script(wanted, &mut checks);
     let ok = checks.iter().all(|check| check.level != CheckLevel::Fail);
     let script_of = if wanted.trials.is_some() { "the first array of jobs" } else { "the first job" };
-    Ok(Printed { ok, plan, checks, script, script_of })
+    Printed { ok, plan, checks, script, script_of }
 }
 
 /// Refuses a run, before it is submitted, that would not start: by its model, its prepared data, its memory and these checks, all told at

@@ -68,7 +68,7 @@ fn a_sweep_is_planned_as_it_would_be_submitted() {
         "#SBATCH --array=0-3%2\n",
         &format!("/cloze sweep work {study} --batch 1\n"),
         &format!("OK    prepared data: the sweep prepares 2 times, in {study}/data\n"),
-        "OK    evaluation: its file is there\n",
+        "OK    evaluation: 1 file there\n",
         "OK    batch script: can be written\n",
     ] {
         assert!(text.contains(part), "`{part}` is missing in:\n{text}");
@@ -86,7 +86,7 @@ fn an_evaluation_file_that_is_missing_fails_the_plan() {
     let world = World::prepared();
     let set = ["--set", "evaluation=[{name: t, files: [gone.jsonl], labels: [{value: a}, {value: b}]}]"];
     let outcome = world.cloze(&[["plan", "recipe.yaml"].as_slice(), &set].concat()).expect_code(4);
-    assert!(outcome.stdout.contains("FAIL  evaluation: a file of the task `t` is not there; at "), "{}", outcome.stdout);
+    assert!(outcome.stdout.contains("FAIL  evaluation: 1 of 1 file of the task `t` not there; at "), "{}", outcome.stdout);
 }
 
 #[test]

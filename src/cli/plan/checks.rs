@@ -1,7 +1,7 @@
 //! Looks at everything that a run will touch, and says at once what is wrong with it.
 
-use std::collections::BTreeSet;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use cloze_data::manifest::Manifest;
@@ -10,6 +10,7 @@ use cloze_data::record::{Format, list_inputs};
 use cloze_data::store::{ConditionalPut, probe_conditional_put};
 use cloze_data::tokenizer::Tokenizer;
 use cloze_launcher::plan::{Check, CheckLevel, DataFacts, check_clock};
+use cloze_launcher::words::counted;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::{DataRecipe, ModelRecipe, ModelShape, Recipe};
 use cloze_recipes::site::{SiteKind, SshSite};
@@ -207,20 +208,22 @@ pub(super) fn evaluation(wanted: &Wanted<'_>, checks: &mut Vec<Check>) {
     let name = "evaluation";
     let of_trials = wanted.trials.iter().flat_map(|trials| &trials.graph.nodes).map(|node| &node.trial.recipe);
     let recipes: Vec<&Recipe> = if wanted.trials.is_some() { of_trials.collect() } else { vec![&wanted.study.recipe] };
-    let tasks = recipes.into_iter().flat_map(|recipe| &recipe.evaluation);
-    let files: BTreeSet<(&Path, &str)> =
-        tasks.flat_map(|task| task.files.iter().map(|file| (file.as_path(), task.name.as_str()))).collect();
-    let missing: Vec<&(&Path, &str)> = files.iter().filter(|(file, _)| !file.exists()).collect();
-    for (file, task) in &missing {
-        let failure = Failure::new(FailureKind::Input, format!("a file of the task `{task}` is not there")).at(file.display());
-        checks.push(Check::fail(name, &failure.hint("correct `files` of the task in the recipe; `cloze eval` needs it")));
+    let mut files: BTreeMap<&str, BTreeSet<&Path>> = BTreeMap::new();
+    for task in recipes.into_iter().flat_map(|recipe| &recipe.evaluation) {
+        files.entry(&task.name).or_default().extend(task.files.iter().map(PathBuf::as_path));
     }
-    if missing.is_empty() {
-        let found = match files.len() {
-            0 => "no task".to_owned(),
-            1 => "its file is there".to_owned(),
-            count => format!("its {count} files are there"),
-        };
+    let before = checks.len();
+    for (task, files) in &files {
+        let missing: Vec<&Path> = files.iter().copied().filter(|file| !file.exists()).collect();
+        if let Some(first) = missing.first() {
+            let what = format!("{} of {} of the task `{task}` not there", missing.len(), counted(files.len(), "file"));
+            let failure = Failure::new(FailureKind::Input, what).at(first.display());
+            checks.push(Check::fail(name, &failure.hint("correct `files` of the task in the recipe; `cloze eval` needs them")));
+        }
+    }
+    if checks.len() == before {
+        let count = files.values().map(BTreeSet::len).sum();
+        let found = if count == 0 { "no task".to_owned() } else { format!("{} there", counted(count, "file")) };
         checks.push(Check::ok(name, found));
     }
 }
