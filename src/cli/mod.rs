@@ -24,5 +24,6 @@ pub mod worker_process;
 mod bucket_runs;
 mod errors;
 mod inputs;
+mod trial;
 
 pub use errors::{error_text, start_logging};

@@ -63,6 +63,9 @@ pub enum SweepCommand {
     /// Work on one element of a batch; the controller starts it
     #[command(hide = true)]
     Work(WorkArguments),
+    /// Train one trial over all nodes of its element; what works on the element starts it
+    #[command(hide = true)]
+    Train(super::trial::TrainTrialArguments),
 }
 
 /// Arguments of `cloze sweep run`.
@@ -191,6 +194,7 @@ pub fn sweep(command: &SweepCommand, stdout: &mut dyn Write) -> Result<ExitCode>
             Ok(ExitCode::SUCCESS)
         }
         SweepCommand::Work(arguments) => work(arguments),
+        SweepCommand::Train(arguments) => super::trial::train(arguments),
     }
 }
 

@@ -1,6 +1,6 @@
 //! A sweep as arrays of jobs on a real SLURM cluster ends with every trial done once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::time::Duration;
 
@@ -12,8 +12,8 @@ use crate::sandbox::{Process, RECIPE_TEXT, SlurmCluster, SlurmOptions, World, ru
 const PATIENCE: Duration = Duration::from_mins(3);
 
 /// Records of a study by name.
-fn records(world: &World) -> BTreeMap<String, Value> {
-    let Ok(entries) = fs::read_dir(world.path("studies/queued/trials")) else { return BTreeMap::new() };
+fn records(world: &World, study: &str) -> BTreeMap<String, Value> {
+    let Ok(entries) = fs::read_dir(world.path(&format!("studies/{study}/trials"))) else { return BTreeMap::new() };
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.extension().is_some_and(|e| e == "json"));
     paths
         .map(|path| {
@@ -24,8 +24,8 @@ fn records(world: &World) -> BTreeMap<String, Value> {
 }
 
 /// Steps that a trial has done so far, in order.
-fn steps(world: &World, name: &str) -> Vec<u64> {
-    let events = world.run(&format!("studies/queued/runs/{name}")).events_named("step");
+fn steps(world: &World, study: &str, name: &str) -> Vec<u64> {
+    let events = world.run(&format!("studies/{study}/runs/{name}")).events_named("step");
     events.iter().filter_map(|event| event["step"].as_u64()).collect()
 }
 
@@ -42,7 +42,8 @@ sweep: {seeds: [1, 2, 3, 4, 5, 6], concurrency: 4, pack: 2, metric: {score: loss
     world.write("cluster.yaml", "version: 1\nname: tests\nkind: slurm\nslurm: {partition: main, poll_s: 1}\n");
     let cloze = |arguments: &[&str]| world.command_by(cluster.command(crate::sandbox::CLOZE), arguments);
     let process = Process::start(&mut cloze(&["sweep", "run", "queued.yaml", "--cluster", "cluster.yaml"]), "");
-    let training = |at_least: usize| records(&world).keys().filter(|name| steps(&world, name).len() >= at_least).count();
+    let training =
+        |at_least: usize| records(&world, "queued").keys().filter(|name| steps(&world, "queued", name).len() >= at_least).count();
     wait_until("four trials of two elements train", PATIENCE, || training(40) >= 4);
     process.kill();
     let jobs = || cluster.run("squeue", &["--noheader", "--array", "--format=%i %T %N"]).stdout;
@@ -54,12 +55,76 @@ sweep: {seeds: [1, 2, 3, 4, 5, 6], concurrency: 4, pack: 2, metric: {score: loss
     cluster.kill_node(&node);
     let outcome = run_command(&mut cloze(&["sweep", "resume", "studies/queued"])).expect_code(0);
     outcome.expect_words(&["6 trials of an earlier controller are out", "6 of 6 done"]);
-    for (name, record) in records(&world) {
+    for (name, record) in records(&world, "queued") {
         assert_eq!((record["state"].as_str(), record["attempts"].as_u64()), (Some("done"), Some(1)), "{name}");
-        let mut done = steps(&world, &name);
+        let mut done = steps(&world, "queued", &name);
         done.sort_unstable();
         done.dedup();
         assert_eq!(done, (1..=600).collect::<Vec<u64>>(), "{name}");
     }
     assert!(jobs().is_empty(), "{}", jobs());
+}
+
+/// Hosts of the workers of a trial.
+fn hosts(world: &World, study: &str, name: &str) -> BTreeSet<String> {
+    let joined = world.run(&format!("studies/{study}/runs/{name}")).events_named("worker_joined");
+    joined.iter().map(|event| event["host"].as_str().expect("a worker has a host").to_owned()).collect()
+}
+
+#[test]
+fn trials_of_two_nodes_use_both() {
+    let options = SlurmOptions { num_nodes: 4, gpus_per_node: 0, accounting: false };
+    let Some(cluster) = SlurmCluster::start("a sweep of trials on two nodes each", options) else { return };
+    let world = World::with_corpus(2000);
+    let recipe = RECIPE_TEXT.replace("name: small", "name: pairs");
+    let around = "\
+resources: {nodes: 2, workers_per_node: 1, cpus_per_worker: 2, time_limit_minutes: 10}
+sweep: {seeds: [1, 2], concurrency: 2, metric: {score: loss}}
+";
+    world.write("pairs.yaml", recipe + around);
+    let cluster_file = "version: 1\nname: tests\nkind: slurm\nslurm: {partition: main, poll_s: 1}\npreflight: {timeout_s: 120}\n";
+    world.write("cluster.yaml", cluster_file);
+    let sweep = |settings: &[&str]| {
+        let arguments = [["sweep", "run", "pairs.yaml", "--cluster", "cluster.yaml"].as_slice(), settings].concat();
+        world.command_by(cluster.command(crate::sandbox::CLOZE), &arguments)
+    };
+    let shared = ["--folder", "studies/shared", "--set", "sweep.pack=2"];
+    run_command(&mut sweep(&shared)).expect_code(3).expect_words(&["sweep.pack", "resources.nodes"]);
+    warned_and_done(&world, &cluster, &mut sweep(&["--set", "train.steps=400"]));
+
+    // A trial that waits at a rung leaves its nodes, and goes on from there with others.
+    let rungs = ["--folder", "studies/rungs", "--set", "sweep.early_stopping={first_step: 20, factor: 2}"];
+    run_command(&mut sweep(&rungs)).expect_code(0).expect_words(&["to step 20", "1 of 2 done, 1 stopped early"]);
+    let ends: BTreeMap<String, u64> =
+        records(&world, "rungs").into_iter().map(|(name, record)| (name, record["step"].as_u64().expect("a step"))).collect();
+    for (name, end) in &ends {
+        assert_eq!(steps(&world, "rungs", name), (1..=*end).collect::<Vec<u64>>(), "{name}");
+        assert_eq!(world.run(&format!("studies/rungs/runs/{name}")).events_named("generation_started")[0]["world_size"], 2, "{name}");
+    }
+    let mut ends: Vec<u64> = ends.into_values().collect();
+    ends.sort_unstable();
+    assert_eq!(ends, [20, 40]);
+}
+
+/// A warning, as ahead of a time limit, makes a trial save on both of its nodes; it goes on in another job, and no step is done twice.
+fn warned_and_done(world: &World, cluster: &SlurmCluster, sweep: &mut std::process::Command) {
+    let process = Process::start(sweep, "");
+    let begun = || records(world, "pairs").keys().filter(|name| steps(world, "pairs", name).len() >= 30).count();
+    wait_until("both trials train", PATIENCE, || begun() == 2);
+    let queue = cluster.run("squeue", &["--noheader", "--array", "--format=%i %D"]).expect_code(0).stdout;
+    let jobs: Vec<Vec<&str>> = queue.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert!(jobs.len() == 2 && jobs.iter().all(|job| job[1] == "2"), "{queue}");
+    cluster.run("scancel", &["--batch", "--signal=USR2", jobs[0][0]]).expect_code(0);
+    process.wait().expect_code(0).expect_words(&["was stopped at step", "2 of 2 done"]);
+    let mut attempts = Vec::new();
+    for (name, record) in records(world, "pairs") {
+        assert_eq!(record["state"].as_str(), Some("done"), "{name}");
+        attempts.push(record["attempts"].as_u64().expect("a number"));
+        assert_eq!(steps(world, "pairs", &name), (1..=400).collect::<Vec<u64>>(), "{name}");
+        assert!(hosts(world, "pairs", &name).len() >= 2, "{name}: {:?}", hosts(world, "pairs", &name));
+        let scores = world.read(&format!("studies/pairs/runs/{name}/eval/eval.json"));
+        assert!(serde_json::from_slice::<Value>(&scores).expect("scores are JSON")["tasks"].is_array(), "{name}");
+    }
+    attempts.sort_unstable();
+    assert_eq!(attempts, [1, 2], "only the one that was warned began again");
 }

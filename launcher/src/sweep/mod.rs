@@ -30,3 +30,4 @@ pub mod text;
 pub mod work;
 
 mod time;
+mod waits;

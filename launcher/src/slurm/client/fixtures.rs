@@ -7,7 +7,7 @@ use cloze_recipes::site::SlurmSite;
 use super::Slurm;
 
 /// A site that names its partition and nothing else.
-pub(in super::super) fn site() -> SlurmSite {
+pub(crate) fn site() -> SlurmSite {
     SlurmSite {
         partition: Some("main".to_owned()),
         account: None,
@@ -25,7 +25,7 @@ pub(in super::super) fn site() -> SlurmSite {
 
 /// A folder in which each program is these lines of shell; `sbatch --version` answers too. A shell of its own writes them: while this
 /// program has one open to write, a process that another test starts would inherit it, and it could not be executed.
-pub(in super::super) fn cluster(programs: &[(&str, &str)]) -> (tempfile::TempDir, Slurm) {
+pub(crate) fn cluster(programs: &[(&str, &str)]) -> (tempfile::TempDir, Slurm) {
     let folder = tempfile::tempdir().unwrap();
     let version = r#"[ "$1" = --version ] && echo "slurm 22.05.8" && exit 0"#;
     for (name, text) in [("sbatch", version)].iter().chain(programs) {
