@@ -221,6 +221,9 @@ pub(super) struct Driven {
 /// Runs a study to its end, or goes on with it.
 pub(super) fn run_study(study: &Study, folder: &Path, site: Option<Site>, wish: &WishArguments) -> Result<Driven> {
     check_inputs(study, folder)?;
+    if site.as_ref().is_some_and(|site| matches!(site.kind, SiteKind::Slurm(_))) {
+        Queue::check(&study.resources, study.sweep.as_ref().map_or(1, |sweep| sweep.pack))?;
+    }
     let options = SweepOptions { site, journal: wish.journal.as_deref().map(absolute_url).transpose()? };
     drive(OpenStudy::create(study, folder, options)?, wish.quiet)
 }

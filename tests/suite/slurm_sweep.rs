@@ -73,7 +73,7 @@ fn hosts(world: &World, study: &str, name: &str) -> BTreeSet<String> {
 
 #[test]
 fn trials_of_two_nodes_use_both() {
-    let options = SlurmOptions { num_nodes: 4, gpus_per_node: 0, accounting: false };
+    let options = SlurmOptions { num_nodes: 4, gpus_per_node: 0, ..SlurmOptions::default() };
     let Some(cluster) = SlurmCluster::start("a sweep of trials on two nodes each", options) else { return };
     let world = World::with_corpus(2000);
     let recipe = RECIPE_TEXT.replace("name: small", "name: pairs");
@@ -90,6 +90,7 @@ sweep: {seeds: [1, 2], concurrency: 2, metric: {score: loss}}
     };
     let shared = ["--folder", "studies/shared", "--set", "sweep.pack=2"];
     run_command(&mut sweep(&shared)).expect_code(3).expect_words(&["sweep.pack", "resources.nodes"]);
+    assert!(!world.path("studies/shared").exists(), "a folder was made for nothing");
     warned_and_done(&world, &cluster, &mut sweep(&["--set", "train.steps=400"]));
 
     // A trial that waits at a rung leaves its nodes, and goes on from there with others.
@@ -127,4 +128,71 @@ fn warned_and_done(world: &World, cluster: &SlurmCluster, sweep: &mut std::proce
     }
     attempts.sort_unstable();
     assert_eq!(attempts, [1, 2], "only the one that was warned began again");
+}
+
+#[test]
+fn a_trial_that_loses_a_node_goes_on_with_another() {
+    let options = SlurmOptions { num_nodes: 3, gpus_per_node: 0, ..SlurmOptions::default() };
+    let Some(cluster) = SlurmCluster::start("a trial that loses one of its nodes", options) else { return };
+    let world = World::with_corpus(2000);
+    let recipe = RECIPE_TEXT.replace("name: small", "name: lost").replace("steps: 40", "steps: 600");
+    let around = "\
+resources: {nodes: 2, workers_per_node: 1, cpus_per_worker: 2, time_limit_minutes: 10}
+sweep: {seeds: [1], metric: {score: loss}}
+";
+    world.write("lost.yaml", recipe + around);
+    let cluster_file = "version: 1\nname: tests\nkind: slurm\nslurm: {partition: main, poll_s: 1}\npreflight: {enabled: false}\n";
+    world.write("cluster.yaml", cluster_file);
+    let arguments = ["sweep", "run", "lost.yaml", "--cluster", "cluster.yaml"];
+    let process = Process::start(&mut world.command_by(cluster.command(crate::sandbox::CLOZE), &arguments), "");
+    let done = || records(&world, "lost").keys().map(|name| steps(&world, "lost", name).len()).max().unwrap_or(0);
+    wait_until("the trial trains", PATIENCE, || done() >= 40);
+    let job = cluster.run("squeue", &["--noheader", "--format=%A"]).expect_code(0).stdout.trim().parse().expect("one job");
+    // The other node of the two: what works on the trial lives.
+    let (first, nodes) = (cluster.batch_node(job), cluster.nodes_of(job));
+    let lost = nodes.iter().find(|node| **node != first).expect("the trial has two nodes").clone();
+    cluster.kill_node(&lost);
+    process.wait().expect_code(0).expect_words(&["1 of 1 done"]);
+    let name = records(&world, "lost").into_keys().next().expect("the trial has a record");
+    let mut all = steps(&world, "lost", &name);
+    all.sort_unstable();
+    all.dedup();
+    assert_eq!(all, (1..=600).collect::<Vec<u64>>());
+    assert_eq!(hosts(&world, "lost", &name), ["n1", "n2", "n3"].map(str::to_owned).into(), "the third node took the place of {lost}");
+}
+
+/// Without accounting nobody knows how a job has ended once SLURM has forgotten it. The controller stands still meanwhile, so that it has not
+/// heard of the end before.
+#[test]
+fn a_trial_whose_job_is_forgotten_is_tried_again() {
+    let options = SlurmOptions { num_nodes: 1, gpus_per_node: 0, accounting: false, remembers_s: 2 };
+    let Some(cluster) = SlurmCluster::start("jobs that SLURM forgets", options) else { return };
+    let world = World::with_corpus(2000);
+    let recipe = RECIPE_TEXT.replace("name: small", "name: forgotten").replace("steps: 40", "steps: 400");
+    let around = "\
+resources: {nodes: 1, workers_per_node: 1, cpus_per_worker: 2, time_limit_minutes: 10}
+sweep: {seeds: [1], metric: {score: loss}}
+";
+    world.write("forgotten.yaml", recipe + around);
+    world.write("cluster.yaml", "version: 1\nname: tests\nkind: slurm\nslurm: {partition: main, poll_s: 1}\n");
+    let arguments = ["sweep", "run", "forgotten.yaml", "--cluster", "cluster.yaml"];
+    let process = Process::start(&mut world.command_by(cluster.command(crate::sandbox::CLOZE), &arguments), "");
+    let done = || records(&world, "forgotten").keys().map(|name| steps(&world, "forgotten", name).len()).max().unwrap_or(0);
+    wait_until("the trial trains", PATIENCE, || done() >= 40);
+    process.signal("STOP");
+    let job: u64 = cluster.run("squeue", &["--noheader", "--format=%A"]).expect_code(0).stdout.trim().parse().expect("one job");
+    cluster.kill_script(job);
+    cluster.wait_for_change("the job is forgotten", || cluster.job_state(job).is_none());
+    assert!(cluster.run("sacct", &["--jobs", &job.to_string()]).stderr.contains("disabled"), "the accounting knows nothing either");
+    assert!(done() < 400, "it was killed on its way");
+
+    process.signal("CONT");
+    process.wait().expect_code(0).expect_words(&["ended without a word; tried again", "1 of 1 done"]);
+    for (name, record) in records(&world, "forgotten") {
+        assert_eq!((record["state"].as_str(), record["attempts"].as_u64()), (Some("done"), Some(2)), "{name}");
+        let mut all = steps(&world, "forgotten", &name);
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all, (1..=400).collect::<Vec<u64>>(), "{name}");
+    }
 }

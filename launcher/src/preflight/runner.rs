@@ -410,6 +410,7 @@ mod tests {
     use cloze_cluster::Secret;
 
     use super::*;
+    use crate::hosts::CommandForm;
 
     /// An agent that tells its time once this many have been asked for it; `$1` is its name.
     const AGENT: &str = r#"read setup; echo '{"ready":{"host":"h","machine":"m","addresses":[],"port":1}}'
@@ -435,23 +436,16 @@ echo '{"clock":0}'; read end"#;
     fn compared(names: &[&str], num_asked: usize) -> Vec<NodeMeasurement> {
         let folder = tempfile::tempdir().unwrap();
         let words = ["/bin/sh", "-c", AGENT, "agent"].map(str::to_owned).to_vec();
-        let node = |name: &&str| NodeOptions {
-            host: RemoteHost { name: (*name).to_owned(), prefix: words.clone(), form: crate::hosts::CommandForm::Words },
-            address: None,
+        // The words after the prefix are the same for all, so each is told its name as the last word of its prefix.
+        let node = |name: &&str| {
+            let prefix = words.iter().cloned().chain([(*name).to_owned()]).collect();
+            NodeOptions { host: RemoteHost { name: (*name).to_owned(), prefix, form: CommandForm::Words }, address: None }
         };
-        // The words after the prefix are the same for all, so each name is told as the first of them.
-        let nodes: Vec<NodeOptions> = names
-            .iter()
-            .map(node)
-            .map(|mut node| {
-                node.host.prefix.push(node.host.name.clone());
-                node
-            })
-            .collect();
+        let nodes = names.iter().map(node).collect();
         let rest = vec![folder.path().display().to_string(), num_asked.to_string()];
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let deadline = Instant::now() + Duration::from_secs(60);
+            let deadline = Instant::now() + Duration::from_mins(1);
             let mut check = Check { nodes: start_all(nodes, rest, &setup(), deadline).await.unwrap(), deadline };
             check.compare_clocks().await.unwrap();
             check.nodes.into_iter().map(|node| node.measured).collect()

@@ -154,7 +154,7 @@ impl Job<'_> {
 
     fn attempt(&self) -> Attempted {
         let Self { options, submission, slurm, machines, warnings, .. } = self;
-        Attempt { options, submission, slurm, machines, warnings, until_step: None }.go()
+        Attempt { options, submission, slurm, machines, warnings, until_step: None, is_quiet: false }.go()
     }
 
     /// Decides what follows, writes it down and does it.

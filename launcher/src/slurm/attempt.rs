@@ -39,6 +39,8 @@ pub(super) struct Attempt<'a> {
     pub warnings: &'a Warnings,
     /// Step at which the run is left, with its state saved; `None` goes on to the end.
     pub until_step: Option<u64>,
+    /// Whether the log is to hold no line for each step.
+    pub is_quiet: bool,
 }
 
 /// What an attempt has come to.
@@ -103,7 +105,7 @@ impl Attempt<'_> {
         let step = step(slurm, submission, paths.root(), machines.nodes.first().map(String::as_str));
         let step: Vec<String> = step.into_iter().filter(|word| !word.starts_with("--container-")).collect();
         let _watch = PreemptionWatch::start(Arc::clone(slurm), machines.job, &step, self.warnings)?;
-        let style = TerminalStyle { interactive: false, color: false, quiet: false };
+        let style = TerminalStyle { interactive: false, color: false, quiet: self.is_quiet };
         let options = LaunchOptions { run, plan, output: (self.options.output)(), style };
         launch_on_hosts(options, machines.hosts(slurm, submission, paths))
     }

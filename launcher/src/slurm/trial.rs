@@ -44,8 +44,15 @@ pub fn run_over_nodes(options: &AllocationOptions<'_>, trial: TrialNodes) -> any
     let submission = Submission::new(trial.site, trial.resources, trial.programs, false)?;
     let slurm = Arc::new(Slurm::find(submission.slurm()?)?);
     let machines = patiently(|| Ok(Machines::of_this_job(&slurm)?))?;
-    let attempt =
-        Attempt { options, submission: &submission, slurm: &slurm, machines: &machines, warnings: &warnings, until_step: trial.until_step };
+    let attempt = Attempt {
+        options,
+        submission: &submission,
+        slurm: &slurm,
+        machines: &machines,
+        warnings: &warnings,
+        until_step: trial.until_step,
+        is_quiet: true,
+    };
     let Attempted { end, bad_nodes } = attempt.go();
     let is_theirs = are_to_avoid(&bad_nodes, machines.nodes.len());
     Ok(TrialNodesEnd { end, bad_nodes: if is_theirs { bad_nodes } else { Vec::new() } })

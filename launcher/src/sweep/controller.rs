@@ -89,7 +89,7 @@ impl Controller {
         self.tell_found();
         loop {
             let now = unix_now_s();
-            self.heed(&signals)?;
+            self.heed(&signals);
             self.take_in(now)?;
             self.journal.renew(now)?;
             let reason = self.act(now)?;
@@ -121,7 +121,7 @@ impl Controller {
     }
 
     /// Signals and the wishes of `cloze sweep cancel`.
-    fn heed(&mut self, signals: &Signals) -> anyhow::Result<()> {
+    fn heed(&mut self, signals: &Signals) {
         if let Some(signal) = signals.take(Request::Stop).or_else(|| signals.take(Request::EarlyStop)) {
             match self.stop {
                 Stop::No if self.executor.is_queue() => {
@@ -149,7 +149,6 @@ impl Controller {
             self.talk.line("`cloze sweep cancel`: nothing is started any more; what is out saves and leaves");
             self.stop_all();
         }
-        Ok(())
     }
 
     fn stop_all(&mut self) {

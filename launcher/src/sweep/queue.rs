@@ -97,16 +97,21 @@ impl Queue {
     /// Finds the batch system. Fails with kind `Environment` where it is not here, and with `Recipe` where several trials are to share
     /// several nodes.
     pub fn new(options: QueueOptions) -> Result<Self, Failure> {
-        let (nodes, pack) = (options.resources.nodes, options.concurrency.1);
-        if nodes > 1 && pack > 1 {
-            return Err(Failure::new(FailureKind::Recipe, "trials of several nodes cannot share them")
-                .at("sweep.pack")
-                .expected(format!("1, since `resources.nodes` is {nodes}"))
-                .found(pack)
-                .hint("give each trial one node to pack them, or leave `sweep.pack` out"));
-        }
+        Self::check(&options.resources, options.concurrency.1)?;
         let slurm = Slurm::find(slurm_site(&options.site)?)?;
         Self::over(options, slurm)
+    }
+
+    /// Refuses trials of several nodes that are to share them, with kind `Recipe`.
+    pub fn check(resources: &Resources, pack: u32) -> Result<(), Failure> {
+        if resources.nodes == 1 || pack == 1 {
+            return Ok(());
+        }
+        Err(Failure::new(FailureKind::Recipe, "trials of several nodes cannot share them")
+            .at("sweep.pack")
+            .expected(format!("1, since `resources.nodes` is {}", resources.nodes))
+            .found(pack)
+            .hint("give each trial one node to pack them, or leave `sweep.pack` out"))
     }
 
     fn over(options: QueueOptions, slurm: Slurm) -> Result<Self, Failure> {
