@@ -144,3 +144,25 @@ fn address_towards(name: &str) -> std::io::Result<IpAddr> {
     socket.connect(target)?;
     Ok(socket.local_addr()?.ip())
 }
+
+#[cfg(test)]
+mod tests {
+    use cloze_recipes::study::Container;
+
+    use super::super::client::fixtures::{cluster, resources, whole_site};
+    use super::*;
+
+    #[test]
+    fn a_program_of_a_trial_enters_the_container_of_its_node() {
+        let (_programs, slurm) = cluster(&[]);
+        let (site, mut machines) = (whole_site(), resources(2));
+        assert!(!has_container(&machines, &site));
+        machines.container = Some(Container { image: "cloze.sqsh".to_owned(), mounts: vec!["/data:/data".to_owned()] });
+        assert!(has_container(&machines, &site));
+        let words = step_in(&slurm, (&site, &machines), Path::new("/shared/glue"), Some("n2"));
+        assert!(words[0].ends_with("/srun"), "{}", words[0]);
+        let options = "--nodes=1 --ntasks=1 --overlap --mem=0 --cpu-bind=none --export=ALL --nodelist=n2 --cpus-per-task=32 \
+                       --container-image=cloze.sqsh --container-mounts=/data:/data,/shared/glue:/shared/glue";
+        assert_eq!(words[1..].join(" "), options);
+    }
+}

@@ -1,8 +1,10 @@
 //! A batch system of a shell's making, for the tests of this folder.
 
+use std::collections::BTreeMap;
 use std::process::Command;
 
-use cloze_recipes::site::SlurmSite;
+use cloze_recipes::site::{Preflight, Site, SiteKind, SlurmSite};
+use cloze_recipes::study::Resources;
 
 use super::Slurm;
 
@@ -20,6 +22,38 @@ pub(crate) fn site() -> SlurmSite {
         warning_s: 120,
         max_jobs: 20,
         poll_s: 2,
+    }
+}
+
+/// A cluster of that batch system.
+pub(crate) fn whole_site() -> Site {
+    Site {
+        name: "mine".to_owned(),
+        kind: SiteKind::Slurm(site()),
+        folder: None,
+        container: None,
+        modules: Vec::new(),
+        environment: BTreeMap::new(),
+        setup: Vec::new(),
+        preflight: Preflight { enabled: true, min_bandwidth_share: 0.3, max_slowdown: 3.0, timeout_s: 300 },
+        gpu_memory_mib: None,
+        tokens_per_second: None,
+    }
+}
+
+/// Nodes with four workers each, and with a GPU and eight cores for each worker.
+pub(crate) fn resources(nodes: u32) -> Resources {
+    Resources {
+        nodes,
+        workers_per_node: 4,
+        gpus_per_node: 4,
+        cpus_per_worker: Some(8),
+        memory_per_node_mib: None,
+        time_limit_minutes: None,
+        container: None,
+        modules: Vec::new(),
+        environment: BTreeMap::new(),
+        setup: Vec::new(),
     }
 }
 

@@ -1,38 +1,10 @@
+//! Batches against a batch system of a shell's making: what is submitted, found again, cancelled, and waited for.
+
 use cloze_recipes::study::{Metric, Score};
 
 use super::*;
-use crate::slurm::fixtures::{cluster, site as slurm};
+use crate::slurm::fixtures::{cluster, resources, whole_site};
 use crate::sweep::record::Place;
-
-fn site() -> Site {
-    Site {
-        name: "mine".to_owned(),
-        kind: SiteKind::Slurm(slurm()),
-        folder: None,
-        container: None,
-        modules: Vec::new(),
-        environment: BTreeMap::new(),
-        setup: Vec::new(),
-        preflight: cloze_recipes::site::Preflight { enabled: true, min_bandwidth_share: 0.3, max_slowdown: 3.0, timeout_s: 300 },
-        gpu_memory_mib: None,
-        tokens_per_second: None,
-    }
-}
-
-fn resources(nodes: u32) -> Resources {
-    Resources {
-        nodes,
-        workers_per_node: 4,
-        gpus_per_node: 4,
-        cpus_per_worker: Some(8),
-        memory_per_node_mib: None,
-        time_limit_minutes: None,
-        container: None,
-        modules: Vec::new(),
-        environment: BTreeMap::new(),
-        setup: Vec::new(),
-    }
-}
 
 fn info() -> StudyInfo {
     StudyInfo {
@@ -56,7 +28,7 @@ fn options(folder: &str, nodes: u32, concurrency: (u32, u32)) -> QueueOptions {
         info: info(),
         program: PathBuf::from("/shared/glue/bin/1f/cloze"),
         resources: resources(nodes),
-        site: site(),
+        site: whole_site(),
         concurrency,
     }
 }
