@@ -25,5 +25,6 @@ mod bucket_runs;
 mod errors;
 mod inputs;
 mod run_place;
+mod trial;
 
 pub use errors::{error_text, start_logging};

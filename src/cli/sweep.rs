@@ -69,6 +69,9 @@ pub enum SweepCommand {
     /// Work on one element of a batch; the controller starts it
     #[command(hide = true)]
     Work(WorkArguments),
+    /// Train one trial over all nodes of its element; what works on the element starts it
+    #[command(hide = true)]
+    Train(super::trial::TrainTrialArguments),
 }
 
 /// Arguments of `cloze sweep run`.
@@ -197,6 +200,7 @@ pub fn sweep(command: &SweepCommand, stdout: &mut dyn Write) -> Result<ExitCode>
             Ok(ExitCode::SUCCESS)
         }
         SweepCommand::Work(arguments) => work(arguments),
+        SweepCommand::Train(arguments) => super::trial::train(arguments),
     }
 }
 
@@ -205,7 +209,7 @@ fn resume(arguments: &ResumeArguments) -> Result<Driven> {
     let journal = arguments.journal.as_deref().map(absolute_url).transpose()?;
     let site = arguments.cluster.as_deref().map(cloze_recipes::load_site).transpose()?;
     let mut study = OpenStudy::open(&arguments.folder, journal.as_deref())?;
-    check_machines(&study.plan.resources, site.as_ref().or(study.plan.site.as_ref()))?;
+    check_machines(&study.plan.resources, study.plan.pack, site.as_ref().or(study.plan.site.as_ref()))?;
     if let Some(site) = site {
         study.move_to(site)?;
     }
@@ -235,7 +239,8 @@ pub(super) struct Driven {
 /// Runs a study to its end, or goes on with it.
 pub(super) fn run_study(study: &Study, folder: &Path, site: Option<Site>, wish: &WishArguments) -> Result<Driven> {
     check_inputs(study, folder)?;
-    check_machines(&study.resources, site.as_ref())?;
+    let pack = study.sweep.as_ref().map_or(1, |sweep| sweep.pack);
+    check_machines(&study.resources, pack, site.as_ref())?;
     let options = SweepOptions { site, journal: wish.journal.as_deref().map(absolute_url).transpose()? };
     drive(OpenStudy::create(study, folder, options)?, wish.quiet)
 }

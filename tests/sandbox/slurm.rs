@@ -36,11 +36,13 @@ pub struct SlurmOptions {
     pub gpus_per_node: usize,
     /// Whether jobs are accounted for, so that `sacct` knows them; that takes a database and some seconds.
     pub accounting: bool,
+    /// For how long a job that is over is known without accounting, in seconds, at least 2; SLURM looks once a minute.
+    pub remembers_s: u32,
 }
 
 impl Default for SlurmOptions {
     fn default() -> Self {
-        Self { num_nodes: 4, gpus_per_node: 2, accounting: false }
+        Self { num_nodes: 4, gpus_per_node: 2, accounting: false, remembers_s: 600 }
     }
 }
 

@@ -287,7 +287,7 @@ fn stay_cancelled(site: &Site) {
 
 #[test]
 fn a_run_goes_on_beyond_its_time_limit() {
-    let options = SlurmOptions { num_nodes: 2, gpus_per_node: 0, accounting: false };
+    let options = SlurmOptions { num_nodes: 2, gpus_per_node: 0, ..SlurmOptions::default() };
     let Some(site) = Site::start("a run beyond its time limit", options) else { return };
     // SLURM warns up to 60 s early, so this comes at once or within the half minute in which it looks again.
     site.world.write("short.yaml", cluster_file("time_limit_minutes: 1, warning_s: 45, max_jobs: 3"));

@@ -92,7 +92,7 @@ fn jobs_run_are_requeued_cancelled_and_preempted() {
 
 #[test]
 fn nodes_are_lost_and_come_back() {
-    let options = SlurmOptions { num_nodes: 3, gpus_per_node: 0, accounting: true };
+    let options = SlurmOptions { num_nodes: 3, gpus_per_node: 0, accounting: true, ..SlurmOptions::default() };
     let Some(cluster) = SlurmCluster::start("nodes of SLURM that fail", options) else { return };
     let place = Place::new();
     let script = format!("echo $(hostname) >> {}; sleep 1000", place.path("hosts").display());

@@ -1,6 +1,6 @@
 //! A sweep as arrays of jobs on a real SLURM cluster ends with every trial done once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::time::Duration;
 
@@ -12,8 +12,8 @@ use crate::sandbox::{Process, RECIPE_TEXT, SlurmCluster, SlurmOptions, World, ru
 const PATIENCE: Duration = Duration::from_mins(3);
 
 /// Records of a study by name.
-fn records(world: &World) -> BTreeMap<String, Value> {
-    let Ok(entries) = fs::read_dir(world.path("studies/queued/trials")) else { return BTreeMap::new() };
+fn records(world: &World, study: &str) -> BTreeMap<String, Value> {
+    let Ok(entries) = fs::read_dir(world.path(&format!("studies/{study}/trials"))) else { return BTreeMap::new() };
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.extension().is_some_and(|e| e == "json"));
     paths
         .map(|path| {
@@ -24,8 +24,8 @@ fn records(world: &World) -> BTreeMap<String, Value> {
 }
 
 /// Steps that a trial has done so far, in order.
-fn steps(world: &World, name: &str) -> Vec<u64> {
-    let events = world.run(&format!("studies/queued/runs/{name}")).events_named("step");
+fn steps(world: &World, study: &str, name: &str) -> Vec<u64> {
+    let events = world.run(&format!("studies/{study}/runs/{name}")).events_named("step");
     events.iter().filter_map(|event| event["step"].as_u64()).collect()
 }
 
@@ -42,7 +42,8 @@ sweep: {seeds: [1, 2, 3, 4, 5, 6], concurrency: 4, pack: 2, metric: {score: loss
     world.write("cluster.yaml", "version: 1\nname: tests\nkind: slurm\nslurm: {partition: main, poll_s: 1}\n");
     let cloze = |arguments: &[&str]| world.command_by(cluster.command(crate::sandbox::CLOZE), arguments);
     let process = Process::start(&mut cloze(&["sweep", "run", "queued.yaml", "--cluster", "cluster.yaml"]), "");
-    let training = |at_least: usize| records(&world).keys().filter(|name| steps(&world, name).len() >= at_least).count();
+    let training =
+        |at_least: usize| records(&world, "queued").keys().filter(|name| steps(&world, "queued", name).len() >= at_least).count();
     wait_until("four trials of two elements train", PATIENCE, || training(40) >= 4);
     process.kill();
     let jobs = || cluster.run("squeue", &["--noheader", "--array", "--format=%i %T %N"]).stdout;
@@ -54,12 +55,144 @@ sweep: {seeds: [1, 2, 3, 4, 5, 6], concurrency: 4, pack: 2, metric: {score: loss
     cluster.kill_node(&node);
     let outcome = run_command(&mut cloze(&["sweep", "resume", "studies/queued"])).expect_code(0);
     outcome.expect_words(&["6 trials of an earlier controller are out", "6 of 6 done"]);
-    for (name, record) in records(&world) {
+    for (name, record) in records(&world, "queued") {
         assert_eq!((record["state"].as_str(), record["attempts"].as_u64()), (Some("done"), Some(1)), "{name}");
-        let mut done = steps(&world, &name);
+        let mut done = steps(&world, "queued", &name);
         done.sort_unstable();
         done.dedup();
         assert_eq!(done, (1..=600).collect::<Vec<u64>>(), "{name}");
     }
     assert!(jobs().is_empty(), "{}", jobs());
+}
+
+/// Hosts of the workers of a trial.
+fn hosts(world: &World, study: &str, name: &str) -> BTreeSet<String> {
+    let joined = world.run(&format!("studies/{study}/runs/{name}")).events_named("worker_joined");
+    joined.iter().map(|event| event["host"].as_str().expect("a worker has a host").to_owned()).collect()
+}
+
+#[test]
+fn trials_of_two_nodes_use_both() {
+    let options = SlurmOptions { num_nodes: 4, gpus_per_node: 0, ..SlurmOptions::default() };
+    let Some(cluster) = SlurmCluster::start("a sweep of trials on two nodes each", options) else { return };
+    let world = World::with_corpus(2000);
+    let recipe = RECIPE_TEXT.replace("name: small", "name: pairs");
+    let around = "\
+resources: {nodes: 2, workers_per_node: 1, cpus_per_worker: 2, time_limit_minutes: 10}
+sweep: {seeds: [1, 2], concurrency: 2, metric: {score: loss}}
+";
+    world.write("pairs.yaml", recipe + around);
+    let cluster_file = "version: 1\nname: tests\nkind: slurm\nslurm: {partition: main, poll_s: 1}\npreflight: {timeout_s: 120}\n";
+    world.write("cluster.yaml", cluster_file);
+    let sweep = |settings: &[&str]| {
+        let arguments = [["sweep", "run", "pairs.yaml", "--cluster", "cluster.yaml"].as_slice(), settings].concat();
+        world.command_by(cluster.command(crate::sandbox::CLOZE), &arguments)
+    };
+    let shared = ["--folder", "studies/shared", "--set", "sweep.pack=2"];
+    run_command(&mut sweep(&shared)).expect_code(3).expect_words(&["sweep.pack", "resources.nodes"]);
+    assert!(!world.path("studies/shared").exists(), "a folder was made for nothing");
+    warned_and_done(&world, &cluster, &mut sweep(&["--set", "train.steps=400"]));
+
+    // A trial that waits at a rung leaves its nodes, and goes on from there with others.
+    let rungs = ["--folder", "studies/rungs", "--set", "sweep.early_stopping={first_step: 20, factor: 2}"];
+    run_command(&mut sweep(&rungs)).expect_code(0).expect_words(&["to step 20", "1 of 2 done, 1 stopped early"]);
+    let ends: BTreeMap<String, u64> =
+        records(&world, "rungs").into_iter().map(|(name, record)| (name, record["step"].as_u64().expect("a step"))).collect();
+    for (name, end) in &ends {
+        assert_eq!(steps(&world, "rungs", name), (1..=*end).collect::<Vec<u64>>(), "{name}");
+        assert_eq!(world.run(&format!("studies/rungs/runs/{name}")).events_named("generation_started")[0]["world_size"], 2, "{name}");
+    }
+    let mut ends: Vec<u64> = ends.into_values().collect();
+    ends.sort_unstable();
+    assert_eq!(ends, [20, 40]);
+}
+
+/// A warning, as ahead of a time limit, makes a trial save on both of its nodes; it goes on in another job, and no step is done twice.
+fn warned_and_done(world: &World, cluster: &SlurmCluster, sweep: &mut std::process::Command) {
+    let process = Process::start(sweep, "");
+    let begun = || records(world, "pairs").keys().filter(|name| steps(world, "pairs", name).len() >= 30).count();
+    wait_until("both trials train", PATIENCE, || begun() == 2);
+    let queue = cluster.run("squeue", &["--noheader", "--array", "--format=%i %D"]).expect_code(0).stdout;
+    let jobs: Vec<Vec<&str>> = queue.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert!(jobs.len() == 2 && jobs.iter().all(|job| job[1] == "2"), "{queue}");
+    cluster.run("scancel", &["--batch", "--signal=USR2", jobs[0][0]]).expect_code(0);
+    process.wait().expect_code(0).expect_words(&["was stopped at step", "2 of 2 done"]);
+    let mut attempts = Vec::new();
+    for (name, record) in records(world, "pairs") {
+        assert_eq!(record["state"].as_str(), Some("done"), "{name}");
+        attempts.push(record["attempts"].as_u64().expect("a number"));
+        assert_eq!(steps(world, "pairs", &name), (1..=400).collect::<Vec<u64>>(), "{name}");
+        assert!(hosts(world, "pairs", &name).len() >= 2, "{name}: {:?}", hosts(world, "pairs", &name));
+        let scores = world.read(&format!("studies/pairs/runs/{name}/eval/eval.json"));
+        assert!(serde_json::from_slice::<Value>(&scores).expect("scores are JSON")["tasks"].is_array(), "{name}");
+    }
+    attempts.sort_unstable();
+    assert_eq!(attempts, [1, 2], "only the one that was warned began again");
+}
+
+#[test]
+fn a_trial_that_loses_a_node_goes_on_with_another() {
+    let options = SlurmOptions { num_nodes: 3, gpus_per_node: 0, ..SlurmOptions::default() };
+    let Some(cluster) = SlurmCluster::start("a trial that loses one of its nodes", options) else { return };
+    let world = World::with_corpus(2000);
+    let recipe = RECIPE_TEXT.replace("name: small", "name: lost").replace("steps: 40", "steps: 600");
+    let around = "\
+resources: {nodes: 2, workers_per_node: 1, cpus_per_worker: 2, time_limit_minutes: 10}
+sweep: {seeds: [1], metric: {score: loss}}
+";
+    world.write("lost.yaml", recipe + around);
+    let cluster_file = "version: 1\nname: tests\nkind: slurm\nslurm: {partition: main, poll_s: 1}\npreflight: {enabled: false}\n";
+    world.write("cluster.yaml", cluster_file);
+    let arguments = ["sweep", "run", "lost.yaml", "--cluster", "cluster.yaml"];
+    let process = Process::start(&mut world.command_by(cluster.command(crate::sandbox::CLOZE), &arguments), "");
+    let done = || records(&world, "lost").keys().map(|name| steps(&world, "lost", name).len()).max().unwrap_or(0);
+    wait_until("the trial trains", PATIENCE, || done() >= 40);
+    let job = cluster.run("squeue", &["--noheader", "--format=%A"]).expect_code(0).stdout.trim().parse().expect("one job");
+    // The other node of the two: what works on the trial lives.
+    let (first, nodes) = (cluster.batch_node(job), cluster.nodes_of(job));
+    let lost = nodes.iter().find(|node| **node != first).expect("the trial has two nodes").clone();
+    cluster.kill_node(&lost);
+    process.wait().expect_code(0).expect_words(&["1 of 1 done"]);
+    let name = records(&world, "lost").into_keys().next().expect("the trial has a record");
+    let mut all = steps(&world, "lost", &name);
+    all.sort_unstable();
+    all.dedup();
+    assert_eq!(all, (1..=600).collect::<Vec<u64>>());
+    assert_eq!(hosts(&world, "lost", &name), ["n1", "n2", "n3"].map(str::to_owned).into(), "the third node took the place of {lost}");
+}
+
+/// Without accounting nobody knows how a job has ended once SLURM has forgotten it. The controller stands still meanwhile, so that it has not
+/// heard of the end before.
+#[test]
+fn a_trial_whose_job_is_forgotten_is_tried_again() {
+    let options = SlurmOptions { num_nodes: 1, gpus_per_node: 0, accounting: false, remembers_s: 2 };
+    let Some(cluster) = SlurmCluster::start("jobs that SLURM forgets", options) else { return };
+    let world = World::with_corpus(2000);
+    let recipe = RECIPE_TEXT.replace("name: small", "name: forgotten").replace("steps: 40", "steps: 400");
+    let around = "\
+resources: {nodes: 1, workers_per_node: 1, cpus_per_worker: 2, time_limit_minutes: 10}
+sweep: {seeds: [1], metric: {score: loss}}
+";
+    world.write("forgotten.yaml", recipe + around);
+    world.write("cluster.yaml", "version: 1\nname: tests\nkind: slurm\nslurm: {partition: main, poll_s: 1}\n");
+    let arguments = ["sweep", "run", "forgotten.yaml", "--cluster", "cluster.yaml"];
+    let process = Process::start(&mut world.command_by(cluster.command(crate::sandbox::CLOZE), &arguments), "");
+    let done = || records(&world, "forgotten").keys().map(|name| steps(&world, "forgotten", name).len()).max().unwrap_or(0);
+    wait_until("the trial trains", PATIENCE, || done() >= 40);
+    process.signal("STOP");
+    let job: u64 = cluster.run("squeue", &["--noheader", "--format=%A"]).expect_code(0).stdout.trim().parse().expect("one job");
+    cluster.kill_script(job);
+    cluster.wait_for_change("the job is forgotten", || cluster.job_state(job).is_none());
+    assert!(cluster.run("sacct", &["--jobs", &job.to_string()]).stderr.contains("disabled"), "the accounting knows nothing either");
+    assert!(done() < 400, "it was killed on its way");
+
+    process.signal("CONT");
+    process.wait().expect_code(0).expect_words(&["ended without a word; tried again", "1 of 1 done"]);
+    for (name, record) in records(&world, "forgotten") {
+        assert_eq!((record["state"].as_str(), record["attempts"].as_u64()), (Some("done"), Some(2)), "{name}");
+        let mut all = steps(&world, "forgotten", &name);
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all, (1..=400).collect::<Vec<u64>>(), "{name}");
+    }
 }

@@ -31,7 +31,10 @@ const WINDOW_MS: u64 = 500;
 const PAIR_OVERHEAD_MS: u64 = 300;
 /// Longest time for one pair. Connecting may try several addresses.
 const PAIR_TIMEOUT: Duration = Duration::from_secs(20);
-/// Longest wait for an agent's clock. The agents are asked one after another, so one that hangs must not use up the time of all.
+/// Agents that are asked for their clock at the same time: all answers come to one thread, whose own delay must stay far below the skew that
+/// matters, which is 30 s.
+const MAX_QUESTIONS: usize = 256;
+/// Longest wait for an agent's clock. One that hangs must not use up the time of those that wait for their turn.
 const CLOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest wait for an agent that was let go.
 const END_TIMEOUT: Duration = Duration::from_secs(3);
@@ -106,7 +109,7 @@ impl Check {
         progress(&format!("starting {} agents", nodes.len()));
         let nodes = start_all(nodes, agent, &setup, started + total.mul_f64(START_SHARE)).await?;
         let mut check = Self { nodes, deadline: started + total };
-        check.compare_clocks().await;
+        check.compare_clocks().await?;
         progress("checking devices and the place of the checkpoints");
         check.ask_nodes(started + total.mul_f64(NODES_SHARE)).await?;
         let pairs = check.measure_pairs(progress).await?;
@@ -120,27 +123,35 @@ impl Check {
         Ok(Measurements { nodes: measured, pairs })
     }
 
-    /// How far each clock is ahead of the first one: of each, the difference to this one in the middle of question and answer.
-    async fn compare_clocks(&mut self) {
+    /// How far each clock is ahead of the first one: of each, the difference to this one in the middle of question and answer. Many are
+    /// asked at the same time: by the last of a thousand that are asked one after another, this clock may have been set.
+    async fn compare_clocks(&mut self) -> anyhow::Result<()> {
+        let questions = Arc::new(Semaphore::new(MAX_QUESTIONS));
+        let mut tasks: Vec<JoinHandle<Option<anyhow::Result<f64>>>> = Vec::new();
+        for node in &self.nodes {
+            let (node, questions, deadline) = (node.clone(), Arc::clone(&questions), self.deadline);
+            tasks.push(tokio::spawn(async move {
+                let _turn = questions.acquire().await;
+                // Without time left a clock says nothing, and that is not the node's fault.
+                let is_asked = node.ready.is_some() && Instant::now() < deadline;
+                if is_asked { Some(clock_offset_s(&node, deadline.min(Instant::now() + CLOCK_TIMEOUT)).await) } else { None }
+            }));
+        }
         let mut offsets = Vec::new();
-        for node in &mut self.nodes {
-            // Without time left a clock says nothing, and that is not the node's fault.
-            if node.ready.is_none() || Instant::now() >= self.deadline {
-                offsets.push(None);
-                continue;
-            }
-            let offset = clock_offset_s(node, self.deadline.min(Instant::now() + CLOCK_TIMEOUT)).await;
-            if let Err(error) = &offset {
+        for (task, node) in tasks.into_iter().zip(&mut self.nodes) {
+            let offset = task.await.context("compare the clock of a node")?;
+            if let Some(Err(error)) = &offset {
                 // Whoever does not answer is asked no more.
                 node.measured.error = Some(format!("it does not tell its time: {error:#}"));
                 node.ready = None;
             }
-            offsets.push(offset.ok());
+            offsets.push(offset.and_then(Result::ok));
         }
         let first = offsets.iter().flatten().next().copied();
         for (node, offset) in self.nodes.iter_mut().zip(offsets) {
             node.measured.clock_skew_s = offset.zip(first).map(|(offset, first)| offset - first);
         }
+        Ok(())
     }
 
     /// Devices and place of every node; nodes of one machine come one after another, so that they do not slow each other down.
@@ -392,4 +403,65 @@ impl Agent {
 
 fn shown(status: ExitStatus) -> String {
     status.code().map_or_else(|| status.to_string(), |code| format!("exit code {code}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use cloze_cluster::Secret;
+
+    use super::*;
+    use crate::hosts::CommandForm;
+
+    /// An agent that tells its time once this many have been asked for it; `$1` is its name.
+    const AGENT: &str = r#"read setup; echo '{"ready":{"host":"h","machine":"m","addresses":[],"port":1}}'
+read ask; touch "$2/$1"
+while [ "$(ls "$2" | wc -l)" -lt "$3" ]; do sleep 0.05; done
+echo '{"clock":0}'; read end"#;
+
+    fn setup() -> Setup {
+        Setup {
+            secret: Secret::random().unwrap(),
+            node: String::new(),
+            worker_binary: "/worker".into(),
+            device: "cpu".to_owned(),
+            num_devices: 1,
+            bfloat16: false,
+            place: "/place".to_owned(),
+            options: BTreeMap::new(),
+            task_timeout_s: 1,
+        }
+    }
+
+    /// Compares the clocks of nodes by these names, each of which answers when so many of all have been asked.
+    fn compared(names: &[&str], num_asked: usize) -> Vec<NodeMeasurement> {
+        let folder = tempfile::tempdir().unwrap();
+        let words = ["/bin/sh", "-c", AGENT, "agent"].map(str::to_owned).to_vec();
+        // The words after the prefix are the same for all, so each is told its name as the last word of its prefix.
+        let node = |name: &&str| {
+            let prefix = words.iter().cloned().chain([(*name).to_owned()]).collect();
+            NodeOptions { host: RemoteHost { name: (*name).to_owned(), prefix, form: CommandForm::Words }, address: None }
+        };
+        let nodes = names.iter().map(node).collect();
+        let rest = vec![folder.path().display().to_string(), num_asked.to_string()];
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let deadline = Instant::now() + Duration::from_mins(1);
+            let mut check = Check { nodes: start_all(nodes, rest, &setup(), deadline).await.unwrap(), deadline };
+            check.compare_clocks().await.unwrap();
+            check.nodes.into_iter().map(|node| node.measured).collect()
+        })
+    }
+
+    #[test]
+    fn clocks_are_asked_at_the_same_time_and_a_silent_one_is_named() {
+        // None of them answers before all have been asked.
+        let names = ["a", "b", "c", "d", "e", "f"];
+        let nodes = compared(&names, names.len());
+        let skews: Vec<f64> = nodes.iter().map(|node| node.clock_skew_s.unwrap()).collect();
+        assert!(skews[0] == 0.0 && skews.iter().all(|skew| skew.abs() < CLOCK_TIMEOUT.as_secs_f64()), "{skews:?}");
+        // One more than there are is waited for in vain.
+        let silent = compared(&["a"], 2);
+        assert_eq!(silent[0].clock_skew_s, None);
+        assert!(silent[0].error.as_ref().unwrap().contains("it does not tell its time"), "{:?}", silent[0].error);
+    }
 }

@@ -9,19 +9,17 @@ use cloze_cluster::RunEnd;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
 
+use super::attempt::{Attempt, Attempted, one_line};
 use super::begin::{Arrival, Begin, Predecessor, decide_begin};
 use super::client::Slurm;
 use super::job::{JobId, JobState, State};
 use super::journal::{self, AttemptEvent, JobRecord, Role};
-use super::machines::{Machines, step};
+use super::machines::Machines;
 use super::paths::JobPaths;
 use super::poll::patiently;
-use super::preflight::check_nodes;
 use super::submission::{Jobs, Submission, unix_time};
 use super::verdict::{AttemptEnd, Circumstances, Decision, decide};
-use super::watch::{PreemptionWatch, Warnings};
-use crate::local::{LaunchOptions, LaunchPlan, forget_earlier, launch_on_hosts};
-use crate::reporter::TerminalStyle;
+use super::watch::Warnings;
 use crate::run_folder::{RunFolder, RunPaths};
 
 /// Longest wait for a job to be over that this one waited for, in seconds; its processes may take their time to end.
@@ -29,13 +27,6 @@ const PREDECESSOR_WAIT_S: u64 = 120;
 
 /// Interval at which it is looked at, in seconds.
 const PREDECESSOR_POLL_S: u64 = 2;
-
-/// Longest wait for the run folder's lock, in seconds: a controller on another node may still be leaving, and a shared file system takes
-/// up to some minutes to free the lock of a node that died.
-const RUN_LOCK_WAIT_S: u64 = 180;
-
-/// Longest wait for the workers of all nodes, in seconds; containers are unpacked in it.
-const JOIN_TIMEOUT_S: u64 = 300;
 
 /// What a job's run needs, besides its folder.
 pub struct AllocationOptions<'a> {
@@ -72,29 +63,13 @@ pub fn run_in_job(options: &AllocationOptions<'_>) -> anyhow::Result<JobOutcome>
     if let Some(outcome) = job.arrive()? {
         return Ok(outcome);
     }
-    let mut bad_nodes = Vec::new();
-    let (end, failure) = match job.attempt(&mut bad_nodes) {
-        Ok(RunEnd::Finished { .. }) => (AttemptEnd::Finished, None),
-        Ok(RunEnd::Stopped { .. }) => (AttemptEnd::Stopped, None),
-        Ok(RunEnd::Failed(failure)) => (AttemptEnd::Failed(failure.kind), Some(failure)),
-        Err(error) => {
-            let failure = match error.downcast::<Failure>() {
-                Ok(failure) => failure,
-                Err(error) => Failure::new(FailureKind::Run, "the attempt failed").because(format!("{error:#}")),
-            };
-            (AttemptEnd::Failed(failure.kind), Some(failure))
-        }
+    let Attempted { end, bad_nodes } = job.attempt();
+    let (end, failure) = match end {
+        RunEnd::Finished { .. } => (AttemptEnd::Finished, None),
+        RunEnd::Stopped { .. } => (AttemptEnd::Stopped, None),
+        RunEnd::Failed(failure) => (AttemptEnd::Failed(failure.kind), Some(failure)),
     };
-    if let Some(node) = failure.as_ref().and_then(|failure| blamed_node(failure, &job.machines.nodes)) {
-        bad_nodes.push(node);
-    }
     job.leave(end, failure, bad_nodes)
-}
-
-/// The node that a failure of the launcher names as lost.
-fn blamed_node(failure: &Failure, nodes: &[String]) -> Option<String> {
-    let rest = failure.what.strip_prefix("host ")?;
-    nodes.iter().find(|node| rest.strip_prefix(node.as_str()).is_some_and(|rest| rest.starts_with(" is lost"))).cloned()
 }
 
 /// The job around this process.
@@ -177,66 +152,9 @@ impl Job<'_> {
         }
     }
 
-    /// One attempt, up to the end of the run or of this job's part of it.
-    fn attempt(&self, bad_nodes: &mut Vec<String>) -> anyhow::Result<RunEnd> {
-        let Self { submission, machines, slurm, .. } = self;
-        let paths = &self.options.paths;
-        submission.programs.check()?;
-        if submission.site.preflight.enabled {
-            let verdict = check_nodes(&machines.preflight(slurm, submission, paths))?;
-            if !verdict.ok {
-                let reasons: Vec<String> = verdict.bad_nodes.iter().map(|bad| format!("{}: {}", bad.node, bad.reason)).collect();
-                bad_nodes.extend(verdict.bad_nodes.into_iter().map(|bad| bad.node));
-                return Ok(RunEnd::Failed(
-                    Failure::new(FailureKind::Environment, "nodes of the job cannot be used").because(reasons.join("\n    ")),
-                ));
-            }
-        }
-        if self.warnings.seen().is_some() {
-            return Ok(RunEnd::Stopped { step: 0 });
-        }
-        let (run, recipe, total_steps) = self.open_run()?;
-        // The batch system has ended all processes of the attempts before; only what they wrote down is left.
-        forget_earlier(run.paths())?;
-        let plan = LaunchPlan {
-            recipe,
-            total_steps,
-            workers: submission.workers(),
-            local_workers: Machines::local_workers(submission),
-            worker_binary: submission.programs.worker.clone(),
-            worker_build: self.options.worker_build.clone(),
-            bind: machines.listen()?,
-            join_timeout: Duration::from_secs(JOIN_TIMEOUT_S),
-            resumed: paths.events().exists(),
-            dashboard: Some(([127, 0, 0, 1], 0).into()),
-            drills: Vec::new(),
-            until_step: None,
-        };
-        let step = step(slurm, submission, paths.root(), machines.nodes.first().map(String::as_str));
-        let step: Vec<String> = step.into_iter().filter(|word| !word.starts_with("--container-")).collect();
-        let _watch = PreemptionWatch::start(Arc::clone(slurm), machines.job, &step, &self.warnings)?;
-        let style = TerminalStyle { interactive: false, color: false, quiet: false };
-        let options = LaunchOptions { run, plan, output: (self.options.output)(), style };
-        launch_on_hosts(options, machines.hosts(slurm, submission, paths))
-    }
-
-    /// Opens the run, once an earlier controller on another node has let go of it.
-    fn open_run(&self) -> anyhow::Result<(RunFolder, Recipe, u64)> {
-        let deadline = Instant::now() + Duration::from_secs(RUN_LOCK_WAIT_S);
-        loop {
-            match (self.options.open)(&self.options.paths) {
-                Err(error) if is_locked(&error) && Instant::now() < deadline && self.warnings.seen().is_none() => {
-                    sleep(Duration::from_secs(1));
-                }
-                // Of kind `Storage` it puts the job back: the lock may be that of a node that died, and is free later.
-                Err(error) if is_locked(&error) && self.warnings.seen().is_none() => {
-                    return Err(Failure::new(FailureKind::Storage, format!("the run is still locked after {RUN_LOCK_WAIT_S} s"))
-                        .because(one_line(&error))
-                        .into());
-                }
-                result => return result,
-            }
-        }
+    fn attempt(&self) -> Attempted {
+        let Self { options, submission, slurm, machines, warnings, .. } = self;
+        Attempt { options, submission, slurm, machines, warnings, until_step: None, is_quiet: false }.go()
     }
 
     /// Decides what follows, writes it down and does it.
@@ -249,7 +167,7 @@ impl Job<'_> {
         let circumstances = Circumstances {
             end,
             warning: self.warnings.seen(),
-            elapsed_s: shown.as_ref().and_then(|job| job.elapsed_s).unwrap_or_else(|| self.started.elapsed().as_secs()),
+            elapsed_s: elapsed_s(shown.as_ref(), self.started.elapsed()),
             limit_s: shown.as_ref().and_then(|job| job.limit_s),
             warning_s: u64::from(slurm_site.warning_s),
             state: shown.as_ref().map(|job| job.state),
@@ -310,15 +228,23 @@ impl Job<'_> {
                         jobs.cancel(&successor.into_iter().collect::<Vec<_>>())?;
                         self.say(&format!("job {replacement} takes the place of this one"))?;
                     }
-                    // It may meet the same nodes, which is better than that nothing goes on.
                     (Err(error), Some(successor)) => {
                         let cause = one_line(&error);
                         self.say(&format!("warning: no job takes the place of this one, so job {successor} goes on: {cause}"))?;
+                        self.keep_away(&mut jobs, successor, &all)?;
                     }
                     (Err(error), None) => return Err(error),
                 }
                 Ok(failed)
             }
+        }
+    }
+
+    /// Tells a job that waits which nodes are bad. Where that is refused it may meet them, which is better than that nothing goes on.
+    fn keep_away(&self, jobs: &mut Jobs<'_>, successor: JobId, nodes: &[String]) -> anyhow::Result<()> {
+        match jobs.exclude(successor, &self.submission.slurm()?.exclude, nodes) {
+            Ok(()) => self.say(&format!("job {successor} does not use {}", nodes.join(", "))),
+            Err(error) => self.say(&format!("warning: job {successor} may meet {}: {}", nodes.join(", "), one_line(&error))),
         }
     }
 
@@ -393,14 +319,10 @@ fn decision_of(attempts: &[AttemptEvent], of: JobId) -> Option<Decision> {
     }
 }
 
-/// Whether another controller holds the run folder.
-fn is_locked(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<Failure>().is_some_and(|failure| failure.kind == FailureKind::Run)
-}
-
-fn one_line(error: &anyhow::Error) -> String {
-    let text = error.downcast_ref::<Failure>().map_or_else(|| format!("{error:#}"), Failure::to_string);
-    text.split('\n').map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ")
+/// How long the job has run, in seconds. Of one that it has put back already, as after the loss of a node, the batch system tells the time
+/// since its next start, which is none; this process knows how long it has lived itself.
+fn elapsed_s(told: Option<&JobState>, own: Duration) -> u64 {
+    told.and_then(|job| job.elapsed_s).unwrap_or(0).max(own.as_secs())
 }
 
 #[cfg(test)]
@@ -408,13 +330,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_lost_node_of_this_job_is_blamed() {
-        let nodes = ["n1".to_owned(), "n10".to_owned()];
-        let blamed = |what: &str| blamed_node(&Failure::new(FailureKind::Run, what), &nodes);
-        assert_eq!(blamed("host n10 is lost: the way to the host broke (exit code 1)").as_deref(), Some("n10"));
-        assert_eq!(blamed("host n1 is lost: the way to the host broke (exit code 1)").as_deref(), Some("n1"));
-        assert_eq!(blamed("host n2 is lost: x"), None);
-        assert_eq!(blamed("worker 1 is lost"), None);
+    fn a_job_that_was_put_back_has_run_as_long_as_this_process() {
+        let told = |elapsed_s| JobState { elapsed_s, ..JobState::new(State::Pending) };
+        let cases = [(Some(Some(0)), 90), (Some(Some(100)), 100), (Some(None), 90), (None, 90)];
+        for (elapsed, expected) in cases {
+            let shown = elapsed.map(told);
+            assert_eq!(elapsed_s(shown.as_ref(), Duration::from_millis(90_900)), expected, "{elapsed:?}");
+        }
     }
 
     #[test]

@@ -312,6 +312,6 @@ fn hint_of(complaints: &str) -> Option<&'static str> {
 }
 
 #[cfg(test)]
-pub(super) mod fixtures;
+pub(crate) mod fixtures;
 #[cfg(test)]
 mod tests;

@@ -58,6 +58,15 @@ pub enum JobEvent {
         /// Number of the job.
         job: JobId,
     },
+    /// It waits, and is kept away from more nodes than its intent says.
+    Excluded {
+        /// Unix time, in seconds.
+        time: f64,
+        /// Number of the job.
+        job: JobId,
+        /// All nodes that it must not use, besides those of the site.
+        exclude: Vec<String>,
+    },
 }
 
 /// Why there is a job.
@@ -167,6 +176,11 @@ pub fn jobs(events: Vec<JobEvent>) -> Vec<JobRecord> {
                     record.is_cancelled = true;
                 }
             }
+            JobEvent::Excluded { job, exclude, .. } => {
+                for record in jobs.iter_mut().filter(|record| record.job == Some(job)) {
+                    record.exclude.clone_from(&exclude);
+                }
+            }
         }
     }
     jobs
@@ -255,6 +269,7 @@ mod tests {
             successor,
             intent("c"),
             refused,
+            JobEvent::Excluded { time: 4.5, job, exclude: vec!["n4".to_owned()] },
             JobEvent::Cancelled { time: 5.0, job },
         ];
         for event in &events {
@@ -266,6 +281,7 @@ mod tests {
         assert_eq!(jobs.iter().map(JobRecord::is_open).collect::<Vec<_>>(), [false, true, false]);
         assert!(jobs[0].is_cancelled && jobs[0].job == Some(job) && jobs[2].is_dropped);
         assert_eq!(jobs[1].role, Role::Successor { of: job });
+        assert_eq!((&jobs[0].exclude, &jobs[2].exclude), (&vec!["n4".to_owned()], &vec!["n3".to_owned()]));
     }
 
     #[test]

@@ -4,6 +4,8 @@ use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _, UdpSocket};
 use std::path::Path;
 
 use cloze_recipes::failure::{Failure, FailureKind};
+use cloze_recipes::site::{Site, SiteKind};
+use cloze_recipes::study::Resources;
 
 use super::client::Slurm;
 use super::job::JobId;
@@ -17,6 +19,9 @@ const SOME_PORT: u16 = 9;
 
 /// Longest wait of the other nodes for the controller, in seconds; it listens before it starts the first of them.
 const JOIN_TIMEOUT_S: u32 = 120;
+
+/// Environment variable with the name of this process's node.
+const NODE_VARIABLE: &str = "SLURMD_NODENAME";
 
 /// The job around this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +48,7 @@ impl Machines {
         let job = job.parse().map_err(|error| Failure::new(FailureKind::Environment, "SLURM_JOB_ID names no job").because(error))?;
         let mut nodes = slurm.host_names(&list)?;
         // The batch script runs on the first node of the list; where the site sorts otherwise, this one is put first.
-        if let Some(here) = get("SLURMD_NODENAME")
+        if let Some(here) = get(NODE_VARIABLE)
             && let Some(place) = nodes.iter().position(|node| *node == here)
         {
             let here = nodes.remove(place);
@@ -69,13 +74,13 @@ impl Machines {
 
     /// Workers that are started by this process itself, on the first node.
     pub fn local_workers(submission: &Submission) -> u32 {
-        if has_container(submission) { 0 } else { submission.resources.workers_per_node }
+        if has_container(&submission.resources, &submission.site) { 0 } else { submission.resources.workers_per_node }
     }
 
     /// What is started on the other nodes, and in the container of the first one: `cloze join` for the slots of each.
     pub fn hosts(&self, slurm: &Slurm, submission: &Submission, run: &RunPaths) -> HostsPlan {
         let per_node = submission.resources.workers_per_node;
-        let first = usize::from(!has_container(submission));
+        let first = usize::from(!has_container(&submission.resources, &submission.site));
         let hosts = self.nodes.iter().enumerate().skip(first).map(|(place, node)| HostSlots {
             host: RemoteHost { name: node.clone(), prefix: step(slurm, submission, run.root(), Some(node)), form: CommandForm::Words },
             first_slot: place as u32 * per_node,
@@ -106,14 +111,29 @@ impl Machines {
 
 /// The words before a command that is to run on a node of this job, with all that the job has there, beside what runs there already.
 pub fn step(slurm: &Slurm, submission: &Submission, run: &Path, node: Option<&str>) -> Vec<String> {
+    step_in(slurm, (&submission.site, &submission.resources), run, node)
+}
+
+/// The same for the node of this process, where no run was submitted: for the other programs of a trial of several nodes. Fails with kind
+/// `Environment` where there is no batch system.
+pub fn step_on_this_node(site: &Site, resources: &Resources, folder: &Path) -> Result<Vec<String>, Failure> {
+    let SiteKind::Slurm(slurm_site) = &site.kind else {
+        return Err(Failure::new(FailureKind::Recipe, "the site has no batch system").at(&site.name));
+    };
+    let here = std::env::var(NODE_VARIABLE).ok().filter(|value| !value.is_empty());
+    Ok(step_in(&Slurm::find(slurm_site)?, (site, resources), folder, here.as_deref()))
+}
+
+fn step_in(slurm: &Slurm, (site, resources): (&Site, &Resources), folder: &Path, node: Option<&str>) -> Vec<String> {
     let mut words = vec![slurm.program("srun").display().to_string()];
-    words.extend(slurm.dialect().whole_node_step(node, cpus_per_node(&submission.resources)));
-    words.extend(container_options(&submission.resources, &submission.site, &[run]));
+    words.extend(slurm.dialect().whole_node_step(node, cpus_per_node(resources)));
+    words.extend(container_options(resources, site, &[folder]));
     words
 }
 
-fn has_container(submission: &Submission) -> bool {
-    submission.resources.container.is_some() || submission.site.container.is_some()
+/// Whether what works on a run does so in a container.
+pub fn has_container(resources: &Resources, site: &Site) -> bool {
+    resources.container.is_some() || site.container.is_some()
 }
 
 /// The address that packets to a host leave from. Nothing is sent.
@@ -123,4 +143,26 @@ fn address_towards(name: &str) -> std::io::Result<IpAddr> {
     let socket = UdpSocket::bind((any, 0))?;
     socket.connect(target)?;
     Ok(socket.local_addr()?.ip())
+}
+
+#[cfg(test)]
+mod tests {
+    use cloze_recipes::study::Container;
+
+    use super::super::client::fixtures::{cluster, resources, whole_site};
+    use super::*;
+
+    #[test]
+    fn a_program_of_a_trial_enters_the_container_of_its_node() {
+        let (_programs, slurm) = cluster(&[]);
+        let (site, mut machines) = (whole_site(), resources(2));
+        assert!(!has_container(&machines, &site));
+        machines.container = Some(Container { image: "cloze.sqsh".to_owned(), mounts: vec!["/data:/data".to_owned()] });
+        assert!(has_container(&machines, &site));
+        let words = step_in(&slurm, (&site, &machines), Path::new("/shared/glue"), Some("n2"));
+        assert!(words[0].ends_with("/srun"), "{}", words[0]);
+        let options = "--nodes=1 --ntasks=1 --overlap --mem=0 --cpu-bind=none --export=ALL --nodelist=n2 --cpus-per-task=32 \
+                       --container-image=cloze.sqsh --container-mounts=/data:/data,/shared/glue:/shared/glue";
+        assert_eq!(words[1..].join(" "), options);
+    }
 }

@@ -2,8 +2,10 @@
 //!
 //! `client.rs` is the batch system: a few calls with deadlines, over `command.rs`; `parse.rs` reads what its programs print, and
 //! `version.rs` says what differs between versions. `script.rs` writes batch scripts. `submission.rs` submits the jobs of one run, never
-//! twice, by way of `journal.rs`. `allocation.rs` is what such a job executes: it takes the run to its end or to the end of the job.
-//! Three decisions are pure: whether a job begins (`begin.rs`), what follows at its end (`verdict.rs`), when to ask again (`poll.rs`).
+//! twice, by way of `journal.rs`. `allocation.rs` is what such a job executes: it takes the run to its end or to the end of the job, by
+//! way of `attempt.rs`, which `trial.rs` shares: it does the same for a trial of a sweep, without deciding what follows.
+//! Three decisions are pure: whether a job begins (`begin.rs`), what follows at its end (`verdict.rs`), when to ask again and when to give
+//! up (`poll.rs`).
 //!
 //! | task             | name               | on error                                       | on stop                               |
 //! |------------------|--------------------|------------------------------------------------|---------------------------------------|
@@ -13,6 +15,7 @@
 //! Nothing outside this folder knows the batch system, besides the command line.
 
 mod allocation;
+mod attempt;
 mod begin;
 mod client;
 mod command;
@@ -31,6 +34,7 @@ mod quote;
 mod script;
 mod snapshot;
 mod submission;
+mod trial;
 mod verdict;
 mod version;
 mod watch;
@@ -41,13 +45,18 @@ pub use element::array_element;
 pub use job::{ExitStatus, JobId, JobState, State};
 pub use journal::{AttemptEvent, JobEvent, JobRecord, Role};
 pub use logs::{LogChoice, show_logs};
+pub use machines::{has_container, step_on_this_node};
 pub use overview::{AttemptView, JobView, JobsView, jobs_text, view_jobs};
 pub use partition::{Partition, Wish};
 pub use paths::JobPaths;
-pub use poll::next_poll;
+pub use poll::{SILENCE_MAX_S, Silence, after_silence, next_poll};
 pub use quote::{shell_word, shell_words};
 pub use script::{ArrayRange, Dependency, JobRequest, container_options, cpus_per_node, render};
 pub use snapshot::Programs;
 pub use submission::{Jobs, Submission, Wanted, mark_cancelled, unmark_cancelled};
+pub use trial::{TrialNodes, TrialNodesEnd, run_over_nodes};
 pub use verdict::Decision;
 pub use version::{Dialect, Version};
+
+#[cfg(test)]
+pub(crate) use client::fixtures;

@@ -36,9 +36,61 @@ pub fn next_poll(unchanged_polls: u32, poll_s: u32) -> Duration {
     Duration::from_secs(u64::from(poll_s) * u64::from(factor))
 }
 
+/// Longest time in which the batch system answers nothing, in seconds, before a program that polls it gives up: 10 min. Its controller is
+/// back within seconds of a restart, and within minutes where another machine takes over.
+pub const SILENCE_MAX_S: u64 = 600;
+
+/// Longest wait between two questions that get no answer, in seconds.
+const SILENCE_RETRY_MAX_S: u64 = 60;
+
+/// What whoever polls does after a question without an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Silence {
+    /// Asks again after this time.
+    AskAgain(Duration),
+    /// Gives up.
+    GiveUp,
+}
+
+/// Why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SilenceReason {
+    /// It may pass.
+    MayPass,
+    /// It has lasted too long.
+    TooLong,
+}
+
+/// Decides after so many questions in a row without an answer, the first of which was asked so long ago.
+pub fn after_silence(unanswered: u32, silent: Duration) -> (Silence, SilenceReason) {
+    if silent >= Duration::from_secs(SILENCE_MAX_S) {
+        return (Silence::GiveUp, SilenceReason::TooLong);
+    }
+    let doublings = unanswered.saturating_sub(1).min(SILENCE_RETRY_MAX_S.ilog2());
+    let wait_s = (FIRST_RETRY_S << doublings).min(SILENCE_RETRY_MAX_S);
+    (Silence::AskAgain(Duration::from_secs(wait_s)), SilenceReason::MayPass)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_silent_batch_system_is_asked_again_within_a_bound() {
+        let again = |seconds| (Silence::AskAgain(Duration::from_secs(seconds)), SilenceReason::MayPass);
+        let cases = [
+            (1, 0, again(2)),
+            (2, 2, again(4)),
+            (5, 30, again(32)),
+            (6, 62, again(60)),
+            (u32::MAX, 599, again(60)),
+            (1, 600, (Silence::GiveUp, SilenceReason::TooLong)),
+            (14, 640, (Silence::GiveUp, SilenceReason::TooLong)),
+        ];
+        for (unanswered, silent_s, expected) in cases {
+            assert_eq!(after_silence(unanswered, Duration::from_secs(silent_s)), expected, "{unanswered}, {silent_s} s");
+        }
+    }
 
     #[test]
     fn the_interval_doubles_up_to_a_limit() {

@@ -44,6 +44,12 @@ impl Programs {
         Ok(programs)
     }
 
+    /// These programs where they are, of which others may be kept already.
+    pub fn found_at(cloze: PathBuf, worker: PathBuf) -> anyhow::Result<Self> {
+        let hash = hash_of(&cloze, &worker)?;
+        Ok(Self { cloze, worker, hash })
+    }
+
     /// Refuses programs that are no longer those that were kept, with kind `Mismatch`: somebody wrote into the file itself, which the
     /// run's folder shares, and did not put another one in its place.
     pub fn check(&self) -> anyhow::Result<()> {

@@ -224,6 +224,16 @@ impl<'a> Jobs<'a> {
         jobs.iter().try_for_each(|&job| self.note(&JobEvent::Cancelled { time: unix_time()?, job }))
     }
 
+    /// Keeps a job of this run that waits away from these nodes, and from those of the site; its own successors learn of them from it.
+    pub fn exclude(&mut self, job: JobId, of_site: &[String], nodes: &[String]) -> anyhow::Result<()> {
+        // The batch system forgets the list that the job has brought.
+        let mut all: Vec<String> = of_site.iter().chain(nodes).cloned().collect();
+        all.sort_unstable();
+        all.dedup();
+        self.slurm.exclude_nodes(job, &all)?;
+        self.note(&JobEvent::Excluded { time: unix_time()?, job, exclude: nodes.to_vec() })
+    }
+
     /// Asks for the jobs whose submission has no outcome. The attempts know the names of jobs that the batch system has forgotten.
     fn settle(&mut self) -> anyhow::Result<()> {
         let open: Vec<(String, f64)> =

@@ -131,9 +131,7 @@ pub fn decide(now: &Circumstances) -> (Decision, Reason) {
         return (Decision::GiveUp { code: interrupted }, Reason::Cancelled);
     }
     if let AttemptEnd::Failed(kind) = now.end {
-        // Where all of several nodes seem bad, something is wrong that other nodes would have too.
-        let is_theirs = !now.bad_nodes.is_empty() && (now.bad_nodes.len() < now.num_nodes || now.num_nodes == 1);
-        if is_theirs && matches!(kind, FailureKind::Environment | FailureKind::Run) {
+        if are_to_avoid(&now.bad_nodes, now.num_nodes) && matches!(kind, FailureKind::Environment | FailureKind::Run) {
             return again(now, Decision::Replace { exclude: now.bad_nodes.clone() }, Reason::BadNode);
         }
         match (kind, now.warning) {
@@ -144,6 +142,12 @@ pub fn decide(now: &Circumstances) -> (Decision, Reason) {
         }
     }
     stopped(now)
+}
+
+/// Whether another attempt does better without these nodes of so many. Where all of several seem bad, something is wrong that others would
+/// have too.
+pub fn are_to_avoid(bad_nodes: &[String], num_nodes: usize) -> bool {
+    !bad_nodes.is_empty() && (bad_nodes.len() < num_nodes || num_nodes == 1)
 }
 
 /// After an end that something outside the run has brought.

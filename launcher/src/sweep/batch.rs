@@ -78,6 +78,9 @@ pub struct Outcome {
     pub evaluation: Option<Value>,
     /// Why it failed.
     pub failure: Option<Failure>,
+    /// Nodes that another attempt does better without.
+    #[serde(default)]
+    pub bad_nodes: Vec<String>,
     /// Host of the process.
     pub host: String,
     /// Unix time of the end by that host's clock, in seconds.

@@ -91,7 +91,7 @@ impl Controller {
         self.tell_found();
         loop {
             let now = unix_now_s();
-            self.heed(&signals)?;
+            self.heed(&signals);
             self.take_in(now)?;
             self.journal.renew(now)?;
             let reason = self.act(now)?;
@@ -102,6 +102,7 @@ impl Controller {
             sleep(self.executor.poll_interval());
         }
         self.talk.clear();
+        self.tell_left_behind();
         let is_interrupted = self.stop != Stop::No;
         self.journal.close()?;
         Ok(SweepEnd { records: self.records, is_interrupted })
@@ -110,7 +111,7 @@ impl Controller {
     /// Takes everything that is out off its machines, without starting anything: for a sweep whose controller is gone.
     pub fn cancel(mut self) -> anyhow::Result<SweepEnd> {
         self.take_in(unix_now_s())?;
-        self.stop_all()?;
+        self.stop_all();
         self.run()
     }
 
@@ -123,7 +124,7 @@ impl Controller {
     }
 
     /// Signals and the wishes of `cloze sweep cancel`.
-    fn heed(&mut self, signals: &Signals) -> anyhow::Result<()> {
+    fn heed(&mut self, signals: &Signals) {
         if let Some(signal) = signals.take(Request::Stop).or_else(|| signals.take(Request::EarlyStop)) {
             match self.stop {
                 Stop::No if self.executor.is_queue() => {
@@ -138,12 +139,11 @@ impl Controller {
                     self.talk.line(&format!(
                         "{signal}: nothing is started any more; what is out saves and leaves; another signal ends it at once"
                     ));
-                    self.stop_all()?;
+                    self.stop_all();
                 }
                 Stop::Asked => {
                     self.talk.line(&format!("{signal} again: what is out is ended at once"));
-                    let outs = outs_of(&self.records);
-                    self.executor.stop(&outs)?;
+                    self.stop_all();
                     self.stop = Stop::Killed(Instant::now());
                 }
                 Stop::Detached | Stop::Killed(_) => {}
@@ -151,15 +151,22 @@ impl Controller {
         }
         if self.stop == Stop::No && self.journal.folder().cancel_path().exists() {
             self.talk.line("`cloze sweep cancel`: nothing is started any more; what is out saves and leaves");
-            self.stop_all()?;
+            self.stop_all();
         }
-        Ok(())
     }
 
-    fn stop_all(&mut self) -> anyhow::Result<()> {
+    fn stop_all(&mut self) {
         self.stop = Stop::Asked;
         let outs = outs_of(&self.records);
-        self.executor.stop(&outs)
+        self.executor.stop(&outs);
+    }
+
+    /// Says what somebody else must take off the queue, since it was not found there.
+    fn tell_left_behind(&mut self) {
+        for name in self.executor.left_behind() {
+            self.talk
+                .line(&format!("warning: job {name} was not found; should it show up in `squeue --name={name}`: scancel --name={name}"));
+        }
     }
 
     /// Whether the controller leaves although trials are out.
@@ -217,6 +224,10 @@ impl Controller {
         }
         if let Some(place) = record.place {
             self.executor.forget(place.batch);
+        }
+        let avoided = self.executor.avoid(&outcome.bad_nodes);
+        if !avoided.is_empty() {
+            self.talk.line(&format!("nothing more is started on {}, which failed {}", avoided.join(", "), record.name));
         }
         match outcome.end {
             End::Done | End::Paused => self.take_success(now, trial, outcome)?,

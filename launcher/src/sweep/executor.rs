@@ -61,14 +61,27 @@ impl Executor {
         }
     }
 
-    /// Asks what is out to save and leave.
-    pub fn stop(&mut self, outs: &[Out<'_>]) -> anyhow::Result<()> {
+    /// Asks what is out to save and leave. Of a queue that is done in the next look at it.
+    pub fn stop(&mut self, outs: &[Out<'_>]) {
         match self {
-            Self::Local(local) => {
-                local.stop(outs);
-                Ok(())
-            }
+            Self::Local(local) => local.stop(outs),
             Self::Queue(queue) => queue.cancel(outs),
+        }
+    }
+
+    /// Names of jobs that were to leave the queue and that nobody could take off it.
+    pub fn left_behind(&self) -> Vec<String> {
+        match self {
+            Self::Local(_) => Vec::new(),
+            Self::Queue(queue) => queue.left_behind(),
+        }
+    }
+
+    /// Starts nothing more on these nodes; says which of them are news.
+    pub fn avoid(&mut self, nodes: &[String]) -> Vec<String> {
+        match self {
+            Self::Local(_) => Vec::new(),
+            Self::Queue(queue) => queue.avoid(nodes),
         }
     }
 

@@ -8,7 +8,7 @@
 //!   runs/          run folders
 //!   data/HASH/     prepared shards, one for each data hash
 //!   models/HASH/   exports of earlier stages
-//!   jobs/          batches, outcomes, logs, locks of the trials
+//!   jobs/          batches, outcomes, logs, locks of the trials, nodes to avoid
 //!   report/        what `cloze report` wrote
 //!   bin/           the programs that jobs run, as they were when the controller started
 //!   lock           held by the live controller
@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
-use cloze_recipes::site::Site;
+use cloze_recipes::site::{Site, SiteKind};
 use cloze_recipes::study::{Expected, Metric, Resources, Study};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -180,6 +180,11 @@ impl SweepPlan {
         trial.parent.map(|parent| self.trials[parent].hash.as_str())
     }
 
+    /// Whether a trial trains on several nodes, each with workers of its own.
+    pub fn spans_nodes(&self) -> bool {
+        self.resources.nodes > 1 && self.site.as_ref().is_some_and(|site| matches!(site.kind, SiteKind::Slurm(_)))
+    }
+
     /// Whether early stopping may pause a trial.
     pub fn climbs(&self, trial: usize) -> bool {
         let planned = &self.trials[trial];
@@ -309,6 +314,11 @@ impl StudyFolder {
     /// Held by the process that works on a trial.
     pub fn trial_lock_path(&self, hash: &str) -> PathBuf {
         self.job_path(&format!("{hash}.lock"))
+    }
+
+    /// Nodes that the training of a trial has found to be bad, until its outcome tells them.
+    pub fn bad_nodes_path(&self, hash: &str) -> PathBuf {
+        self.job_path(&format!("{hash}-bad-nodes.json"))
     }
 
     /// Makes the folders.

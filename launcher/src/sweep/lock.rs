@@ -94,6 +94,8 @@ fn read_text(file: &mut File) -> io::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
 
     #[test]
@@ -107,6 +109,11 @@ mod tests {
         assert_eq!((&found, FileLock::holder(&path).unwrap().as_ref()), (&holder, Some(&holder)));
         assert_eq!(holder_process(&path).unwrap(), Some((std::process::id(), host_name())));
         drop(lock);
+        // A process that another test starts has the file open too, from its fork to its exec.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while FileLock::holder(&path).unwrap().is_some() && Instant::now() < deadline {
+            sleep(Duration::from_millis(RETRY_MS));
+        }
         assert_eq!(FileLock::holder(&path).unwrap(), None);
         assert!(matches!(FileLock::take(&path).unwrap(), Taken::Ours(_)));
     }

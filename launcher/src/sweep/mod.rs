@@ -4,6 +4,7 @@
 //! |------------------------|-----------------------------|----------------------------------------|--------------------------------------|
 //! | the controller         | the caller's thread         | ends; what is out goes on              | asks what is out to save, waits      |
 //! | an element             | `cloze sweep work`          | its outcomes carry the errors          | asks its runs to save, ends the rest |
+//! | training over nodes    | `cloze sweep train`         | its failure becomes the outcome        | SIGUSR2                              |
 //! | a program of a trial   | `cloze train`, `eval`, …    | its failure becomes the outcome        | SIGUSR2 to runs, SIGTERM to others   |
 //!
 //! [`graph`] finds what trials share, [`decide`] and [`ladder`] say what happens next, [`controller`] does it. Records
@@ -31,3 +32,4 @@ pub mod text;
 pub mod work;
 
 mod time;
+mod waits;

@@ -1,5 +1,6 @@
 //! What a sweep would do next, for whoever only looks: whether trials still wait at their rungs, and the first array of jobs.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use cloze_recipes::failure::Failure;
@@ -71,7 +72,7 @@ fn first_script_of(options: &QueueOptions, plan: &SweepPlan, version: Version) -
     options.site_of_jobs()?;
     let (batch, open_elements) = first_batch(plan);
     let limit = share_of(elements_at_once(options.concurrency), batch.elements.len(), open_elements);
-    options.script(&batch, limit, version)
+    options.script(&batch, limit, &BTreeSet::new(), version)
 }
 
 /// The first batch of a sweep in a queue, and the number of elements of all batches that are handed out with it.
@@ -203,7 +204,7 @@ exec /bin/cloze sweep work /shared/studies/demo --batch 1 --cores 6
         let mut wide = options(site("kind: slurm"));
         wide.resources.nodes = 2;
         let wide = first_script_of(&wide, &plan(), version).unwrap_err();
-        assert_eq!((wide.kind, wide.what.as_str()), (FailureKind::Recipe, "a trial of a sweep has one node"));
+        assert_eq!((wide.kind, wide.what.as_str()), (FailureKind::Recipe, "trials of several nodes cannot share them"));
     }
 
     #[test]

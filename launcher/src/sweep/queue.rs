@@ -17,7 +17,10 @@ use super::batch::Batch;
 use super::executor::{Gone, Out};
 use super::folder::{StudyFolder, StudyInfo};
 use crate::run_folder::{READABLE, write_whole};
-use crate::slurm::{ArrayRange, JobId, JobRequest, JobState, SUBMIT_SETTLED_S, Slurm, State, Version, cpus_per_node, next_poll, render};
+use crate::slurm::{
+    ArrayRange, JobId, JobRequest, JobState, SILENCE_MAX_S, SUBMIT_SETTLED_S, Silence, Slurm, State, Version, after_silence, cpus_per_node,
+    next_poll, render,
+};
 
 /// Most elements of one array; batch systems allow 1,001 unless told otherwise.
 pub const MAX_ELEMENTS: usize = 1000;
@@ -65,6 +68,10 @@ pub struct Queue {
     last_states: BTreeMap<JobId, State>,
     /// Answers in a row without an element of a batch.
     misses: BTreeMap<(u32, u32), u32>,
+    /// Questions in a row that got no answer, and when the first of them was asked.
+    unanswered: Option<(u32, Instant)>,
+    /// Nodes that new jobs do not use, besides those of the site. A new controller begins with none, as `cloze resume` does.
+    exclude: BTreeSet<String>,
 }
 
 /// The job of a batch.
@@ -74,14 +81,28 @@ struct Job {
     id: Option<JobId>,
     /// Elements that run at the same time, at most.
     limit: u32,
+    cancel: Cancel,
+}
+
+/// Whether the job of a batch is to leave the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cancel {
+    No,
+    /// It is, and SLURM has not been told: perhaps nobody has found it yet.
+    Wanted,
+    Done,
 }
 
 impl Queue {
-    /// Finds the batch system. Fails with kind `Environment` where it is not here, and with `Recipe` where a trial wants several nodes.
+    /// Finds the batch system. Fails with kind `Environment` where it is not here, and with `Recipe` where several trials are to share
+    /// several nodes.
     pub fn new(options: QueueOptions) -> Result<Self, Failure> {
-        let site = options.site_of_jobs()?;
-        let slurm = Slurm::find(site)?;
-        let (poll_s, free) = (site.poll_s, elements_at_once(options.concurrency));
+        let slurm = Slurm::find(options.site_of_jobs()?)?;
+        Self::over(options, slurm)
+    }
+
+    fn over(options: QueueOptions, slurm: Slurm) -> Result<Self, Failure> {
+        let (poll_s, free) = (options.site_of_jobs()?.poll_s, elements_at_once(options.concurrency));
         Ok(Self {
             options,
             slurm,
@@ -92,7 +113,14 @@ impl Queue {
             unchanged_polls: 0,
             last_states: BTreeMap::new(),
             misses: BTreeMap::new(),
+            unanswered: None,
+            exclude: BTreeSet::new(),
         })
+    }
+
+    /// Keeps new jobs away from these nodes; says which of them are news.
+    pub fn avoid(&mut self, nodes: &[String]) -> Vec<String> {
+        nodes.iter().filter(|node| self.exclude.insert((*node).clone())).cloned().collect()
     }
 
     /// Submits a batch as one array, the first of arrays with so many elements in all, which share what room there is. Where it is not
@@ -100,7 +128,7 @@ impl Queue {
     pub fn submit(&mut self, batch: &Batch, open_elements: usize) -> anyhow::Result<()> {
         let script = self.options.folder.job_path(&format!("batch-{:06}.sh", batch.number));
         let limit = share_of(self.free, batch.elements.len(), open_elements);
-        let text = self.options.script(batch, limit, self.slurm.version())?;
+        let text = self.options.script(batch, limit, &self.exclude, self.slurm.version())?;
         write_whole(&script, text.as_bytes(), READABLE)?;
         let submitted = self.slurm.submit(&script, &[]);
         let id = match submitted {
@@ -112,25 +140,24 @@ impl Queue {
                 self.slurm.find_by_name(&self.name(batch.number)).ok().and_then(|found| Some(JobId::whole(found.last()?.job)))
             }
         };
-        self.jobs.insert(batch.number, Job { id, limit });
+        self.jobs.insert(batch.number, Job { id, limit, cancel: Cancel::No });
         self.free = self.free.saturating_sub(limit);
         self.next_poll_at = Instant::now() + next_poll(0, self.poll_s);
         self.unchanged_polls = 0;
         Ok(())
     }
 
-    /// Trials on whose element nobody works any more. The batch system is asked at intervals that grow while nothing changes.
+    /// Trials on whose element nobody works any more. The batch system is asked at intervals that grow while nothing changes, and again
+    /// where it does not answer; fails with its own failure where that lasts too long.
     pub fn gone(&mut self, outs: &[Out<'_>]) -> anyhow::Result<Vec<Gone>> {
         if outs.is_empty() || Instant::now() < self.next_poll_at {
             return Ok(Vec::new());
         }
-        let batches: BTreeSet<u32> = outs.iter().map(|out| out.place.batch).collect();
-        for &batch in &batches {
-            self.find(batch)?;
-        }
-        self.jobs.retain(|batch, _| batches.contains(batch));
-        let ids: Vec<JobId> = self.jobs.values().filter_map(|job| job.id).collect();
-        let states = if ids.is_empty() { BTreeMap::new() } else { self.slurm.states(&ids)? };
+        let states = match self.ask(outs) {
+            Ok(states) => states,
+            Err(failure) => return self.endure(failure).map(|()| Vec::new()).map_err(Into::into),
+        };
+        self.unanswered = None;
         // Times and reasons change with every answer; only another state is news.
         let brief: BTreeMap<JobId, State> = states.iter().map(|(id, job)| (*id, job.state)).collect();
         self.unchanged_polls = if brief == self.last_states { self.unchanged_polls.saturating_add(1) } else { 0 };
@@ -139,6 +166,41 @@ impl Queue {
         let gone = outs.iter().filter_map(|out| Some(Gone { trial: out.trial, how: self.end_of(out, &states)? })).collect();
         self.last_states = brief;
         Ok(gone)
+    }
+
+    /// Looks for the jobs of these trials, takes off the queue what is to leave it, and asks how the jobs are.
+    fn ask(&mut self, outs: &[Out<'_>]) -> Result<BTreeMap<JobId, JobState>, Failure> {
+        let batches: BTreeSet<u32> = outs.iter().map(|out| out.place.batch).collect();
+        for &batch in &batches {
+            self.find(batch)?;
+        }
+        self.jobs.retain(|batch, _| batches.contains(batch));
+        let is_unwanted = |job: &&mut Job| job.cancel == Cancel::Wanted && job.id.is_some();
+        let mut unwanted: Vec<&mut Job> = self.jobs.values_mut().filter(is_unwanted).collect();
+        if !unwanted.is_empty() {
+            self.slurm.cancel(&unwanted.iter().filter_map(|job| job.id).collect::<Vec<_>>())?;
+            unwanted.iter_mut().for_each(|job| job.cancel = Cancel::Done);
+        }
+        let ids: Vec<JobId> = self.jobs.values().filter_map(|job| job.id).collect();
+        if ids.is_empty() { Ok(BTreeMap::new()) } else { self.slurm.states(&ids) }
+    }
+
+    /// After a question without an answer: the jobs go on whether anybody asks or not, so a while of silence changes nothing.
+    fn endure(&mut self, failure: Failure) -> Result<(), Failure> {
+        let (unanswered, since) = self.unanswered.map_or((1, Instant::now()), |(count, since)| (count.saturating_add(1), since));
+        self.unanswered = Some((unanswered, since));
+        let silent = since.elapsed();
+        match after_silence(unanswered, silent) {
+            (Silence::AskAgain(wait), reason) => {
+                tracing::warn!(%failure, ?reason, wait_s = wait.as_secs(), "the batch system does not answer and is asked again");
+                self.next_poll_at = Instant::now() + wait;
+                Ok(())
+            }
+            (Silence::GiveUp, _) => Err(failure
+                .expected(format!("an answer within {SILENCE_MAX_S} s"))
+                .found(format!("none for {} s, asked {unanswered} times", silent.as_secs()))
+                .hint(self.what_goes_on())),
+        }
     }
 
     /// Counts the answers in a row that say nothing of an element, also where they know others of its array.
@@ -184,29 +246,42 @@ impl Queue {
         }
     }
 
-    /// Finds the job of a batch that an earlier controller has submitted.
-    fn find(&mut self, batch: u32) -> anyhow::Result<()> {
+    /// What becomes of the jobs once nobody looks after them.
+    fn what_goes_on(&self) -> String {
+        let folder = self.options.folder.root().display();
+        match self.left_behind().as_slice() {
+            [] => format!("the jobs go on by themselves; `cloze sweep resume {folder}` takes them in"),
+            names => format!("jobs that were to be cancelled may still run: `scancel --name={}`", names.join("`, `scancel --name=")),
+        }
+    }
+
+    /// Finds the job of a batch that an earlier controller has submitted, or whose submission had no clear outcome.
+    fn find(&mut self, batch: u32) -> Result<(), Failure> {
         if self.jobs.get(&batch).is_some_and(|job| job.id.is_some()) {
             return Ok(());
         }
         let id = self.slurm.find_by_name(&self.name(batch))?.last().map(|id| JobId::whole(id.job));
-        let limit = elements_at_once(self.options.concurrency);
-        self.jobs.entry(batch).and_modify(|job| job.id = id).or_insert(Job { id, limit });
+        self.job(batch).id = id;
         Ok(())
     }
 
-    /// Takes the jobs of these trials off the queue.
-    pub fn cancel(&mut self, outs: &[Out<'_>]) -> anyhow::Result<()> {
-        let batches: BTreeSet<u32> = outs.iter().map(|out| out.place.batch).collect();
-        for &batch in &batches {
-            self.find(batch)?;
-        }
-        let ids: Vec<JobId> = batches.iter().filter_map(|batch| self.jobs.get(batch)?.id).collect();
-        if !ids.is_empty() {
-            self.slurm.cancel(&ids)?;
+    fn job(&mut self, batch: u32) -> &mut Job {
+        let limit = elements_at_once(self.options.concurrency);
+        self.jobs.entry(batch).or_insert(Job { id: None, limit, cancel: Cancel::No })
+    }
+
+    /// Takes the jobs of these trials off the queue, in the next look: also one that shows up later, and where nobody answers now.
+    pub fn cancel(&mut self, outs: &[Out<'_>]) {
+        for out in outs {
+            self.job(out.place.batch).cancel = Cancel::Wanted;
         }
         self.next_poll_at = Instant::now();
-        Ok(())
+    }
+
+    /// Names of the jobs that are to leave the queue and that SLURM could not be told of.
+    pub fn left_behind(&self) -> Vec<String> {
+        let left = self.jobs.iter().filter(|(_, job)| job.cancel == Cancel::Wanted);
+        left.map(|(&batch, _)| self.name(batch)).collect()
     }
 
     /// Elements that may run beside those of the arrays that are out. Each array keeps its own limit, so what is left is the next one's.
@@ -245,11 +320,11 @@ impl Queue {
 impl QueueOptions {
     /// The batch system of the site, as [`site_of_jobs`] finds it.
     pub(super) fn site_of_jobs(&self) -> Result<&SlurmSite, Failure> {
-        site_of_jobs(&self.resources, &self.site)
+        site_of_jobs(&self.resources, self.concurrency.1, &self.site)
     }
 
-    /// The text of the job of a batch, for a batch system of this version.
-    pub(super) fn script(&self, batch: &Batch, limit: u32, version: Version) -> Result<String, Failure> {
+    /// The text of the job of a batch, for a batch system of this version; the nodes of `exclude` are left out.
+    pub(super) fn script(&self, batch: &Batch, limit: u32, exclude: &BTreeSet<String>, version: Version) -> Result<String, Failure> {
         let Self { folder, info, program, resources, site, .. } = self;
         let mut command = vec![program.display().to_string(), "sweep".to_owned(), "work".to_owned()];
         command.push(folder.root().display().to_string());
@@ -264,23 +339,24 @@ impl QueueOptions {
             logs: folder.job_path(""),
             array: Some(ArrayRange { elements: format!("0-{last}"), limit: Some(limit) }),
             dependency: None,
-            exclude: Vec::new(),
+            exclude: exclude.iter().cloned().collect(),
+            // All elements have one script, and `cluster.min_workers` is a trial's own: one that loses a node is put back.
             survives_node_loss: false,
-            in_container: true,
+            // What works on a trial of several nodes needs `srun`, which containers lack; its programs run in the container.
+            in_container: resources.nodes == 1,
         };
         render(&request, resources, site, version)
     }
 }
 
-/// What a site says of its batch system. Fails with kind `Recipe` where it has none, and where a trial wants several nodes: its trials
-/// cannot be jobs.
-pub fn site_of_jobs<'a>(resources: &Resources, site: &'a Site) -> Result<&'a SlurmSite, Failure> {
-    if resources.nodes > 1 {
-        return Err(Failure::new(FailureKind::Recipe, "a trial of a sweep has one node")
-            .at("resources.nodes")
-            .expected("1")
-            .found(resources.nodes)
-            .hint("start runs of several nodes one by one, or give a trial more workers on its node"));
+/// What a site says of its batch system. Fails with kind `Recipe` where it has none, and where several trials are to share several nodes.
+pub fn site_of_jobs<'a>(resources: &Resources, pack: u32, site: &'a Site) -> Result<&'a SlurmSite, Failure> {
+    if resources.nodes > 1 && pack > 1 {
+        return Err(Failure::new(FailureKind::Recipe, "trials of several nodes cannot share them")
+            .at("sweep.pack")
+            .expected(format!("1, since `resources.nodes` is {}", resources.nodes))
+            .found(pack)
+            .hint("give each trial one node to pack them, or leave `sweep.pack` out"));
     }
     match &site.kind {
         SiteKind::Slurm(slurm) => Ok(slurm),
@@ -311,37 +387,4 @@ pub(super) fn elements_at_once((concurrency, pack): (u32, u32)) -> u32 {
 }
 
 #[cfg(test)]
-mod tests {
-    use cloze_recipes::study::{Metric, Score};
-
-    use super::*;
-
-    #[test]
-    fn jobs_of_two_folders_have_two_names() {
-        let metric = Metric { task: None, score: Score::Accuracy };
-        // As folders of before the key have it.
-        let text = serde_json::json!({
-            "version": 1, "name": "glue", "file": "glue.yaml", "profile": null, "overrides": [], "hash": "0123456789abcdef",
-            "expected": null, "metric": metric, "keys": [], "created": 1.0,
-        });
-        let old: StudyInfo = serde_json::from_value(text).unwrap();
-        assert_eq!(job_name(&old, 7), "cloze-glue-0123456789-000007");
-        let new = StudyInfo { key: "a1b2c3d4".to_owned(), ..old };
-        assert_eq!(job_name(&new, 7), "cloze-glue-0123456789-a1b2c3d4-000007");
-    }
-
-    #[test]
-    fn arrays_of_one_round_share_the_room() {
-        let mut free = 100;
-        let mut open = 2500;
-        let mut limits = Vec::new();
-        for elements in [1000, 1000, 500] {
-            let limit = share_of(free, elements, open);
-            (free, open) = (free - limit, open - elements);
-            limits.push(limit);
-        }
-        assert_eq!((limits, free), (vec![40, 40, 20], 0));
-        assert_eq!(share_of(4, 3, 3), 4);
-        assert_eq!(share_of(0, 3, 3), 1);
-    }
-}
+mod tests;

@@ -3,10 +3,11 @@
 //! Everything here can be done twice. Data and exports that are there are used, a run goes on from its newest state, and an attempt whose
 //! outcome is written is over; so an element that a batch system starts again on another node goes on where it was.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::{self, sleep};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use cloze_cluster::host::host_name;
@@ -18,21 +19,18 @@ use serde_json::Value;
 
 use super::batch::{Assignment, Batch, End, Outcome};
 use super::folder::{PlannedTrial, StudyFolder, SweepPlan, read_json};
-use super::lock::{FileLock, Taken};
 use super::share::Part;
-use super::steps::{Manners, StopLevel, interrupted, run};
+use super::steps::{Manners, StopLevel, run};
 use super::time::unix_now_s;
+use super::waits::{DATA_LOCK_WAIT_S, TRIAL_LOCK_WAIT_S, wait_for_controller, wait_for_lock};
 use crate::local::forget_earlier;
 use crate::local::signals::{Request, Signals};
-use crate::run_folder::RunPaths;
-use crate::view::{EventLog, RunState, controller_lives};
+use crate::run_folder::{RunPaths, remove_if_there, storage};
+use crate::slurm::{has_container, step_on_this_node};
+use crate::view::{EventLog, RunState};
 
-/// Interval at which signals, locks and a run's controller are looked at, in milliseconds.
+/// Interval at which signals are looked at, in milliseconds.
 const POLL_MS: u64 = 100;
-
-/// Longest wait for another process that works on the same trial, in seconds. One whose node is gone may hold its lock for as long as
-/// the file server believes in it.
-const TRIAL_LOCK_WAIT_S: u64 = 180;
 
 /// How often a run is gone on with in one attempt, where it pauses before the step at which it should: its workers were found under an
 /// earlier order.
@@ -72,7 +70,8 @@ pub fn work(options: &WorkOptions) -> anyhow::Result<()> {
     let assignments = batch.element(options.element)?;
     let signals = Signals::listen().context("listen to signals")?;
     let stop = StopLevel::default();
-    let workshop = Workshop { folder: &folder, plan: &plan, options, stop: &stop };
+    let entrance = entrance(&folder, &plan)?;
+    let workshop = Workshop { folder: &folder, plan: &plan, options, stop: &stop, entrance: &entrance };
     let results: Vec<anyhow::Result<Outcome>> = thread::scope(|scope| {
         let of = assignments.len() as u32;
         let attempts: Vec<_> = (0_u32..)
@@ -98,6 +97,15 @@ pub fn work(options: &WorkOptions) -> anyhow::Result<()> {
     }
 }
 
+/// The words that bring a program into the container of the job. What works on a trial of several nodes stays outside of it, since it
+/// needs the batch system to reach the others; an element of one node is inside as a whole.
+fn entrance(folder: &StudyFolder, plan: &SweepPlan) -> Result<Vec<String>, Failure> {
+    match &plan.site {
+        Some(site) if plan.spans_nodes() && has_container(&plan.resources, site) => step_on_this_node(site, &plan.resources, folder.root()),
+        _ => Ok(Vec::new()),
+    }
+}
+
 /// A first signal asks for the saving of what there is; another SIGTERM, SIGINT or SIGHUP ends everything at once.
 fn heed(signals: &Signals, stop: &StopLevel) {
     if signals.take(Request::EarlyStop).is_some() {
@@ -118,6 +126,8 @@ struct Workshop<'a> {
     plan: &'a SweepPlan,
     options: &'a WorkOptions,
     stop: &'a StopLevel,
+    /// Words before a program that is to run in the container.
+    entrance: &'a [String],
 }
 
 /// One attempt at one trial.
@@ -156,7 +166,8 @@ impl Workshop<'_> {
                 .at(self.folder.root().display())
                 .found(trial)
         })?;
-        let _lock = self.lock_trial(trial)?;
+        // Nobody else works on it, such as the same element on a node that is being given up.
+        let _lock = wait_for_lock(&self.folder.trial_lock_path(trial), "works on this trial", TRIAL_LOCK_WAIT_S, self.stop)?;
         if let Some(outcome) = Outcome::read(self.folder, trial, *attempt)? {
             return Ok(outcome);
         }
@@ -164,6 +175,7 @@ impl Workshop<'_> {
         let attempt_of = Attempt { shop: self, trial: planned, recipe, until_step: *until_step, part };
         let result = attempt_of.go();
         let facts = attempt_of.run_facts()?;
+        let bad_nodes = attempt_of.take_bad_nodes()?;
         let outcome = |end, metric, evaluation, failure| Outcome {
             trial: trial.clone(),
             attempt: *attempt,
@@ -172,6 +184,7 @@ impl Workshop<'_> {
             metric,
             evaluation,
             failure,
+            bad_nodes,
             host: host_name(),
             finished: unix_now_s(),
         };
@@ -184,26 +197,6 @@ impl Workshop<'_> {
         };
         outcome.write(self.folder)?;
         Ok(outcome)
-    }
-
-    /// Waits until nobody else works on the trial, such as the same element on a node that is being given up.
-    fn lock_trial(self, trial: &str) -> anyhow::Result<FileLock> {
-        let path = self.folder.trial_lock_path(trial);
-        let deadline = Instant::now() + Duration::from_secs(TRIAL_LOCK_WAIT_S);
-        loop {
-            match FileLock::take(&path)? {
-                Taken::Ours(lock) => return Ok(lock),
-                Taken::Held(_) if self.stop.is_asked() => return Err(interrupted().into()),
-                Taken::Held(holder) if Instant::now() >= deadline => {
-                    return Err(Failure::new(FailureKind::Run, "another process works on this trial")
-                        .at(path.display())
-                        .expected(format!("its end within {TRIAL_LOCK_WAIT_S} s"))
-                        .found(holder)
-                        .into());
-                }
-                Taken::Held(_) => sleep(Duration::from_millis(POLL_MS)),
-            }
-        }
     }
 }
 
@@ -228,13 +221,7 @@ impl Attempt<'_> {
             return Ok(());
         }
         let path = self.shop.folder.root().join("data").join(format!("{}.lock", self.trial.data_hash));
-        let _lock = loop {
-            match FileLock::take(&path)? {
-                Taken::Ours(lock) => break lock,
-                Taken::Held(_) if self.shop.stop.is_asked() => return Err(interrupted().into()),
-                Taken::Held(_) => sleep(Duration::from_millis(POLL_MS)),
-            }
-        };
+        let _lock = wait_for_lock(&path, "prepares the same data", DATA_LOCK_WAIT_S, self.shop.stop)?;
         if Manifest::find(output)?.is_some() {
             return Ok(());
         }
@@ -252,22 +239,13 @@ impl Attempt<'_> {
             if facts.is_finished || self.until_step.is_some_and(|until_step| facts.saved_step >= until_step) {
                 return Ok(facts);
             }
-            self.await_controller()?;
-            let is_there = run_path.join("run.json").is_file();
-            if is_there && self.shop.plan.site.is_some() {
+            // One that an earlier attempt has left behind still has the run, and its steps count.
+            wait_for_controller(&run_path, self.shop.stop)?;
+            if run_path.join("run.json").is_file() && self.shop.plan.site.is_some() {
                 // The batch system has ended all that an earlier element had started, on whatever node, before this one began.
                 forget_earlier(&RunPaths::find(&run_path)?)?;
             }
-            let mut command = self.program(&[if is_there { "resume" } else { "train" }]);
-            if is_there {
-                command.arg(&run_path);
-            } else {
-                command.arg(self.shop.folder.recipe_path(&self.trial.hash)).arg("--run").arg(&run_path);
-            }
-            command.args(["--workers", &self.shop.plan.resources.workers_per_node.to_string(), "--quiet", "--dashboard", "off"]);
-            if let Some(until_step) = self.until_step {
-                command.args(["--until-step", &until_step.to_string()]);
-            }
+            let command = self.training(&run_path);
             self.run(command, Manners::Saves)?;
             facts = self.run_facts()?;
         }
@@ -280,16 +258,32 @@ impl Attempt<'_> {
             .into())
     }
 
-    /// A controller that an earlier attempt has left behind still has the run: it is waited for, and its steps count.
-    fn await_controller(&self) -> anyhow::Result<()> {
-        let run_path = self.run_path();
-        while controller_lives(&run_path).with_context(|| format!("look at the lock of {}", run_path.display()))? {
-            if self.shop.stop.is_asked() {
-                return Err(interrupted().into());
-            }
-            sleep(Duration::from_millis(POLL_MS));
+    /// What trains: a controller on this node, or one that has workers on all nodes of this element.
+    fn training(&self, run_path: &Path) -> Command {
+        let mut command = if self.shop.plan.spans_nodes() {
+            let mut command = Command::new(&self.shop.options.program);
+            command.args(["sweep", "train"]).arg(self.shop.folder.root()).args(["--trial", &self.trial.hash]);
+            self.confine(&mut command);
+            command
+        } else {
+            self.training_here(run_path)
+        };
+        if let Some(until_step) = self.until_step {
+            command.args(["--until-step", &until_step.to_string()]);
         }
-        Ok(())
+        command
+    }
+
+    fn training_here(&self, run_path: &Path) -> Command {
+        let is_there = run_path.join("run.json").is_file();
+        let mut command = self.program(&[if is_there { "resume" } else { "train" }]);
+        if is_there {
+            command.arg(run_path);
+        } else {
+            command.arg(self.shop.folder.recipe_path(&self.trial.hash)).arg("--run").arg(run_path);
+        }
+        command.args(["--workers", &self.shop.plan.resources.workers_per_node.to_string(), "--quiet", "--dashboard", "off"]);
+        command
     }
 
     /// At a rung only what the metric needs is computed; an earlier stage that nobody asks for is not scored.
@@ -327,12 +321,19 @@ impl Attempt<'_> {
         run(command, &self.shop.folder.log_path(&self.recipe.name), manners, self.shop.stop)
     }
 
-    /// A subcommand of this program, in its part of the machine.
+    /// A subcommand of this program, in its part of the machine and, where this process is outside of it, in the container.
     fn program(&self, subcommand: &[&str]) -> Command {
-        let WorkOptions { program, gpus, cores, .. } = self.shop.options;
+        let mut words = self.shop.entrance.iter().map(OsStr::new).chain([self.shop.options.program.as_os_str()]);
+        let mut command = Command::new(words.next().unwrap_or_default());
+        command.args(words).args(subcommand);
+        self.confine(&mut command);
+        command
+    }
+
+    /// Tells a program which part of the machine is its own.
+    fn confine(&self, command: &mut Command) {
+        let WorkOptions { gpus, cores, .. } = self.shop.options;
         let resources = &self.shop.plan.resources;
-        let mut command = Command::new(program);
-        command.args(subcommand);
         let all_cores = thread::available_parallelism().map_or(1, usize::from) as u32;
         let all_cores = cores.map_or(all_cores, |cores| cores.min(all_cores));
         if self.part.of > 1 || cores.is_some() {
@@ -345,7 +346,6 @@ impl Attempt<'_> {
             };
             command.env(GPUS_VARIABLE, self.part.gpus(&seen, resources.workers_per_node).join(","));
         }
-        command
     }
 
     fn run_path(&self) -> PathBuf {
@@ -354,6 +354,14 @@ impl Attempt<'_> {
 
     fn run_facts(&self) -> Result<RunFacts, Failure> {
         run_facts(&self.run_path())
+    }
+
+    /// The nodes that training has found to be bad, told once.
+    fn take_bad_nodes(&self) -> anyhow::Result<Vec<String>> {
+        let path = self.shop.folder.bad_nodes_path(&self.trial.hash);
+        let bad_nodes = read_json(&path)?.unwrap_or_default();
+        remove_if_there(&path).map_err(|error| storage("remove a file", &path, &error))?;
+        Ok(bad_nodes)
     }
 }
 

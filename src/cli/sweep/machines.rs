@@ -11,10 +11,10 @@ use crate::cli::worker_process::worker_binary;
 
 /// Fails as `cloze submit` does: with kind `Recipe` where the site cannot give what a trial wants, its partition among it, and with
 /// `Environment` where there is no batch system here.
-pub(super) fn check_machines(resources: &Resources, site: Option<&Site>) -> Result<()> {
+pub(super) fn check_machines(resources: &Resources, pack: u32, site: Option<&Site>) -> Result<()> {
     worker_binary()?;
     if let Some(site) = site.filter(|site| !matches!(site.kind, SiteKind::Local)) {
-        let slurm_site = site_of_jobs(resources, site)?;
+        let slurm_site = site_of_jobs(resources, pack, site)?;
         refuse_misfits(&Slurm::find(slurm_site)?, resources, slurm_site)?;
     }
     Ok(())

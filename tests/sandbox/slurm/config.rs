@@ -44,7 +44,7 @@ pub fn write(folder: &Path, options: &SlurmOptions, version: (u32, u32)) {
 }
 
 fn slurm_conf(folder: &Path, options: &SlurmOptions) -> String {
-    let (place, login) = (folder.display(), Fleet::login_address());
+    let (place, login, remembers_s) = (folder.display(), Fleet::login_address(), options.remembers_s);
     let basics = format!(
         "ClusterName={CLUSTER}
 SlurmctldHost={LOGIN}({login})
@@ -72,7 +72,7 @@ PreemptMode=REQUEUE
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
-MinJobAge=600
+MinJobAge={remembers_s}
 InactiveLimit=0
 UnkillableStepTimeout=15
 JobRequeue=1

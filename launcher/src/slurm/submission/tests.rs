@@ -123,3 +123,21 @@ fn a_submission_that_went_through_behind_an_error_is_taken() {
     let mut jobs = Jobs::open(&slurm, &run).unwrap();
     assert_eq!(jobs.submit(&submission(), "first", Role::Asked, &[]).unwrap(), JobId::whole(9));
 }
+
+#[test]
+fn a_job_that_waits_is_told_of_bad_nodes_and_its_record_says_so() {
+    let (_folder, run) = run();
+    let scontrol = r#"echo "$@" > "${0%/*}/told""#;
+    let (programs, slurm) = cluster(&[("sbatch", "echo 41"), ("scontrol", scontrol)]);
+    let mut jobs = Jobs::open(&slurm, &run).unwrap();
+    let job = jobs.submit(&submission(), "first", Role::Asked, &["n3".to_owned()]).unwrap();
+    jobs.exclude(job, &["n9".to_owned(), "n3".to_owned()], &["n3".to_owned(), "n1".to_owned()]).unwrap();
+    assert_eq!(fs::read_to_string(programs.path().join("told")).unwrap(), "update JobId=41 ExcNodeList=n1,n3,n9\n");
+    assert_eq!(jobs.records()[0].exclude, ["n3", "n1"]);
+    // What the batch system refuses is not written down.
+    let (_programs, refusing) = cluster(&[("scontrol", "echo 'slurm_update error: Job is no longer pending' >&2; exit 1")]);
+    drop(jobs);
+    let mut jobs = Jobs::open(&refusing, &run).unwrap();
+    assert!(jobs.exclude(job, &[], &["n5".to_owned()]).is_err());
+    assert_eq!(jobs.records()[0].exclude, ["n3", "n1"]);
+}

@@ -202,7 +202,7 @@ fn an_expectation_names_what_exists() {
         ),
         (
             format!("{columns}, {rows}, orders: [{{column: T, best_first: [[a, q], [b]]}}]"),
-            "expected.orders.0.best_first.0.1: found `q`, which is only quoted, expected a row with an `arm`",
+            "expected.orders.0.best_first.0.1: found `q`, which is only quoted, expected a row with an `arm` or `best_of`",
         ),
         (
             format!("{columns}, {rows}, orders: [{{column: T, best_first: [[a]]}}]"),
