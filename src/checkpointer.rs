@@ -15,7 +15,7 @@ use cloze_cluster::protocol::{Phase, SavedFile, WorkerMessage};
 use cloze_recipes::failure::{Failure, FailureKind};
 use tch::Device;
 
-use crate::checkpoint::{CheckpointState, CheckpointStore, Loaded, Piece, Share};
+use crate::checkpoint::{CheckpointState, CheckpointStore, Copies, Loaded, Piece, Share};
 use crate::collective::{Collective, leader_work};
 use crate::step::{Group, SharePart};
 use crate::torch::memory;
@@ -57,6 +57,7 @@ struct LastShare {
 pub struct Checkpointer {
     store: Arc<CheckpointStore>,
     client: Arc<Client>,
+    copies: Copies,
     upload_timeout: Duration,
     writing: Option<Writing>,
     failed_in_a_row: u32,
@@ -78,7 +79,7 @@ struct Writing {
 impl Checkpointer {
     /// A writer to a store, which tells the coordinator what it wrote.
     pub fn new(store: Arc<CheckpointStore>, client: Arc<Client>, upload_timeout: Duration) -> Self {
-        Self { store, client, upload_timeout, writing: None, failed_in_a_row: 0, newest_known_step: 0 }
+        Self { store, client, copies: Copies::default(), upload_timeout, writing: None, failed_in_a_row: 0, newest_known_step: 0 }
     }
 
     /// Whether a write is in progress, or its result not yet taken.
@@ -114,6 +115,7 @@ impl Checkpointer {
         let writer = Writer {
             store: Arc::clone(&self.store),
             client: Arc::clone(&self.client),
+            copies: self.copies.clone(),
             started,
             deadline: started + self.upload_timeout,
             blocked: blocked_told,
@@ -232,6 +234,7 @@ fn is_conflict(error: &anyhow::Error) -> bool {
 struct Writer {
     store: Arc<CheckpointStore>,
     client: Arc<Client>,
+    copies: Copies,
     started: Instant,
     deadline: Instant,
     blocked: Receiver<f64>,
@@ -241,7 +244,7 @@ impl Writer {
     fn write(self, order: SaveOrder, copy_done: Sender<()>) -> Result<Option<LastShare>> {
         let SaveOrder { state, generation, rank, parts, companions, is_last } = order;
         let step = state.step;
-        let share = copy(parts, rank, state.world_size, companions);
+        let share = copy(&self.copies, parts, (rank, state.world_size), companions);
         drop(copy_done);
         let mut files = match share.and_then(|share| self.store.save_share(step, &share)) {
             Ok(files) => files,
@@ -301,10 +304,10 @@ fn gather_lists(collective: &mut dyn Collective, own: &[SavedFile]) -> Result<Ve
 }
 
 /// Copies the share out of the live tensors.
-fn copy(parts: Vec<SharePart>, rank: u32, world_size: u32, companions: Vec<(String, Bytes)>) -> Result<Share> {
+fn copy(copies: &Copies, parts: Vec<SharePart>, (rank, world_size): (u32, u32), companions: Vec<(String, Bytes)>) -> Result<Share> {
     let (mut model, mut optimizer) = (Vec::new(), Vec::new());
     for part in parts {
-        let data = memory::with_bytes(&part.tensor, Bytes::copy_from_slice)?;
+        let data = memory::with_bytes(&part.tensor, |bytes| copies.copy(bytes))?;
         let piece = Piece { name: part.name, full_shape: part.full_shape, start: part.start, data };
         match part.group {
             Group::Model => model.push(piece),

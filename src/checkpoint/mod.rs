@@ -7,6 +7,7 @@
 pub mod hf;
 
 mod atomic;
+mod copies;
 mod format;
 mod manifest;
 mod pieces;
@@ -24,6 +25,7 @@ mod difference;
 mod report;
 
 pub use atomic::atomic_write;
+pub use copies::Copies;
 pub use difference::{Difference, difference};
 pub use format::NamedTensorOwned;
 pub use manifest::{CheckpointState, step_of_folder};
