@@ -314,6 +314,7 @@ fn copy(copies: &Copies, parts: Vec<SharePart>, (rank, world_size): (u32, u32), 
             Group::Optimizer => optimizer.push(piece),
         }
     }
+    copies.trim();
     Ok(Share { rank, world_size, model, optimizer, companions })
 }
 

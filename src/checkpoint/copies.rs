@@ -29,17 +29,16 @@ impl Copies {
         Bytes::from_owner(Copied { memory, free: Arc::clone(&self.free) })
     }
 
-    /// The shares of a run have the same sizes each time. Where one does not, the others are of no use either: the shares have been
-    /// dealt out anew.
+    /// Gives up what no copy uses. After all copies of a share that is what the share does not need: shares are dealt out anew when
+    /// workers come or go.
+    pub fn trim(&self) {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
     fn take(&self, size: usize) -> Vec<u8> {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        match free.iter().position(|memory| memory.capacity() == size) {
-            Some(place) => free.swap_remove(place),
-            None => {
-                free.clear();
-                Vec::with_capacity(size)
-            }
-        }
+        let fitting = free.iter().position(|memory| memory.capacity() == size);
+        fitting.map_or_else(|| Vec::with_capacity(size), |place| free.swap_remove(place))
     }
 }
 
@@ -89,12 +88,13 @@ mod tests {
     }
 
     #[test]
-    fn memory_of_other_shares_is_given_up() {
+    fn memory_that_a_share_does_not_need_is_given_up() {
         let copies = Copies::default();
         drop([copies.copy(&[0; 64]), copies.copy(&[0; 128])]);
-        let other = copies.copy(&[0; 96]);
+        let share = copies.copy(&[0; 64]);
+        copies.trim();
         assert!(held(&copies).is_empty());
-        drop(other);
-        assert_eq!(held(&copies), [96]);
+        drop(share);
+        assert_eq!(held(&copies), [64]);
     }
 }

@@ -75,6 +75,10 @@ fn outcome(end: RunEnd, until_step: Option<u64>, run: &RunPaths) -> Result<ExitC
     let line = match end {
         RunEnd::Finished { step } => format!("all {step} steps are done"),
         RunEnd::Stopped { step } if until_step.is_some_and(|until_step| step >= until_step) => format!("step {step} is saved"),
+        // The attempt was told to leave before its workers came.
+        RunEnd::Stopped { step: 0 } => {
+            return Err(Failure::new(FailureKind::Interrupted, "stopped before it began; what was saved is kept").at(shown).into());
+        }
         RunEnd::Stopped { step } => {
             return Err(Failure::new(FailureKind::Interrupted, format!("stopped; step {step} is saved")).at(shown).into());
         }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use cloze_cluster::{Event, Held, Recorded};
 
-/// How much of a log's end is searched, in bytes; where it holds no step, no step of the newest generation was told.
+/// How much of a log's end is searched, in bytes: thousands of events. Where none of them is a step, the newest steps may be told twice.
 const MAX_TAIL_BYTES: u64 = 1 << 20;
 
 /// The newest step of which a log tells, or the state with which its generation began. Lines that cannot be read are passed over.

@@ -36,6 +36,12 @@ pub struct RunRecord {
     pub numbers: Vec<(String, f64)>,
 }
 
+/// What the records of all versions have.
+#[derive(Deserialize)]
+struct Head {
+    version: u32,
+}
+
 /// A bucket that a run's checkpoints lie in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RecordPlace {
@@ -86,12 +92,13 @@ impl RunRecord {
         let key = if folder.is_empty() { RECORD_FILE.to_owned() } else { format!("{folder}/{RECORD_FILE}") };
         let bytes = store::read_all(store, &key, MAX_RECORD_BYTES)?;
         let damaged = |what: &str| Failure::new(FailureKind::Damaged, what).at(store.url(&key));
-        let mut record: Self =
-            serde_json::from_slice(&bytes).map_err(|error| damaged("the record of a run cannot be read").because(error))?;
-        if record.version != VERSION {
-            let failure = damaged("the record of a run is of another version of cloze").expected(VERSION).found(record.version);
+        let unreadable = |error: serde_json::Error| damaged("the record of a run cannot be read").because(error);
+        let Head { version } = serde_json::from_slice(&bytes).map_err(unreadable)?;
+        if version != VERSION {
+            let failure = damaged("the record of a run is of another version of cloze").expected(VERSION).found(version);
             return Err(failure.hint("use the version that trained it, or a newer one").into());
         }
+        let mut record: Self = serde_json::from_slice(&bytes).map_err(unreadable)?;
         record.entry.recipe.clone_from(&record.recipe);
         record.entry.told = Some(record.told);
         Ok(record)
@@ -133,7 +140,10 @@ mod tests {
 
         let text = std::fs::read_to_string(root.path().join("bucket/run-record.json")).unwrap();
         for (text, what) in [
-            (text.replace("\"version\": 1", "\"version\": 2"), "the record of a run is of another version of cloze"),
+            (
+                text.replace("\"version\": 1", "\"version\": 2").replace("\"told\"", "\"said\""),
+                "the record of a run is of another version of cloze",
+            ),
             ("{".to_owned(), "the record of a run cannot be read"),
         ] {
             std::fs::write(root.path().join("bucket/run-record.json"), text).unwrap();

@@ -107,7 +107,7 @@ impl StudyReport {
             Some(expected) => (table::paper_table(&material, &arms, expected), Some(own)),
             None => (own, None),
         };
-        let orders = expected.as_ref().map_or_else(Vec::new, |expected| table::orders(&table, &expected.orders));
+        let orders = expected.as_ref().map_or_else(Vec::new, |expected| table::orders(&material, &table, &expected.orders));
         let figures = charts::figures(&material, &table);
         let mut notes = std::mem::take(&mut material.notes);
         notes.extend(sampling_note(&material));

@@ -170,17 +170,21 @@ fn paper_row(material: &Material, arms: &[Arm], columns: &[Column], (wanted, ref
 }
 
 /// What became of the orders that must come out.
-pub fn orders(table: &ScoreTable, wanted: &[ExpectedOrder]) -> Vec<Order> {
+pub fn orders(material: &Material, table: &ScoreTable, wanted: &[ExpectedOrder]) -> Vec<Order> {
     let order = |wanted: &ExpectedOrder| {
         let index = table.columns.iter().position(|column| column.name == wanted.column)?;
-        let score = table.columns[index].metric.score;
+        let metric = &table.columns[index].metric;
+        let kind = metric.score;
+        let has_score = |trial: usize| score::value_of_trial(&material.trials[trial], metric).is_some();
         let values = |name: &String| {
             let row = table.rows.iter().find(|row| row.in_paper && row.name == *name);
+            // A best that another trial may still beat decides nothing.
+            let row = row.filter(|row| !row.is_best_of || row.trials.iter().all(|trial| has_score(trial.index)));
             row.map_or_else(Vec::new, |row| row.cells[index].values.clone())
         };
         let row = |name: &String| OrderRow { name: name.clone(), values: values(name) };
         let groups: Vec<Vec<OrderRow>> = wanted.groups.iter().map(|rows| rows.iter().map(row).collect()).collect();
-        Some(judge_order(&wanted.column, &groups, score::more_is_better(score), score::decimals(score)))
+        Some(judge_order(&wanted.column, &groups, score::more_is_better(kind), score::decimals(kind)))
     };
     wanted.iter().filter_map(order).collect()
 }

@@ -17,8 +17,8 @@ use crate::registry::{RecordPlace, publish};
 /// Shortest time between two tellings of a run that goes on, in seconds. A run that saves every few seconds need not tell each time.
 const INTERVAL_S: f64 = 60.0;
 
-/// Longest wait for the last telling, when the run is over.
-const LAST_WAIT: Duration = Duration::from_secs(30);
+/// Longest wait for the last telling, when the run is over. A job that is warned of its end has more to do, and little time.
+const LAST_WAIT: Duration = Duration::from_secs(5);
 
 /// Interval at which its end is looked for.
 const POLL: Duration = Duration::from_millis(20);

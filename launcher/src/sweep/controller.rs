@@ -227,7 +227,7 @@ impl Controller {
         }
         let avoided = self.executor.avoid(&outcome.bad_nodes);
         if !avoided.is_empty() {
-            self.talk.line(&format!("nothing more is started on {}, which failed {}", avoided.join(", "), record.name));
+            self.talk.line(&format!("no later job uses {}, which failed {}", avoided.join(", "), record.name));
         }
         match outcome.end {
             End::Done | End::Paused => self.take_success(now, trial, outcome)?,
