@@ -13,8 +13,8 @@ pub const DEFAULT_ROOTS: [&str; 2] = ["runs", "studies"];
 const MAX_RUNS: usize = 100_000;
 
 /// The run folders of each root: the root itself, the folders in it, those in a folder `runs` of it or of one of its folders, as in a
-/// folder of studies, and those of a folder `studies` in it, as in the folder of a cluster. Sorted by path. Fails with kind `Input` on a root that is not there, with kind `Storage` when one cannot be
-/// listed, and with kind `Recipe` when there are too many runs.
+/// folder of studies, and those of a folder `studies` in it, as in the folder of a cluster. Sorted by path. Fails with kind `Input` on a
+/// root that is not there, with kind `Storage` when one cannot be listed, and with kind `Recipe` when there are too many runs.
 pub fn find_runs(roots: &[PathBuf]) -> Result<Vec<PathBuf>, Failure> {
     let mut runs = Vec::new();
     for root in roots {
