@@ -1,4 +1,4 @@
-//! A recipe and a worker for the tests of this crate.
+//! A recipe, machines and a worker for the tests of this crate.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,7 @@ use cloze_recipes::recipe::{
     Auxiliary, CheckpointRecipe, ClusterRecipe, DataRecipe, DataSource, Device, HangRecipe, LossNorm, Masking, ModelRecipe, ModelShape,
     ObjectiveRecipe, Precision, Recipe, ScheduleKind, ScheduleRecipe, Shard, TrainRecipe, Truncation,
 };
+use cloze_recipes::study::Resources;
 
 /// A small recipe; none of its paths exist.
 pub(crate) fn recipe() -> Recipe {
@@ -33,6 +34,22 @@ pub(crate) fn recipe() -> Recipe {
         checkpoint: checkpoint(),
         cluster: cluster(),
         evaluation: Vec::new(),
+    }
+}
+
+/// One node with one worker, of which nothing else is said.
+pub(crate) fn resources() -> Resources {
+    Resources {
+        nodes: 1,
+        workers_per_node: 1,
+        gpus_per_node: 0,
+        cpus_per_worker: None,
+        memory_per_node_mib: None,
+        time_limit_minutes: None,
+        container: None,
+        modules: Vec::new(),
+        environment: BTreeMap::new(),
+        setup: Vec::new(),
     }
 }
 

@@ -31,5 +31,7 @@ pub mod talk;
 pub mod text;
 pub mod work;
 
+#[cfg(test)]
+mod fixtures;
 mod time;
 mod waits;

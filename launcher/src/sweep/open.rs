@@ -271,6 +271,7 @@ fn bring(root: &Path, url: &str) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fixtures::site;
     use super::*;
 
     fn record(name: &str, state: TrialState) -> TrialRecord {
@@ -301,13 +302,7 @@ mod tests {
 
     #[test]
     fn a_sweep_moves_when_nothing_is_out() {
-        let folder = tempfile::tempdir().unwrap();
-        let site = |name: &str, kind: &str| {
-            let path = folder.path().join("cluster.yaml");
-            fs::write(&path, format!("version: 1\nname: {name}\nkind: {kind}\n")).unwrap();
-            cloze_recipes::load_site(&path).unwrap()
-        };
-        let (one, other, here) = (site("one", "slurm"), site("other", "slurm"), site("desk", "local"));
+        let (one, other, here) = (site("one", "kind: slurm"), site("other", "kind: slurm"), site("desk", "kind: local"));
         let (out, idle) = ([record("a", TrialState::Training)], [record("a", TrialState::Done)]);
         let cases = [
             (&out, Some(&one), Some(&one), true),

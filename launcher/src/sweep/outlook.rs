@@ -95,62 +95,27 @@ fn first_batch(plan: &SweepPlan) -> (Batch, usize) {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use cloze_recipes::failure::FailureKind;
     use cloze_recipes::study::{Metric, Resources, Score};
 
+    use super::super::fixtures::{self, stage, trial};
     use super::super::folder::PlannedTrial;
     use super::super::record::{Rung, TrialState};
     use super::*;
+    use crate::sample;
 
-    /// A stage, two trials that start from it, and one that does not.
+    /// A stage, two trials that start from it, and two that do not.
     fn plan() -> SweepPlan {
-        let trial = |hash: &str, parent| PlannedTrial {
-            hash: hash.to_owned(),
-            name: format!("demo-{hash}"),
-            parameters: serde_json::Map::new(),
-            seed: 1,
-            data_hash: "d".to_owned(),
-            data_seed: 1,
-            parent,
-            wanted: hash != "stage",
-            is_stage: hash == "stage",
-        };
-        SweepPlan {
-            version: 1,
-            concurrency: 4,
-            pack: 2,
-            early_stopping: None,
-            metric: Metric { task: None, score: Score::Loss },
-            resources: resources(),
-            site: None,
-            journal: None,
-            trials: vec![trial("stage", None), trial("a", Some(0)), trial("b", Some(0)), trial("c", None), trial("d", None)],
-        }
+        let after_stage = |hash| PlannedTrial { parent: Some(0), ..trial(hash) };
+        SweepPlan { pack: 2, ..fixtures::plan(vec![stage("stage"), after_stage("a"), after_stage("b"), trial("c"), trial("d")]) }
     }
 
     fn resources() -> Resources {
-        Resources {
-            nodes: 1,
-            workers_per_node: 2,
-            gpus_per_node: 0,
-            cpus_per_worker: Some(3),
-            memory_per_node_mib: None,
-            time_limit_minutes: None,
-            container: None,
-            modules: Vec::new(),
-            environment: BTreeMap::new(),
-            setup: Vec::new(),
-        }
+        Resources { workers_per_node: 2, cpus_per_worker: Some(3), ..sample::resources() }
     }
 
-    /// A cluster file's site.
     fn site(kind: &str) -> Site {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("cluster.yaml");
-        std::fs::write(&path, format!("version: 1\nname: mine\n{kind}\n")).unwrap();
-        cloze_recipes::load_site(&path).unwrap()
+        fixtures::site("mine", kind)
     }
 
     fn options(site: Site) -> QueueOptions {

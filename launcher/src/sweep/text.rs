@@ -101,47 +101,18 @@ fn table<R: AsRef<[String]>>(rows: &[R]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use cloze_recipes::study::{Metric, Resources};
+    use cloze_recipes::study::Metric;
     use serde_json::json;
 
+    use super::super::fixtures;
     use super::super::folder::PlannedTrial;
     use super::*;
 
     fn plan() -> SweepPlan {
-        let trial = |hash: &str, seed, wanted| PlannedTrial {
-            hash: hash.to_owned(),
-            name: format!("demo-{hash}"),
-            parameters: if wanted { json!({"train.steps": 10}).as_object().unwrap().clone() } else { serde_json::Map::new() },
-            seed,
-            data_hash: "d".to_owned(),
-            data_seed: 1,
-            parent: None,
-            wanted,
-            is_stage: !wanted,
-        };
-        let resources = Resources {
-            nodes: 1,
-            workers_per_node: 1,
-            gpus_per_node: 0,
-            cpus_per_worker: None,
-            memory_per_node_mib: None,
-            time_limit_minutes: None,
-            container: None,
-            modules: Vec::new(),
-            environment: std::collections::BTreeMap::new(),
-            setup: Vec::new(),
-        };
-        SweepPlan {
-            version: 1,
-            concurrency: 2,
-            pack: 1,
-            early_stopping: None,
-            metric: Metric { task: Some("mmlu".to_owned()), score: Score::Accuracy },
-            resources,
-            site: None,
-            journal: None,
-            trials: vec![trial("aaaa", 1, false), trial("bbbb", 1, true), trial("cccc", 2, true)],
-        }
+        let parameters = json!({"train.steps": 10}).as_object().unwrap().clone();
+        let trial = |hash, seed| PlannedTrial { seed, parameters: parameters.clone(), ..fixtures::trial(hash) };
+        let metric = Metric { task: Some("mmlu".to_owned()), score: Score::Accuracy };
+        SweepPlan { metric, ..fixtures::plan(vec![fixtures::stage("aaaa"), trial("bbbb", 1), trial("cccc", 2)]) }
     }
 
     #[test]

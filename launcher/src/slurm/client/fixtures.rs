@@ -7,6 +7,7 @@ use cloze_recipes::site::{Preflight, Site, SiteKind, SlurmSite};
 use cloze_recipes::study::Resources;
 
 use super::Slurm;
+use crate::sample;
 
 /// A site that names its partition and nothing else.
 pub(crate) fn site() -> SlurmSite {
@@ -43,18 +44,7 @@ pub(crate) fn whole_site() -> Site {
 
 /// Nodes with four workers each, and with a GPU and eight cores for each worker.
 pub(crate) fn resources(nodes: u32) -> Resources {
-    Resources {
-        nodes,
-        workers_per_node: 4,
-        gpus_per_node: 4,
-        cpus_per_worker: Some(8),
-        memory_per_node_mib: None,
-        time_limit_minutes: None,
-        container: None,
-        modules: Vec::new(),
-        environment: BTreeMap::new(),
-        setup: Vec::new(),
-    }
+    Resources { nodes, workers_per_node: 4, gpus_per_node: 4, cpus_per_worker: Some(8), ..sample::resources() }
 }
 
 /// A folder in which each program is these lines of shell; `sbatch --version` answers too. A shell of its own writes them: while this

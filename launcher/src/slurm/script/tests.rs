@@ -1,6 +1,7 @@
 //! Golden scripts: what a site's administrator would be shown.
 
 use super::*;
+use crate::sample::resources;
 
 fn version() -> Version {
     Version { year: 22, month: 5 }
@@ -17,21 +18,6 @@ fn request() -> JobRequest {
         exclude: Vec::new(),
         survives_node_loss: false,
         in_container: false,
-    }
-}
-
-fn resources() -> Resources {
-    Resources {
-        nodes: 1,
-        workers_per_node: 1,
-        gpus_per_node: 0,
-        cpus_per_worker: None,
-        memory_per_node_mib: None,
-        time_limit_minutes: None,
-        container: None,
-        modules: Vec::new(),
-        environment: BTreeMap::new(),
-        setup: Vec::new(),
     }
 }
 

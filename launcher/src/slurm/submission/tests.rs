@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::super::client::fixtures::{cluster, site as slurm_site};
 use super::*;
+use crate::sample;
 
 fn submission() -> Submission {
     let programs = Programs {
@@ -23,18 +24,7 @@ fn submission() -> Submission {
         gpu_memory_mib: None,
         tokens_per_second: None,
     };
-    let resources = Resources {
-        nodes: 2,
-        workers_per_node: 3,
-        gpus_per_node: 0,
-        cpus_per_worker: None,
-        memory_per_node_mib: None,
-        time_limit_minutes: None,
-        container: None,
-        modules: Vec::new(),
-        environment: std::collections::BTreeMap::new(),
-        setup: Vec::new(),
-    };
+    let resources = Resources { nodes: 2, workers_per_node: 3, ..sample::resources() };
     Submission::new(site, resources, programs, false).unwrap()
 }
 
