@@ -14,6 +14,7 @@ use cloze_cluster::host::host_name;
 use cloze_data::manifest::Manifest;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
+use cloze_recipes::site::SiteKind;
 use cloze_recipes::study::{Metric, Score};
 use serde_json::Value;
 
@@ -241,10 +242,7 @@ impl Attempt<'_> {
             }
             // One that an earlier attempt has left behind still has the run, and its steps count.
             wait_for_controller(&run_path, self.shop.stop)?;
-            if run_path.join("run.json").is_file() && self.shop.plan.site.is_some() {
-                // The batch system has ended all that an earlier element had started, on whatever node, before this one began.
-                forget_earlier(&RunPaths::find(&run_path)?)?;
-            }
+            forget_ended(self.shop.plan, &run_path)?;
             let command = self.training(&run_path);
             self.run(command, Manners::Saves)?;
             facts = self.run_facts()?;
@@ -365,6 +363,16 @@ impl Attempt<'_> {
     }
 }
 
+/// Forgets the workers of an earlier element of a batch system, which has ended all that was started there, on whatever node, before this
+/// one began. On this machine nobody has ended them, and the next controller takes them over.
+fn forget_ended(plan: &SweepPlan, run_path: &Path) -> anyhow::Result<()> {
+    let has_elements = plan.site.as_ref().is_some_and(|site| matches!(site.kind, SiteKind::Slurm(_)));
+    if has_elements && run_path.join("run.json").is_file() {
+        forget_earlier(&RunPaths::find(run_path)?)?;
+    }
+    Ok(())
+}
+
 /// How far the run of a folder is; nothing is done where there is none.
 pub(super) fn run_facts(run: &Path) -> Result<RunFacts, Failure> {
     if !run.join("events.jsonl").is_file() {
@@ -406,7 +414,21 @@ pub(super) fn as_failure(error: &anyhow::Error) -> Failure {
 mod tests {
     use serde_json::json;
 
+    use super::super::fixtures::{plan, site};
     use super::*;
+
+    #[test]
+    fn only_what_a_batch_system_has_ended_is_forgotten() {
+        for (lines, is_kept) in [("kind: local", true), ("kind: slurm", false)] {
+            let folder = tempfile::tempdir().unwrap();
+            let control = folder.path().join("control.json");
+            for path in [&control, &folder.path().join("run.json")] {
+                std::fs::write(path, "{}").unwrap();
+            }
+            forget_ended(&SweepPlan { site: Some(site("mine", lines)), ..plan(Vec::new()) }, folder.path()).unwrap();
+            assert_eq!(control.is_file(), is_kept, "{lines}");
+        }
+    }
 
     #[test]
     fn the_metric_is_what_the_sweep_names() {
