@@ -146,7 +146,7 @@ pub struct PairMeasurement {
 }
 
 /// Everything that was measured.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Measurements {
     /// The nodes, in their order.
     pub nodes: Vec<NodeMeasurement>,

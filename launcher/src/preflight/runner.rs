@@ -71,9 +71,10 @@ pub struct PreflightReport {
     pub ok: bool,
     /// Nodes that must not be used.
     pub bad_nodes: Vec<BadNode>,
-    /// What was measured.
-    #[serde(flatten)]
-    pub measured: Measurements,
+    /// What was measured of the nodes, in their order.
+    pub nodes: Vec<NodeMeasurement>,
+    /// What was measured between those pairs that were.
+    pub pairs: Vec<PairMeasurement>,
 }
 
 /// Checks all nodes. Blocks, within the limits' time and the few seconds that ending the agents takes. A node that does not do as it
@@ -83,7 +84,8 @@ pub fn run_preflight(options: PreflightOptions<'_>) -> anyhow::Result<PreflightR
     let limits = options.limits;
     let measured = runtime.block_on(Box::pin(Check::run(options)))?;
     let bad_nodes = decide(&measured, &limits);
-    Ok(PreflightReport { ok: bad_nodes.is_empty(), bad_nodes, measured })
+    let Measurements { nodes, pairs } = measured;
+    Ok(PreflightReport { ok: bad_nodes.is_empty(), bad_nodes, nodes, pairs })
 }
 
 /// The state of a check.
