@@ -176,7 +176,7 @@ fn go(run: RunFolder, plan: LaunchPlan, hosts: Option<&Hosts>, quiet: bool) -> R
     let again = format!("cloze resume {}{again}", run_path.display());
     let others = hosts.map(|hosts| hosts.plan(&run_path)).transpose()?.unwrap_or_default();
     let options = LaunchOptions { run, plan, output: Box::new(std::io::stderr()), style: terminal_style(quiet) };
-    let end = launch_on_hosts(options, others)?;
+    let end = launch_on_hosts(options, others)?.end;
     let shown = run_path.display().to_string();
     match end {
         RunEnd::Finished { .. } => {

@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use cloze_cluster::RunEnd;
 use cloze_recipes::failure::{Failure, FailureKind};
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, BufReader};
 use tokio::process::Command;
@@ -74,6 +75,8 @@ pub(crate) struct HostCrew {
     sender: mpsc::Sender<HostEvent>,
     restarts: u32,
     ending: bool,
+    /// The failures that were to end the run, each with the place of its host.
+    losses: Vec<(usize, Failure)>,
 }
 
 #[derive(Default)]
@@ -93,7 +96,7 @@ impl HostCrew {
     pub(crate) fn new(plan: HostsPlan) -> Self {
         let (sender, events) = mpsc::channel(EVENT_MESSAGES);
         let states = plan.hosts.iter().map(|_| HostState::default()).collect();
-        Self { plan, states, events, sender, restarts: 0, ending: false }
+        Self { plan, states, events, sender, restarts: 0, ending: false, losses: Vec::new() }
     }
 
     /// Starts `cloze join` on every host.
@@ -211,8 +214,8 @@ impl HostCrew {
         first_slot..first_slot + num_slots
     }
 
-    /// The end of a run because of a host: which, how, and its last words.
-    pub(crate) fn failure(&self, place: usize, kind: FailureKind, reason: HostReason, status: &str) -> Failure {
+    /// The end of a run because of a host: which, how, and its last words. It is remembered whose failure this is.
+    pub(crate) fn give_up(&mut self, place: usize, kind: FailureKind, reason: HostReason, status: &str) -> Failure {
         let tail: Vec<&str> = self.states[place].tail.iter().map(String::as_str).collect();
         let words = if tail.is_empty() { "nothing was said".to_owned() } else { tail.join("\n    ") };
         let hint = match reason {
@@ -221,7 +224,16 @@ impl HostCrew {
             _ => "the host's log is in `logs/` of the run folder; `cloze resume` goes on from the last checkpoint",
         };
         let what = format!("host {} is lost: {reason} ({status})", self.name(place));
-        Failure::new(kind, what).because(words).hint(hint)
+        let failure = Failure::new(kind, what).because(words).hint(hint);
+        self.losses.push((place, failure.clone()));
+        failure
+    }
+
+    /// The host whose loss is how the run has ended; `None` after any other end.
+    pub(crate) fn lost_host(&self, end: &RunEnd) -> Option<String> {
+        let RunEnd::Failed(failure) = end else { return None };
+        let (place, _) = self.losses.iter().find(|(_, loss)| loss == failure)?;
+        Some(self.name(*place).to_owned())
     }
 
     /// Waits for the hosts to be done, showing what they say; returns the names of those that are not in time, whose remote shells are
@@ -267,6 +279,29 @@ async fn pass_on(place: usize, stream: impl AsyncRead + Unpin, sender: &mpsc::Se
         let text = String::from_utf8_lossy(&line).trim_end().to_owned();
         if !text.is_empty() && sender.send(HostEvent::Line { place, text }).await.is_err() {
             return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::remote::CommandForm;
+    use super::*;
+
+    #[test]
+    fn a_lost_host_is_known_by_its_failure_and_not_by_words() {
+        let slots = |name: &str| HostSlots {
+            host: RemoteHost { name: name.to_owned(), prefix: Vec::new(), form: CommandForm::Words },
+            first_slot: 0,
+            num_slots: 1,
+        };
+        let mut crew = HostCrew::new(HostsPlan { hosts: vec![slots("n1"), slots("n10")], join: Vec::new() });
+        let failure = crew.give_up(1, FailureKind::Run, HostReason::NotReached, "exit code 255");
+        assert_eq!(crew.lost_host(&RunEnd::Failed(failure.clone())).as_deref(), Some("n10"));
+        assert_eq!(crew.lost_host(&RunEnd::Finished { step: 1 }), None);
+        // The run has ended of something else before the loss of the host could end it.
+        for other in [Failure::new(FailureKind::Run, "worker 1 is lost"), Failure { cause: None, ..failure }] {
+            assert_eq!(crew.lost_host(&RunEnd::Failed(other)), None);
         }
     }
 }

@@ -92,6 +92,15 @@ pub struct LaunchPlan {
     pub until_step: Option<u64>,
 }
 
+/// How a run over hosts has ended.
+#[derive(Debug)]
+pub struct HostsEnd {
+    /// The run.
+    pub end: RunEnd,
+    /// The host by whose loss it failed.
+    pub lost_host: Option<String>,
+}
+
 /// Runs to the end: starts coordinator and workers, replaces workers within the recipe's budget, reports. Blocks.
 ///
 /// SIGINT, SIGTERM, SIGHUP and SIGUSR2 ask the workers to save and leave; a second signal, or `checkpoint.stop_timeout_s`, ends them
@@ -100,12 +109,12 @@ pub struct LaunchPlan {
 /// controller may live on another host (`Environment`), the run folder cannot be written (`Storage`), its journal cannot be read
 /// (`Damaged`).
 pub fn launch(options: LaunchOptions) -> anyhow::Result<RunEnd> {
-    launch_on_hosts(options, HostsPlan::default())
+    Ok(launch_on_hosts(options, HostsPlan::default())?.end)
 }
 
 /// The same over other hosts, on each of which `cloze join` is kept alive until the run ends. A host that cannot be reached ends the
 /// run, unless enough others are left for `cluster.min_workers`.
-pub fn launch_on_hosts(options: LaunchOptions, hosts: HostsPlan) -> anyhow::Result<RunEnd> {
+pub fn launch_on_hosts(options: LaunchOptions, hosts: HostsPlan) -> anyhow::Result<HostsEnd> {
     let LaunchOptions { run, plan, output, style } = options;
     plan.check()?;
     // Before anything is written: what cannot begin leaves a run that others may still work on as it is.
@@ -139,7 +148,8 @@ pub fn launch_on_hosts(options: LaunchOptions, hosts: HostsPlan) -> anyhow::Resu
         // They read of the end in the event log.
         dismiss_hosts(&mut hosts, &mut reporters, &signals).await;
         reporters.close().await;
-        end
+        let end = end?;
+        Ok(HostsEnd { lost_host: hosts.lost_host(&end), end })
     })
 }
 

@@ -28,5 +28,5 @@ mod told;
 
 pub(crate) use adoption::forget_earlier;
 pub use drill::{Drill, DrillKind};
-pub use launch::{LaunchOptions, LaunchPlan, launch, launch_on_hosts};
+pub use launch::{HostsEnd, LaunchOptions, LaunchPlan, launch, launch_on_hosts};
 pub use slots::{SlotsOptions, last_workers, serve_slots};

@@ -197,7 +197,7 @@ impl<'a> Supervisor<'a> {
                 self.reporters.write(Event::Warning { message })?;
                 slots.into_iter().try_for_each(|worker| tell(control, Control::NoReplacement { worker }))
             }
-            HostDecision::GiveUp { kind } => tell(control, Control::GiveUp { failure: hosts.failure(place, kind, reason, &status) }),
+            HostDecision::GiveUp { kind } => tell(control, Control::GiveUp { failure: hosts.give_up(place, kind, reason, &status) }),
         }
     }
 

@@ -14,7 +14,7 @@ use super::machines::{Machines, step};
 use super::preflight::check_nodes;
 use super::submission::Submission;
 use super::watch::{PreemptionWatch, Warnings};
-use crate::local::{LaunchOptions, LaunchPlan, forget_earlier, launch_on_hosts};
+use crate::local::{HostsEnd, LaunchOptions, LaunchPlan, forget_earlier, launch_on_hosts};
 use crate::reporter::TerminalStyle;
 use crate::run_folder::RunFolder;
 
@@ -62,9 +62,6 @@ impl Attempt<'_> {
                     .unwrap_or_else(|error| Failure::new(FailureKind::Run, "the attempt failed").because(format!("{error:#}"))),
             )
         });
-        if let RunEnd::Failed(failure) = &end {
-            bad_nodes.extend(blamed_node(failure, &self.machines.nodes));
-        }
         Attempted { end, bad_nodes }
     }
 
@@ -107,7 +104,9 @@ impl Attempt<'_> {
         let _watch = PreemptionWatch::start(Arc::clone(slurm), machines.job, &step, self.warnings)?;
         let style = TerminalStyle { interactive: false, color: false, quiet: self.is_quiet };
         let options = LaunchOptions { run, plan, output: (self.options.output)(), style };
-        launch_on_hosts(options, machines.hosts(slurm, submission, paths))
+        let HostsEnd { end, lost_host } = launch_on_hosts(options, machines.hosts(slurm, submission, paths))?;
+        bad_nodes.extend(lost_host);
+        Ok(end)
     }
 
     /// Opens the run, once an earlier controller on another node has let go of it.
@@ -130,12 +129,6 @@ impl Attempt<'_> {
     }
 }
 
-/// The node that a failure of the launcher names as lost.
-fn blamed_node(failure: &Failure, nodes: &[String]) -> Option<String> {
-    let rest = failure.what.strip_prefix("host ")?;
-    nodes.iter().find(|node| rest.strip_prefix(node.as_str()).is_some_and(|rest| rest.starts_with(" is lost"))).cloned()
-}
-
 /// Whether another controller holds the run folder.
 fn is_locked(error: &anyhow::Error) -> bool {
     error.downcast_ref::<Failure>().is_some_and(|failure| failure.kind == FailureKind::Run)
@@ -145,19 +138,4 @@ fn is_locked(error: &anyhow::Error) -> bool {
 pub(super) fn one_line(error: &anyhow::Error) -> String {
     let text = error.downcast_ref::<Failure>().map_or_else(|| format!("{error:#}"), Failure::to_string);
     text.split('\n').map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_lost_node_of_this_job_is_blamed() {
-        let nodes = ["n1".to_owned(), "n10".to_owned()];
-        let blamed = |what: &str| blamed_node(&Failure::new(FailureKind::Run, what), &nodes);
-        assert_eq!(blamed("host n10 is lost: the way to the host broke (exit code 1)").as_deref(), Some("n10"));
-        assert_eq!(blamed("host n1 is lost: the way to the host broke (exit code 1)").as_deref(), Some("n1"));
-        assert_eq!(blamed("host n2 is lost: x"), None);
-        assert_eq!(blamed("worker 1 is lost"), None);
-    }
 }
