@@ -93,12 +93,11 @@ impl Job<'_> {
         let slurm = Arc::clone(&self.slurm);
         let mut jobs = patiently(|| Jobs::open(&slurm, &self.options.paths))?;
         let mine = jobs.records().iter().find(|record| record.job == Some(self.machines.job)).cloned();
-        let since = asked_since(jobs.records());
         if let Some(record) = mine {
             (self.role, self.exclude) = (record.role, record.exclude);
         }
         let attempts: Vec<AttemptEvent> = journal::read(&self.paths().attempts())?;
-        let begun = attempts.iter().filter(|event| matches!(event, AttemptEvent::Started { time, .. } if *time >= since)).count() as u32;
+        let begun = num_begun(jobs.records(), &attempts);
         let all = attempts.iter().filter(|event| matches!(event, AttemptEvent::Started { .. })).count() as u32;
         let max_jobs = self.submission.slurm()?.max_jobs;
         let (predecessor, last_decision) = match self.role {
@@ -161,9 +160,7 @@ impl Job<'_> {
     fn leave(&self, end: AttemptEnd, failure: Option<Failure>, bad_nodes: Vec<String>) -> anyhow::Result<JobOutcome> {
         let shown = if end == AttemptEnd::Finished { None } else { self.own_state()? };
         let slurm_site = self.submission.slurm()?;
-        let begun = journal::read::<AttemptEvent>(&self.paths().attempts())?;
-        let since = asked_since(&journal::jobs(journal::read(&self.paths().jobs())?));
-        let attempts = begun.iter().filter(|event| matches!(event, AttemptEvent::Started { time, .. } if *time >= since)).count() as u32;
+        let attempts = num_begun(&journal::jobs(journal::read(&self.paths().jobs())?), &journal::read(&self.paths().attempts())?);
         let circumstances = Circumstances {
             end,
             warning: self.warnings.seen(),
@@ -296,9 +293,14 @@ impl Job<'_> {
     }
 }
 
-/// Unix time at which somebody last asked for the run, in seconds; attempts before it do not count.
-fn asked_since(records: &[JobRecord]) -> f64 {
-    records.iter().filter(|record| record.role == Role::Asked).map(|record| record.time).fold(0.0, f64::max)
+/// Attempts since somebody last asked for the run. They are told by their jobs: times are those of the clocks of many hosts.
+fn num_begun(records: &[JobRecord], attempts: &[AttemptEvent]) -> u32 {
+    let asked = records.iter().rposition(|record| record.role == Role::Asked).unwrap_or(0);
+    let is_since = |event: &&AttemptEvent| match event {
+        AttemptEvent::Started { name, .. } => records[asked..].iter().any(|record| record.name == *name),
+        AttemptEvent::Ended { .. } => false,
+    };
+    attempts.iter().filter(is_since).count() as u32
 }
 
 /// Whether a job was submitted that takes the place of the one that this job waited for.
@@ -337,6 +339,38 @@ mod tests {
             let shown = elapsed.map(told);
             assert_eq!(elapsed_s(shown.as_ref(), Duration::from_millis(90_900)), expected, "{elapsed:?}");
         }
+    }
+
+    #[test]
+    fn attempts_are_counted_since_the_run_was_asked_for_whatever_the_clocks_say() {
+        let record = |name: &str, role, time| JobRecord {
+            name: name.to_owned(),
+            role,
+            exclude: Vec::new(),
+            job: None,
+            is_dropped: false,
+            is_cancelled: false,
+            time,
+        };
+        let of = JobId::whole(7);
+        let records = [
+            record("a", Role::Asked, 100.0),
+            record("b", Role::Successor { of }, 100.0),
+            record("c", Role::Asked, 500.0),
+            record("d", Role::Successor { of }, 500.0),
+        ];
+        let started = |name: &str, time| AttemptEvent::Started {
+            time,
+            attempt: 1,
+            job: of,
+            name: name.to_owned(),
+            requeues: 0,
+            nodes: Vec::new(),
+        };
+        // The clock of the node of `b` is ahead, and those of the nodes of `c` and `d` are behind that of whoever asked.
+        let attempts = [started("a", 110.0), started("b", 9000.0), started("c", 300.0), started("c", 310.0), started("d", 320.0)];
+        assert_eq!((num_begun(&records, &attempts), num_begun(&records[..2], &attempts)), (3, 2));
+        assert_eq!(num_begun(&[], &attempts), 0);
     }
 
     #[test]
