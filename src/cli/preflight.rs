@@ -119,8 +119,7 @@ pub(super) fn verdict(report: &PreflightReport) -> Result<(), Failure> {
         return Ok(());
     }
     let bad: Vec<String> = report.bad_nodes.iter().map(|bad| format!("{}: {}", bad.node, bad.reason)).collect();
-    let failure =
-        Failure::new(FailureKind::Environment, format!("{} of {} nodes must not be used", bad.len(), report.nodes.len()));
+    let failure = Failure::new(FailureKind::Environment, format!("{} of {} nodes must not be used", bad.len(), report.nodes.len()));
     Err(failure.because(bad.join("\n    ")).hint("exclude them, or mend what the reasons say"))
 }
 
@@ -256,8 +255,7 @@ fn table(report: &PreflightReport) -> String {
             .iter()
             .filter(|device| device.seconds.is_some())
             .max_by(|a, b| a.seconds.unwrap_or(0.0).total_cmp(&b.seconds.unwrap_or(0.0)));
-        let links =
-            report.pairs.iter().filter(|pair| pair.a == node.node || pair.b == node.node).filter_map(|pair| pair.mbit_per_s);
+        let links = report.pairs.iter().filter(|pair| pair.a == node.node || pair.b == node.node).filter_map(|pair| pair.mbit_per_s);
         let link = links.reduce(f64::min);
         let number = |value: Option<f64>, digits: usize| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"));
         let verdict = report.bad_nodes.iter().find(|bad| bad.node == node.node).map_or("good", |bad| bad.reason.as_str());

@@ -359,14 +359,8 @@ mod tests {
             record("c", Role::Asked, 500.0),
             record("d", Role::Successor { of }, 500.0),
         ];
-        let started = |name: &str, time| AttemptEvent::Started {
-            time,
-            attempt: 1,
-            job: of,
-            name: name.to_owned(),
-            requeues: 0,
-            nodes: Vec::new(),
-        };
+        let started =
+            |name: &str, time| AttemptEvent::Started { time, attempt: 1, job: of, name: name.to_owned(), requeues: 0, nodes: Vec::new() };
         // The clock of the node of `b` is ahead, and those of the nodes of `c` and `d` are behind that of whoever asked.
         let attempts = [started("a", 110.0), started("b", 9000.0), started("c", 300.0), started("c", 310.0), started("d", 320.0)];
         assert_eq!((num_begun(&records, &attempts), num_begun(&records[..2], &attempts)), (3, 2));
