@@ -36,6 +36,9 @@ const JOBS_PER_QUESTION: usize = 500;
 /// Jobs that are looked at one by one where there is no accounting, in one round; the others wait for the next round.
 const SHOWN_JOBS_MAX: usize = 64;
 
+/// What `scontrol` says of an element that has begun since it was last looked at.
+const NOT_WAITING: &str = "no longer pending";
+
 /// What the programs say of a job that they have forgotten, or that is over.
 const FORGOTTEN: [&str; 3] = ["Invalid job id", "already completing or completed", "Job has already finished"];
 
@@ -163,6 +166,21 @@ impl Slurm {
     pub fn exclude_nodes(&self, job: JobId, nodes: &[String]) -> Result<(), Failure> {
         let arguments = vec!["update".to_owned(), format!("JobId={job}"), format!("ExcNodeList={}", nodes.join(","))];
         self.question("scontrol", arguments, ASK_DEADLINE_S).ask_well().map(drop)
+    }
+
+    /// Keeps those elements of an array that wait away from these nodes too; of an array without such elements nothing becomes.
+    pub fn exclude_more_nodes(&self, array: JobId, nodes: &[String]) -> Result<(), Failure> {
+        let shown = self.ask_of_jobs("scontrol", ["-o", "show", "job", &array.to_string()].map(str::to_owned).to_vec())?;
+        let Some(mut lists) = parse::excluded_nodes(&shown) else { return Ok(()) };
+        lists.extend(nodes.iter().cloned());
+        let list = lists.into_iter().collect::<Vec<_>>().join(",");
+        let arguments = vec!["update".to_owned(), format!("JobId={array}"), format!("ExcNodeList={list}")];
+        let question = self.question("scontrol", arguments, ASK_DEADLINE_S);
+        let answer = question.ask()?;
+        if answer.is_success || answer.complaints.contains(NOT_WAITING) {
+            return Ok(());
+        }
+        Err(question.complaint(&answer))
     }
 
     /// The partitions that this user sees.

@@ -1,6 +1,6 @@
 //! What the batch system's programs print, read. Nothing here starts a program.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::job::{ExitStatus, JobId, JobState, State};
 use super::partition::Partition;
@@ -102,6 +102,14 @@ pub(super) fn shown_jobs(output: &str) -> BTreeMap<JobId, JobState> {
         jobs.extend(ids.into_iter().map(|id| (id, job.clone())));
     }
     jobs
+}
+
+/// The lists of nodes that the waiting jobs of `scontrol -o show job` are kept away from; `None` where no job waits.
+pub(super) fn excluded_nodes(output: &str) -> Option<BTreeSet<String>> {
+    let is_waiting = |line: &&str| field(line, "JobState").map(State::from_name) == Some(State::Pending);
+    let mut waiting = output.lines().filter(is_waiting).peekable();
+    waiting.peek()?;
+    Some(waiting.filter_map(|line| field(line, "ExcNodeList").and_then(word)).collect())
 }
 
 /// Numbers and names of `squeue -h -o "%i|%j"`: those of exactly this name.

@@ -161,11 +161,10 @@ impl Controller {
         self.executor.stop(&outs);
     }
 
-    /// Says what somebody else must take off the queue, since it was not found there.
+    /// Says what somebody else must take off the queue.
     fn tell_left_behind(&mut self) {
-        for name in self.executor.left_behind() {
-            self.talk
-                .line(&format!("warning: job {name} was not found; should it show up in `squeue --name={name}`: scancel --name={name}"));
+        for left in self.executor.left_behind() {
+            self.talk.line(&format!("warning: {left}"));
         }
     }
 
@@ -227,7 +226,7 @@ impl Controller {
         }
         let avoided = self.executor.avoid(&outcome.bad_nodes);
         if !avoided.is_empty() {
-            self.talk.line(&format!("no later job uses {}, which failed {}", avoided.join(", "), record.name));
+            self.talk.line(&format!("no job that begins from now on uses {}, which failed {}", avoided.join(", "), record.name));
         }
         match outcome.end {
             End::Done | End::Paused => self.take_success(now, trial, outcome)?,

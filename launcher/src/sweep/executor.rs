@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::batch::Batch;
 use super::local::Local;
-use super::queue::Queue;
+use super::queue::{LeftBehind, Queue};
 use super::record::Place;
 
 /// A trial that is out.
@@ -69,8 +69,8 @@ impl Executor {
         }
     }
 
-    /// Names of jobs that were to leave the queue and that nobody could take off it.
-    pub fn left_behind(&self) -> Vec<String> {
+    /// Jobs that were to leave the queue and that nobody could take off it.
+    pub fn left_behind(&self) -> Vec<LeftBehind> {
         match self {
             Self::Local(_) => Vec::new(),
             Self::Queue(queue) => queue.left_behind(),

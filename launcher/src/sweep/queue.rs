@@ -5,6 +5,7 @@
 //! twice.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -82,6 +83,17 @@ struct Job {
     /// Elements that run at the same time, at most.
     limit: u32,
     cancel: Cancel,
+    /// How many of the nodes to avoid it has been told of.
+    num_avoided: usize,
+}
+
+/// A job that is to leave the queue and that SLURM could not be told of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftBehind {
+    /// Its name.
+    pub name: String,
+    /// Its number; `None` where nobody has found it.
+    pub job: Option<JobId>,
 }
 
 /// Whether the job of a batch is to leave the queue.
@@ -118,9 +130,13 @@ impl Queue {
         })
     }
 
-    /// Keeps new jobs away from these nodes; says which of them are news.
+    /// Keeps new jobs away from these nodes, and in the next look those that wait; says which of them are news.
     pub fn avoid(&mut self, nodes: &[String]) -> Vec<String> {
-        nodes.iter().filter(|node| self.exclude.insert((*node).clone())).cloned().collect()
+        let news: Vec<String> = nodes.iter().filter(|node| self.exclude.insert((*node).clone())).cloned().collect();
+        if !news.is_empty() {
+            self.next_poll_at = Instant::now();
+        }
+        news
     }
 
     /// Submits a batch as one array, the first of arrays with so many elements in all, which share what room there is. Where it is not
@@ -140,7 +156,7 @@ impl Queue {
                 self.slurm.find_by_name(&self.name(batch.number)).ok().and_then(|found| Some(JobId::whole(found.last()?.job)))
             }
         };
-        self.jobs.insert(batch.number, Job { id, limit, cancel: Cancel::No });
+        self.jobs.insert(batch.number, Job { id, limit, cancel: Cancel::No, num_avoided: self.exclude.len() });
         self.free = self.free.saturating_sub(limit);
         self.next_poll_at = Instant::now() + next_poll(0, self.poll_s);
         self.unchanged_polls = 0;
@@ -158,6 +174,7 @@ impl Queue {
             Err(failure) => return self.endure(failure).map(|()| Vec::new()).map_err(Into::into),
         };
         self.unanswered = None;
+        self.keep_away(&states);
         // Times and reasons change with every answer; only another state is news.
         let brief: BTreeMap<JobId, State> = states.iter().map(|(id, job)| (*id, job.state)).collect();
         self.unchanged_polls = if brief == self.last_states { self.unchanged_polls.saturating_add(1) } else { 0 };
@@ -183,6 +200,21 @@ impl Queue {
         }
         let ids: Vec<JobId> = self.jobs.values().filter_map(|job| job.id).collect();
         if ids.is_empty() { Ok(BTreeMap::new()) } else { self.slurm.states(&ids) }
+    }
+
+    /// Tells the arrays with elements that wait which nodes have turned out to be bad since. Where that is refused they may meet them,
+    /// which costs an attempt.
+    fn keep_away(&mut self, states: &BTreeMap<JobId, JobState>) {
+        let nodes: Vec<String> = self.exclude.iter().cloned().collect();
+        let is_to_know = |job: &&mut Job| job.cancel == Cancel::No && job.num_avoided < nodes.len();
+        for job in self.jobs.values_mut().filter(is_to_know) {
+            let Some(id) = job.id else { continue };
+            job.num_avoided = nodes.len();
+            let waits = states.iter().any(|(found, job)| found.job == id.job && job.state == State::Pending);
+            if waits && let Err(failure) = self.slurm.exclude_more_nodes(id, &nodes) {
+                tracing::warn!(%failure, job = %id, nodes = nodes.join(","), "a job that waits may meet bad nodes");
+            }
+        }
     }
 
     /// After a question without an answer: the jobs go on whether anybody asks or not, so a while of silence changes nothing.
@@ -251,7 +283,10 @@ impl Queue {
         let folder = self.options.folder.root().display();
         match self.left_behind().as_slice() {
             [] => format!("the jobs go on by themselves; `cloze sweep resume {folder}` takes them in"),
-            names => format!("jobs that were to be cancelled may still run: `scancel --name={}`", names.join("`, `scancel --name=")),
+            left => {
+                let names: Vec<String> = left.iter().map(|left| format!("`scancel --name={}`", left.name)).collect();
+                format!("jobs that were to be cancelled may still run: {}", names.join(", "))
+            }
         }
     }
 
@@ -267,21 +302,25 @@ impl Queue {
 
     fn job(&mut self, batch: u32) -> &mut Job {
         let limit = elements_at_once(self.options.concurrency);
-        self.jobs.entry(batch).or_insert(Job { id: None, limit, cancel: Cancel::No })
+        self.jobs.entry(batch).or_insert(Job { id: None, limit, cancel: Cancel::No, num_avoided: 0 })
     }
 
     /// Takes the jobs of these trials off the queue, in the next look: also one that shows up later, and where nobody answers now.
     pub fn cancel(&mut self, outs: &[Out<'_>]) {
         for out in outs {
-            self.job(out.place.batch).cancel = Cancel::Wanted;
+            let job = self.job(out.place.batch);
+            // One that SLURM has been told of stays so: whoever asks twice has nothing else to do about it.
+            if job.cancel == Cancel::No {
+                job.cancel = Cancel::Wanted;
+            }
         }
         self.next_poll_at = Instant::now();
     }
 
-    /// Names of the jobs that are to leave the queue and that SLURM could not be told of.
-    pub fn left_behind(&self) -> Vec<String> {
+    /// The jobs that are to leave the queue and that SLURM could not be told of.
+    pub fn left_behind(&self) -> Vec<LeftBehind> {
         let left = self.jobs.iter().filter(|(_, job)| job.cancel == Cancel::Wanted);
-        left.map(|(&batch, _)| self.name(batch)).collect()
+        left.map(|(&batch, job)| LeftBehind { name: self.name(batch), job: job.id }).collect()
     }
 
     /// Elements that may run beside those of the arrays that are out. Each array keeps its own limit, so what is left is the next one's.
@@ -384,6 +423,16 @@ pub(super) fn share_of(free: u32, elements: usize, open_elements: usize) -> u32 
 /// Elements that run at the same time.
 pub(super) fn elements_at_once((concurrency, pack): (u32, u32)) -> u32 {
     concurrency.div_ceil(pack.max(1)).max(1)
+}
+
+impl fmt::Display for LeftBehind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = &self.name;
+        match self.job {
+            Some(job) => write!(f, "job {job} ({name}) could not be cancelled and may still run: scancel {job}"),
+            None => write!(f, "job {name} was not found; should it show up in `squeue --name={name}`: scancel --name={name}"),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -124,11 +124,57 @@ case "$*" in *--name=*) echo "9|cloze-glue-0123456789-a1b2-000003";; *) echo '9_
     queue.cancel(&[OUT]);
     assert!(queue.gone(&[OUT]).unwrap().is_empty());
     let cancelled = || std::fs::read_to_string(programs.path().join("cancelled")).unwrap_or_default();
-    assert_eq!((queue.left_behind(), cancelled()), (vec!["cloze-glue-0123456789-a1b2-000003".to_owned()], String::new()));
+    let unknown = LeftBehind { name: "cloze-glue-0123456789-a1b2-000003".to_owned(), job: None };
+    assert_eq!((queue.left_behind(), cancelled()), (vec![unknown.clone()], String::new()));
+    assert!(unknown.to_string().contains("was not found"));
     std::fs::write(programs.path().join("up"), "").unwrap();
     assert!(look(&mut queue).unwrap().is_empty());
     assert!(look(&mut queue).unwrap().is_empty());
     assert_eq!((queue.left_behind(), cancelled()), (Vec::new(), "9\n".to_owned()), "once, and nothing is left to tell");
+}
+
+#[test]
+fn a_job_that_cannot_be_cancelled_is_told_as_that() {
+    let squeue = r#"case "$*" in *--name=*) echo "9|cloze-glue-0123456789-a1b2-000003";; *) echo '9_0|RUNNING|0:05|1:00|n1|None';; esac"#;
+    let scancel = r#"[ -e "${0%/*}/up" ] || { echo 'Unable to contact slurm controller' >&2; exit 1; }
+echo "$@" >> "${0%/*}/cancelled""#;
+    let (programs, slurm) = cluster(&[("squeue", squeue), ("sacct", "true"), ("scancel", scancel)]);
+    let mut queue = Queue::over(options("/shared/glue", 1, (1, 1)), slurm).unwrap();
+    queue.cancel(&[OUT]);
+    look(&mut queue).unwrap();
+    let left: Vec<String> = queue.left_behind().iter().map(ToString::to_string).collect();
+    assert_eq!(left, ["job 9 (cloze-glue-0123456789-a1b2-000003) could not be cancelled and may still run: scancel 9"]);
+    std::fs::write(programs.path().join("up"), "").unwrap();
+    look(&mut queue).unwrap();
+    // Somebody signals once more.
+    queue.cancel(&[OUT]);
+    assert_eq!(queue.left_behind(), []);
+    look(&mut queue).unwrap();
+    assert_eq!(std::fs::read_to_string(programs.path().join("cancelled")).unwrap(), "9\n");
+}
+
+#[test]
+fn what_waits_is_kept_away_from_nodes_that_turn_out_bad() {
+    let squeue = r#"case "$*" in *--name=*) echo "9|cloze-glue-0123456789-a1b2-000003";;
+*) printf '9_0|RUNNING|0:05|1:00|n1|None\n9_1|PENDING|0:00|1:00||Priority\n';; esac"#;
+    let scontrol = r#"case "$1" in update) echo "$@" >> "${0%/*}/told"; echo '9_0: Job is no longer pending execution' >&2; exit 1;; esac
+echo "JobId=10 ArrayJobId=9 ArrayTaskId=0 JobState=RUNNING ExcNodeList=n3"
+echo "JobId=9 ArrayJobId=9 ArrayTaskId=1 JobState=PENDING ExcNodeList=n[5,6]""#;
+    let (programs, slurm) = cluster(&[("squeue", squeue), ("sacct", "true"), ("scontrol", scontrol)]);
+    let mut queue = Queue::over(options("/shared/glue", 1, (2, 1)), slurm).unwrap();
+    let told = || std::fs::read_to_string(programs.path().join("told")).unwrap_or_default();
+    look(&mut queue).unwrap();
+    assert_eq!(told(), "", "no node is bad");
+    queue.next_poll_at = Instant::now() + Duration::from_mins(1);
+    queue.avoid(&["n9".to_owned(), "n7".to_owned()]);
+    queue.gone(&[OUT]).unwrap();
+    // Those of the job's own script stay, whoever has written it.
+    assert_eq!(told(), "update JobId=9 ExcNodeList=n7,n9,n[5,6]\n");
+    look(&mut queue).unwrap();
+    assert_eq!(told().lines().count(), 1, "once");
+    queue.avoid(&["n8".to_owned()]);
+    look(&mut queue).unwrap();
+    assert_eq!(told().lines().last(), Some("update JobId=9 ExcNodeList=n7,n8,n9,n[5,6]"));
 }
 
 #[test]
