@@ -2,6 +2,7 @@
 
 mod machines;
 
+use std::collections::BTreeSet;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -19,11 +20,11 @@ use cloze_launcher::sweep::journal::read_records;
 use cloze_launcher::sweep::local::Local;
 use cloze_launcher::sweep::lock::FileLock;
 use cloze_launcher::sweep::open::OpenStudy;
-use cloze_launcher::sweep::outlook::{is_over, newest_step};
+use cloze_launcher::sweep::outlook::{is_over, is_queued, newest_step};
 use cloze_launcher::sweep::queue::{Queue, QueueOptions};
 use cloze_launcher::sweep::record::{TrialRecord, TrialState};
 use cloze_launcher::sweep::share::Part;
-use cloze_launcher::sweep::talk::{Talk, counts};
+use cloze_launcher::sweep::talk::{Talk, counts, counts_with_queued};
 use cloze_launcher::sweep::text::{preview_text, status_table};
 use cloze_launcher::sweep::work::{WorkOptions, work as work_on};
 use cloze_launcher::words::{counted, is_or_are};
@@ -281,7 +282,8 @@ fn controller(study: OpenStudy, quiet: bool) -> Result<Controller> {
 /// The table, and how the sweep ended as an exit code.
 fn finish(driven: &Driven, stdout: &mut dyn Write) -> Result<ExitCode> {
     driven.check()?;
-    write_table(&driven.plan, &driven.end.records, true, stdout)?;
+    let table = status_table(&driven.plan, &driven.end.records, true, &BTreeSet::new());
+    write!(stdout, "{table}").context("print the table")?;
     let shown = driven.folder.display();
     write_last_line(&mut std::io::stderr(), &format!("{}; study folder: {shown}", counts(&driven.end.records, true)))?;
     driven.check_trials()?;
@@ -353,22 +355,26 @@ fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Result<ExitCod
     for record in records.iter_mut().filter(|record| record.state == TrialState::Training) {
         record.step = record.step.max(newest_step(&folder.run_path(&record.name)));
     }
+    let mut queued = BTreeSet::new();
+    for record in &records {
+        if is_queued(&folder, &plan, record)? {
+            queued.insert(record.hash.clone());
+        }
+    }
     let controller = FileLock::holder(&folder.lock_path())?;
     if arguments.json {
         let trials: Vec<_> = records.iter().map(|record| TrialRecord { evaluation: None, ..record.clone() }).collect();
-        let text = json!({"name": info.name, "hash": info.hash, "controller": controller, "over": is_over, "trials": trials});
+        let text = json!({
+            "name": info.name, "hash": info.hash, "controller": controller, "over": is_over, "queued": queued, "trials": trials,
+        });
         serde_json::to_writer_pretty(&mut *stdout, &text).context("print the status")?;
         writeln!(stdout).context("print the status")?;
         return Ok(ExitCode::SUCCESS);
     }
-    write_table(&plan, &records, is_over, stdout)?;
+    write!(stdout, "{}", status_table(&plan, &records, is_over, &queued)).context("print the table")?;
     let controller = controller.map_or_else(|| "no controller lives".to_owned(), |holder| format!("controlled by {holder}"));
-    writeln!(stdout, "{}; {controller}", counts(&records, is_over)).context("print the status")?;
+    writeln!(stdout, "{}; {controller}", counts_with_queued(&records, is_over, &queued)).context("print the status")?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn write_table(plan: &SweepPlan, records: &[TrialRecord], is_over: bool, stdout: &mut dyn Write) -> Result<()> {
-    write!(stdout, "{}", status_table(plan, records, is_over)).context("print the table")
 }
 
 /// Unix time, in seconds.

@@ -180,9 +180,14 @@ impl SweepPlan {
         trial.parent.map(|parent| self.trials[parent].hash.as_str())
     }
 
+    /// Whether trials are jobs of a batch system, which ends all that a job has started before another one takes its place.
+    pub fn has_queue(&self) -> bool {
+        self.site.as_ref().is_some_and(|site| matches!(site.kind, SiteKind::Slurm(_)))
+    }
+
     /// Whether a trial trains on several nodes, each with workers of its own.
     pub fn spans_nodes(&self) -> bool {
-        self.resources.nodes > 1 && self.site.as_ref().is_some_and(|site| matches!(site.kind, SiteKind::Slurm(_)))
+        self.resources.nodes > 1 && self.has_queue()
     }
 
     /// Whether early stopping may pause a trial.

@@ -7,13 +7,14 @@ use cloze_recipes::failure::Failure;
 use cloze_recipes::site::Site;
 use cloze_recipes::study::Study;
 
-use super::batch::{Assignment, Batch};
+use super::batch::{Assignment, Batch, Outcome};
 use super::controller::limits_of;
 use super::decide::{Action, SweepState, TrialStatus, decide};
 use super::folder::{StudyFolder, StudyInfo, SweepOptions, SweepPlan, study_hash};
 use super::graph::Graph;
+use super::lock::FileLock;
 use super::queue::{MAX_ELEMENTS, QueueOptions, elements_at_once, share_of};
-use super::record::TrialRecord;
+use super::record::{TrialRecord, TrialState};
 use crate::report::event_sample::{self, Sampling};
 use crate::slurm::Version;
 
@@ -51,6 +52,15 @@ pub fn newest_step(run: &Path) -> u64 {
             0
         }
     }
+}
+
+/// Whether a trial that is out only waits in a queue: nobody works on it, and its attempt has no outcome that waits for the controller.
+pub fn is_queued(folder: &StudyFolder, plan: &SweepPlan, record: &TrialRecord) -> Result<bool, Failure> {
+    if record.state != TrialState::Training || !plan.has_queue() {
+        return Ok(false);
+    }
+    let is_worked_on = FileLock::holder(&folder.trial_lock_path(&record.hash))?.is_some();
+    Ok(!is_worked_on && Outcome::read(folder, &record.hash, record.attempts)?.is_none())
 }
 
 /// The script of the first array of jobs that a sweep submits to a site of this version; the characters that only a submission knows are
@@ -97,10 +107,12 @@ fn first_batch(plan: &SweepPlan) -> (Batch, usize) {
 mod tests {
     use cloze_recipes::failure::FailureKind;
     use cloze_recipes::study::{Metric, Resources, Score};
+    use serde_json::json;
 
     use super::super::fixtures::{self, stage, trial};
     use super::super::folder::PlannedTrial;
-    use super::super::record::{Rung, TrialState};
+    use super::super::lock::Taken;
+    use super::super::record::Rung;
     use super::*;
     use crate::sample;
 
@@ -178,6 +190,30 @@ exec /bin/cloze sweep work /shared/studies/demo --batch 1 --cores 6
         assert_eq!(newest_step(folder.path()), 0);
         crate::report::fixtures::run_folder(folder.path(), 1, None);
         assert_eq!(newest_step(folder.path()), 20);
+    }
+
+    #[test]
+    fn a_trial_that_nobody_works_on_is_only_queued() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = StudyFolder::new(root.path().to_owned());
+        folder.make().unwrap();
+        let here = fixtures::plan(vec![trial("a")]);
+        let plan = SweepPlan { site: Some(site("kind: slurm")), ..here.clone() };
+        let record = |state| TrialRecord { state, attempts: 2, ..TrialRecord::new(&plan.trials[0], None) };
+        let out = record(TrialState::Training);
+        let is_queued = |plan: &SweepPlan, record: &TrialRecord| super::is_queued(&folder, plan, record).unwrap();
+        assert!(is_queued(&plan, &out));
+        assert!(!is_queued(&here, &out), "processes of this machine wait in no queue");
+        assert!(!is_queued(&plan, &record(TrialState::Waiting)));
+        let Taken::Ours(lock) = FileLock::take(&folder.trial_lock_path("a")).unwrap() else { panic!("nobody has it") };
+        assert!(!is_queued(&plan, &out), "an element works on it");
+        drop(lock);
+        let outcome = json!({
+            "trial": "a", "attempt": 2, "end": "done", "step": 10, "metric": null, "evaluation": null, "failure": null, "host": "n1",
+            "finished": 1.0,
+        });
+        StudyFolder::write_json(&folder.outcome_path("a", 2), &outcome).unwrap();
+        assert!(!is_queued(&plan, &out), "it has ended, and its controller has not heard of it");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What a sweep says while it runs: a line for each change, and on a terminal one line below them that is rewritten.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::Write;
 
@@ -93,12 +94,23 @@ impl Talk {
 
 /// How many trials of the sweep are how far. Once nothing is left to do, a trial that waits at its rung was stopped early.
 pub fn counts(records: &[TrialRecord], is_over: bool) -> String {
+    counts_with_queued(records, is_over, &BTreeSet::new())
+}
+
+/// The same where it is known which trials that are out only wait in a queue, by their hashes.
+pub fn counts_with_queued(records: &[TrialRecord], is_over: bool, queued: &BTreeSet<String>) -> String {
     let count = |state| records.iter().filter(|record| record.wanted && record.state == state).count();
     let total = records.iter().filter(|record| record.wanted).count();
     let mut text = format!("{} of {total} done", count(TrialState::Done));
     let paused = if is_over { "stopped early" } else { "paused at a rung" };
-    let others = [(TrialState::Training, "out"), (TrialState::StoppedEarly, paused), (TrialState::Failed, "failed")];
-    for (number, name) in others.map(|(state, name)| (count(state), name)) {
+    let num_queued = records.iter().filter(|record| record.wanted && queued.contains(&record.hash)).count();
+    let others = [
+        (count(TrialState::Training).saturating_sub(num_queued), "out"),
+        (num_queued, "queued"),
+        (count(TrialState::StoppedEarly), paused),
+        (count(TrialState::Failed), "failed"),
+    ];
+    for (number, name) in others {
         if number > 0 {
             // Writing to a string cannot fail.
             let _ = write!(text, ", {number} {name}");

@@ -14,7 +14,6 @@ use cloze_cluster::host::host_name;
 use cloze_data::manifest::Manifest;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
-use cloze_recipes::site::SiteKind;
 use cloze_recipes::study::{Metric, Score};
 use serde_json::Value;
 
@@ -366,8 +365,7 @@ impl Attempt<'_> {
 /// Forgets the workers of an earlier element of a batch system, which has ended all that was started there, on whatever node, before this
 /// one began. On this machine nobody has ended them, and the next controller takes them over.
 fn forget_ended(plan: &SweepPlan, run_path: &Path) -> anyhow::Result<()> {
-    let has_elements = plan.site.as_ref().is_some_and(|site| matches!(site.kind, SiteKind::Slurm(_)));
-    if has_elements && run_path.join("run.json").is_file() {
+    if plan.has_queue() && run_path.join("run.json").is_file() {
         forget_earlier(&RunPaths::find(run_path)?)?;
     }
     Ok(())
