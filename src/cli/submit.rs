@@ -96,7 +96,7 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Opt
     refuse_misfits(&slurm, &before.resources, before.slurm()?)?;
     let mut jobs = Jobs::open(&slurm, &run)?;
     refuse_living(&jobs, &run)?;
-    let submission = Submission { programs: keep_programs(&paths)?, ..before };
+    let submission = Submission { programs: keep_programs(&paths)?, cluster: slurm.cluster_name().or(before.cluster), ..before };
     unmark_cancelled(&paths)?;
     submission.write(&paths)?;
     let job = submit_both(&mut jobs, &submission, &run)?;
@@ -176,7 +176,8 @@ impl Request {
 
     fn with_programs(&self, programs: Programs) -> Result<Submission> {
         let survives = self.recipe.cluster.min_workers.is_some() && self.resources.nodes > 1;
-        Submission::new(self.site.clone(), self.resources.clone(), programs, survives)
+        let new = Submission::new(self.site.clone(), self.resources.clone(), programs, survives)?;
+        Ok(Submission { cluster: self.slurm.cluster_name(), ..new })
     }
 }
 

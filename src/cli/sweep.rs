@@ -147,6 +147,9 @@ pub struct RetryArguments {
     /// Try all failed trials again
     #[arg(long, conflicts_with = "trials")]
     pub failed: bool,
+    /// Cluster file that takes the place of the one that the study was started with
+    #[arg(long, value_name = "FILE")]
+    pub cluster: Option<PathBuf>,
     /// Print no progress
     #[arg(long, short)]
     pub quiet: bool,
@@ -188,7 +191,7 @@ pub fn sweep(command: &SweepCommand, stdout: &mut dyn Write) -> Result<ExitCode>
         SweepCommand::Status(arguments) => status(arguments, stdout),
         SweepCommand::Resume(arguments) => finish(&resume(arguments)?, stdout),
         SweepCommand::Retry(arguments) => {
-            let mut study = OpenStudy::open(&arguments.folder, None)?;
+            let mut study = reopen(&arguments.folder, None, arguments.cluster.as_deref())?;
             let num_reset = study.retry(&arguments.trials)?;
             let line = format!("{} {} tried again", counted(num_reset, "trial"), is_or_are(num_reset));
             write_last_line(&mut std::io::stderr(), &line)?;
@@ -205,16 +208,20 @@ pub fn sweep(command: &SweepCommand, stdout: &mut dyn Write) -> Result<ExitCode>
     }
 }
 
-/// Goes on with a study, with another cluster file where one is named.
 fn resume(arguments: &ResumeArguments) -> Result<Driven> {
     let journal = arguments.journal.as_deref().map(absolute_url).transpose()?;
-    let site = arguments.cluster.as_deref().map(cloze_recipes::load_site).transpose()?;
-    let mut study = OpenStudy::open(&arguments.folder, journal.as_deref())?;
+    drive(reopen(&arguments.folder, journal.as_deref(), arguments.cluster.as_deref())?, arguments.quiet)
+}
+
+/// Opens a study to go on with it, with another cluster file where one is named.
+fn reopen(folder: &Path, journal: Option<&str>, cluster: Option<&Path>) -> Result<OpenStudy> {
+    let site = cluster.map(cloze_recipes::load_site).transpose()?;
+    let mut study = OpenStudy::open(folder, journal)?;
     check_machines(&study.plan.resources, study.plan.pack, site.as_ref().or(study.plan.site.as_ref()))?;
     if let Some(site) = site {
         study.move_to(site)?;
     }
-    drive(study, arguments.quiet)
+    Ok(study)
 }
 
 fn start(arguments: &RunArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
@@ -264,15 +271,21 @@ fn controller(study: OpenStudy, quiet: bool) -> Result<Controller> {
     let program = std::env::current_exe().context("find this program")?;
     let folder = study.journal.folder().clone();
     let executor = match &study.plan.site {
-        Some(site) if !matches!(site.kind, SiteKind::Local) => Executor::Queue(Box::new(Queue::new(QueueOptions {
-            info: folder.info()?,
-            // Jobs may start days later, when the programs have been built anew.
-            program: Programs::keep_in(&folder.programs_path(), &program, &worker_binary()?)?.cloze,
-            folder,
-            resources: study.plan.resources.clone(),
-            site: site.clone(),
-            concurrency: (study.plan.concurrency, study.plan.pack),
-        })?)),
+        Some(site) if !matches!(site.kind, SiteKind::Local) => {
+            let queue = Queue::new(QueueOptions {
+                info: folder.info()?,
+                // Jobs may start days later, when the programs have been built anew.
+                program: Programs::keep_in(&folder.programs_path(), &program, &worker_binary()?)?.cloze,
+                folder,
+                resources: study.plan.resources.clone(),
+                site: site.clone(),
+                concurrency: (study.plan.concurrency, study.plan.pack),
+            })?;
+            if let Some(cluster) = queue.cluster_name() {
+                study.settle_in(&cluster)?;
+            }
+            Executor::Queue(Box::new(queue))
+        }
         _ => Executor::Local(Local::new(folder, program, study.plan.concurrency)),
     };
     let interactive = std::io::stderr().is_terminal();

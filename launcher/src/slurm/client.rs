@@ -81,6 +81,27 @@ impl Slurm {
         self.version.dialect()
     }
 
+    /// What it calls its cluster; `None` where it does not say so now.
+    pub fn cluster_name(&self) -> Option<String> {
+        let question = self.question("scontrol", ["show", "config"].map(str::to_owned).to_vec(), ASK_DEADLINE_S);
+        match question.ask_well() {
+            Ok(output) => parse::cluster_name(&output),
+            Err(failure) => {
+                tracing::debug!(%failure, "SLURM does not say what it calls its cluster");
+                None
+            }
+        }
+    }
+
+    /// Fails with kind `Mismatch` where jobs of a cluster that is called so are not those of this one. An unknown name is that of any.
+    pub fn check_cluster(&self, known: Option<&str>) -> Result<(), Failure> {
+        let Some(known) = known else { return Ok(()) };
+        match self.cluster_name() {
+            Some(here) if here != known => Err(other_cluster(known, &here)),
+            Some(_) | None => Ok(()),
+        }
+    }
+
     /// Submits a script and returns its job. What is refused (partition, quota, account) is of kind `Environment`, with the batch
     /// system's own words. Whether a failure by the deadline has left a job is known by its name only: see [`Slurm::find_by_name`].
     pub fn submit(&self, script: &Path, options: &[String]) -> Result<JobId, Failure> {
@@ -283,6 +304,14 @@ impl Slurm {
     fn question(&self, name: &str, arguments: Vec<String>, deadline_s: u64) -> Question {
         Question::new(self.program(name), arguments, Duration::from_secs(deadline_s))
     }
+}
+
+/// The failure of whoever asks one cluster for jobs of another.
+pub(crate) fn other_cluster(theirs: &str, here: &str) -> Failure {
+    Failure::new(FailureKind::Mismatch, "the jobs are in another cluster than that of this host")
+        .expected(format!("the cluster that SLURM calls `{theirs}`"))
+        .found(format!("the cluster that SLURM calls `{here}`"))
+        .hint(format!("go on from a host of `{theirs}`"))
 }
 
 fn program(folder: Option<&Path>, name: &str) -> PathBuf {

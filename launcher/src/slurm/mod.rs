@@ -60,3 +60,4 @@ pub use version::{Dialect, Version};
 
 #[cfg(test)]
 pub(crate) use client::fixtures;
+pub(crate) use client::other_cluster;

@@ -60,7 +60,10 @@ pub fn view_jobs(run: &RunPaths) -> anyhow::Result<Option<JobsView>> {
     let Some(submission) = Submission::read(&paths)? else { return Ok(None) };
     let records = journal::jobs(journal::read(&paths.jobs())?);
     let ids: Vec<JobId> = records.iter().filter_map(|record| record.job).collect();
-    let asked = submission.slurm().and_then(Slurm::find).and_then(|slurm| slurm.states(&ids));
+    let asked = submission.slurm().and_then(Slurm::find).and_then(|slurm| {
+        slurm.check_cluster(submission.cluster.as_deref())?;
+        slurm.states(&ids)
+    });
     let (states, unasked) = match asked {
         Ok(states) => (states, None),
         Err(failure) => (std::collections::BTreeMap::new(), Some(failure)),

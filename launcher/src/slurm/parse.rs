@@ -104,6 +104,12 @@ pub(super) fn shown_jobs(output: &str) -> BTreeMap<JobId, JobState> {
     jobs
 }
 
+/// The name of the cluster in `scontrol show config`: `ClusterName = big`.
+pub(super) fn cluster_name(output: &str) -> Option<String> {
+    let mut pairs = output.lines().filter_map(|line| line.split_once('='));
+    pairs.find(|(key, _)| key.trim() == "ClusterName").and_then(|(_, name)| word(name.trim()))
+}
+
 /// The lists of nodes that the waiting jobs of `scontrol -o show job` are kept away from; `None` where no job waits.
 pub(super) fn excluded_nodes(output: &str) -> Option<BTreeSet<String>> {
     let is_waiting = |line: &&str| field(line, "JobState").map(State::from_name) == Some(State::Pending);

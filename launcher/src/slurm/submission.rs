@@ -52,13 +52,16 @@ pub struct Submission {
     pub programs: Programs,
     /// Whether the run goes on without a worker that is lost (`cluster.min_workers`).
     pub survives_node_loss: bool,
+    /// What SLURM calls the cluster that has the jobs; `None` in run folders that are older than it.
+    #[serde(default)]
+    pub cluster: Option<String>,
 }
 
 impl Submission {
     /// Of a run that has not been submitted before.
     pub fn new(site: Site, resources: Resources, programs: Programs, survives_node_loss: bool) -> anyhow::Result<Self> {
         let key = Secret::random().context("draw a key for the names of jobs")?.expose()[..KEY_LENGTH].to_owned();
-        Ok(Self { version: VERSION, key, site, resources, programs, survives_node_loss })
+        Ok(Self { version: VERSION, key, site, resources, programs, survives_node_loss, cluster: None })
     }
 
     /// Reads that of a run; `None` for a run without jobs.
@@ -149,11 +152,13 @@ pub struct Jobs<'a> {
 
 impl<'a> Jobs<'a> {
     /// Takes the lock and settles what a submission that was cut off has left: an intent whose job exists is taken over, by its name.
+    /// Fails with kind `Mismatch` where the run has jobs in another cluster.
     pub fn open(slurm: &'a Slurm, run: &RunPaths) -> anyhow::Result<Self> {
         let paths = JobPaths::of(run);
         fs::create_dir_all(paths.root()).map_err(|error| storage("create a folder", &paths.root(), &error))?;
         let lock = take_lock(&paths.lock())?;
         let records = journal::jobs(journal::read(&paths.jobs())?);
+        check_cluster(slurm, &paths)?;
         let mut jobs = Self { slurm, paths, records, _lock: lock };
         jobs.settle()?;
         Ok(jobs)
@@ -268,6 +273,12 @@ impl<'a> Jobs<'a> {
         self.records = journal::jobs(journal::read(&self.paths.jobs())?);
         Ok(())
     }
+}
+
+/// Refuses to ask one cluster for the jobs of another.
+pub(super) fn check_cluster(slurm: &Slurm, paths: &JobPaths) -> anyhow::Result<()> {
+    let known = Submission::read(paths)?.and_then(|submission| submission.cluster);
+    Ok(slurm.check_cluster(known.as_deref()).map_err(|failure| failure.at(paths.run().root().display()))?)
 }
 
 /// Leaves the mark of `cloze cancel`, so that no job of the run goes on.

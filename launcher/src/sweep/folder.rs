@@ -55,6 +55,9 @@ pub struct StudyInfo {
     /// Tells the jobs of this folder from those of every other one, in their names; empty in folders that are older than it.
     #[serde(default)]
     pub key: String,
+    /// What SLURM calls the cluster that has these jobs; `None` where no job was submitted, and in folders that are older than it.
+    #[serde(default)]
+    pub cluster: Option<String>,
     /// What a paper says comes out.
     pub expected: Option<Expected>,
     /// What trials are compared by.
@@ -76,6 +79,7 @@ impl StudyInfo {
             overrides: study.overrides.clone(),
             hash,
             key,
+            cluster: None,
             expected: study.expected.clone(),
             metric: metric_of(study),
             keys: study.sweep.iter().flat_map(|sweep| sweep.keys()).map(str::to_owned).collect(),

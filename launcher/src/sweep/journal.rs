@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use cloze_data::store::{self, Store};
 use cloze_recipes::failure::{Failure, FailureKind};
+use serde::de::DeserializeOwned;
 
 use super::folder::{StudyFolder, StudyInfo, SweepPlan, read_bounded};
 use super::lease::{Lease, MAX_CLOCK_SKEW_S};
@@ -22,6 +23,12 @@ const MAX_OBJECT_BYTES: u64 = 64 << 20;
 
 /// Object with the recipes of all trials, by hash.
 const RECIPES: &str = "recipes.json";
+
+/// File and object with what was asked for.
+const INFO: &str = "study.json";
+
+/// File and object with how the trials are run.
+const PLAN: &str = "sweep.json";
 
 /// The journal of a sweep, held by this process until the value is dropped.
 pub struct Journal {
@@ -50,26 +57,51 @@ impl Journal {
 
     /// The study whose journal is in the bucket; `None` where there is none.
     pub fn remote_info(&self) -> anyhow::Result<Option<StudyInfo>> {
+        self.remote_json(INFO)
+    }
+
+    /// How the trials of the study in the bucket are run; `None` where there is none.
+    pub fn remote_plan(&self) -> anyhow::Result<Option<SweepPlan>> {
+        self.remote_json(PLAN)
+    }
+
+    fn remote_json<T: DeserializeOwned>(&self, name: &str) -> anyhow::Result<Option<T>> {
         let Some(Remote { store, .. }) = &self.remote else { return Ok(None) };
-        if store::size_of(store, "study.json")?.is_none() {
+        if store::size_of(store, name)?.is_none() {
             return Ok(None);
         }
-        let bytes = store::read_all(store, "study.json", MAX_OBJECT_BYTES)?;
-        let info: StudyInfo = serde_json::from_slice(&bytes).map_err(|error| {
-            Failure::new(FailureKind::Damaged, "the study of a journal cannot be read").at(store.url("study.json")).because(error)
+        let bytes = store::read_all(store, name, MAX_OBJECT_BYTES)?;
+        let value = serde_json::from_slice(&bytes).map_err(|error| {
+            Failure::new(FailureKind::Damaged, "the study of a journal cannot be read").at(store.url(name)).because(error)
         })?;
-        Ok(Some(info))
+        Ok(Some(value))
+    }
+
+    /// Writes what was asked for, here and in the bucket.
+    pub fn write_info(&self, info: &StudyInfo) -> anyhow::Result<()> {
+        StudyFolder::write_json(&self.folder.info_path(), info)?;
+        self.put(INFO)
+    }
+
+    /// Writes how the trials are run, here and in the bucket.
+    pub fn write_plan(&self, plan: &SweepPlan) -> anyhow::Result<()> {
+        StudyFolder::write_json(&self.folder.plan_path(), plan)?;
+        self.put(PLAN)
+    }
+
+    /// Puts a file of the study into the bucket as it is here.
+    fn put(&self, name: &str) -> anyhow::Result<()> {
+        let Some(Remote { store, .. }) = &self.remote else { return Ok(()) };
+        let bytes = read_bounded(&self.folder.root().join(name))?.context("read back a file of the study")?;
+        store::put(store, name, bytes)
     }
 
     /// Puts the study itself into the bucket, the part that names it last.
     pub fn publish(&self, recipes: &BTreeMap<String, String>) -> anyhow::Result<()> {
         let Some(Remote { store, .. }) = &self.remote else { return Ok(()) };
         store::put(store, RECIPES, serde_json::to_vec(recipes).context("serialise the recipes")?)?;
-        for name in ["sweep.json", "study.json"] {
-            let bytes = read_bounded(&self.folder.root().join(name))?.context("read back a file of the study")?;
-            store::put(store, name, bytes)?;
-        }
-        Ok(())
+        self.put(PLAN)?;
+        self.put(INFO)
     }
 
     /// The records that there are, by hash, and what is odd about them. Those of the bucket win.
@@ -140,7 +172,7 @@ fn lock(folder: &StudyFolder) -> Result<FileLock, Failure> {
 /// Brings a study from its bucket into a folder; one that is there already stays as it is. Returns the recipes by hash.
 pub fn restore(folder: &StudyFolder, url: &str) -> anyhow::Result<BTreeMap<String, String>> {
     let store = store::open(url, &BTreeMap::new())?;
-    if store::size_of(&store, "study.json")?.is_none() {
+    if store::size_of(&store, INFO)?.is_none() {
         return Err(Failure::new(FailureKind::Input, "this place holds no journal of a sweep")
             .at(&store.display_url)
             .hint("`cloze sweep run RECIPE --journal URL` makes one")
@@ -151,7 +183,7 @@ pub fn restore(folder: &StudyFolder, url: &str) -> anyhow::Result<BTreeMap<Strin
     let recipes: BTreeMap<String, String> = serde_json::from_slice(&recipes).map_err(|error| {
         Failure::new(FailureKind::Damaged, "the recipes of a journal cannot be read").at(store.url(RECIPES)).because(error)
     })?;
-    for name in ["sweep.json", "study.json"] {
+    for name in [PLAN, INFO] {
         let bytes = store::read_all(&store, name, MAX_OBJECT_BYTES)?;
         write_whole(&folder.root().join(name), &bytes, READABLE)?;
     }

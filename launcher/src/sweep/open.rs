@@ -16,6 +16,7 @@ use super::journal::{Journal, restore, write_record};
 use super::record::{TrialRecord, TrialState};
 use super::time::unix_now_s;
 use crate::run_folder::{READABLE, storage, write_whole};
+use crate::slurm::other_cluster;
 use crate::words::{counted, is_or_are};
 
 /// Fewest characters of a hash that mean a trial.
@@ -58,7 +59,12 @@ impl OpenStudy {
         let recipes: BTreeMap<String, String> =
             graph.nodes.iter().map(|node| (node.trial.hash.clone(), node.trial.recipe.to_yaml())).collect();
         write_recipes(&folder, &recipes)?;
-        let before = if folder.info_path().is_file() { Some(folder.plan()?.site) } else { None };
+        // The bucket knows of a move that another machine has made.
+        let before = match journal.remote_plan()? {
+            Some(found) => Some(found.site),
+            None if folder.info_path().is_file() => Some(folder.plan()?.site),
+            None => None,
+        };
         let opened = Self::with_records(journal, plan, now)?;
         if let Some(before) = before {
             check_move(&opened.records, before.as_ref(), opened.plan.site.as_ref()).map_err(|failure| opened.at_root(failure))?;
@@ -68,7 +74,7 @@ impl OpenStudy {
         if !folder.info_path().is_file() {
             StudyFolder::write_json(&folder.info_path(), &info(study, hash, now)?)?;
         }
-        adopt_key(&opened.journal)?;
+        adopt_jobs(&opened.journal)?;
         opened.journal.publish(&recipes)?;
         Ok(opened)
     }
@@ -88,7 +94,13 @@ impl OpenStudy {
         }
         let now = unix_now_s();
         let journal = Journal::open(&folder, plan.journal.as_deref(), now)?;
-        adopt_key(&journal)?;
+        if adopt_jobs(&journal)?
+            && let Some(found) = journal.remote_plan()?
+            && found.site != plan.site
+        {
+            plan.site = found.site;
+            StudyFolder::write_json(&folder.plan_path(), &plan)?;
+        }
         Self::with_records(journal, plan, now)
     }
 
@@ -97,7 +109,26 @@ impl OpenStudy {
     pub fn move_to(&mut self, site: Site) -> anyhow::Result<()> {
         check_move(&self.records, self.plan.site.as_ref(), Some(&site)).map_err(|failure| self.at_root(failure))?;
         self.plan.site = Some(site);
-        StudyFolder::write_json(&self.journal.folder().plan_path(), &self.plan)
+        self.journal.write_plan(&self.plan)
+    }
+
+    /// Says what SLURM calls the cluster of this host, to which trials go from now on. Fails with kind `Mismatch` where some are out in
+    /// another one: their jobs have names and numbers that mean nothing here.
+    pub fn settle_in(&self, cluster: &str) -> anyhow::Result<()> {
+        let info = self.journal.folder().info()?;
+        if info.cluster.as_deref() == Some(cluster) {
+            return Ok(());
+        }
+        if self.num_out() > 0
+            && let Some(before) = &info.cluster
+        {
+            return Err(self.at_root(other_cluster(before, cluster)).into());
+        }
+        self.journal.write_info(&StudyInfo { cluster: Some(cluster.to_owned()), ..info })
+    }
+
+    fn num_out(&self) -> usize {
+        self.records.iter().filter(|record| record.state == TrialState::Training).count()
     }
 
     /// Puts failed trials back: those of these names or hashes, or all. Fails with kind `Recipe` on a name of none, and on one that has
@@ -225,14 +256,19 @@ fn check_hash(wanted: &str, found: &str, place: &str) -> Result<(), Failure> {
         .hint("`--folder OTHER` starts a study of its own; `cloze sweep resume` goes on with the one that is there"))
 }
 
-/// Takes over the key of the jobs from the bucket, whose records win too: the trials that are out there have jobs of that key.
-fn adopt_key(journal: &Journal) -> anyhow::Result<()> {
-    let Some(found) = journal.remote_info()? else { return Ok(()) };
+/// Takes over key and cluster of the jobs from the bucket, whose records win too: the trials that are out there have those jobs. Says
+/// whether the bucket has this study.
+fn adopt_jobs(journal: &Journal) -> anyhow::Result<bool> {
+    let Some(found) = journal.remote_info()? else { return Ok(false) };
     let info = journal.folder().info()?;
-    if info.hash == found.hash && info.key != found.key {
-        StudyFolder::write_json(&journal.folder().info_path(), &StudyInfo { key: found.key, ..info })?;
+    if info.hash != found.hash {
+        return Ok(false);
     }
-    Ok(())
+    let cluster = found.cluster.or_else(|| info.cluster.clone());
+    if info.key != found.key || info.cluster != cluster {
+        StudyFolder::write_json(&journal.folder().info_path(), &StudyInfo { key: found.key, cluster, ..info })?;
+    }
+    Ok(true)
 }
 
 fn info(study: &Study, hash: String, now: f64) -> anyhow::Result<StudyInfo> {
@@ -271,7 +307,7 @@ fn bring(root: &Path, url: &str) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::fixtures::site;
+    use super::super::fixtures::{self, site};
     use super::*;
 
     fn record(name: &str, state: TrialState) -> TrialRecord {
@@ -297,6 +333,68 @@ mod tests {
         for (name, found) in cases {
             let failure = check_retry(&records, name).err();
             assert_eq!(failure.and_then(|failure| failure.found).as_deref(), found, "{name}");
+        }
+    }
+
+    /// A study of these trials in a folder, with its records in another one.
+    fn study(root: &Path, journal: &Path, states: &[(&str, TrialState)]) -> StudyFolder {
+        let folder = StudyFolder::new(fs::canonicalize(root).unwrap());
+        folder.make().unwrap();
+        let plan = SweepPlan {
+            journal: Some(journal.display().to_string()),
+            site: Some(site("one", "kind: slurm")),
+            ..fixtures::plan(states.iter().map(|(hash, _)| fixtures::trial(hash)).collect())
+        };
+        StudyFolder::write_json(&folder.plan_path(), &plan).unwrap();
+        let info = serde_json::json!({
+            "version": 1, "name": "demo", "file": "demo.yaml", "profile": null, "overrides": [], "hash": "ab", "key": "k",
+            "expected": null, "metric": plan.metric, "keys": [], "created": 1.0,
+        });
+        StudyFolder::write_json(&folder.info_path(), &info).unwrap();
+        for (trial, (_, state)) in plan.trials.iter().zip(states) {
+            write_record(&folder, &TrialRecord { state: *state, ..TrialRecord::new(trial, None) }).unwrap();
+        }
+        folder
+    }
+
+    #[test]
+    fn the_bucket_knows_where_a_study_has_moved() {
+        let [here, there, bucket] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+        let states = [("a", TrialState::Done)];
+        for root in [&here, &there] {
+            study(root.path(), bucket.path(), &states);
+        }
+        let mut moved = OpenStudy::open(here.path(), None).unwrap();
+        moved.journal.publish(&BTreeMap::new()).unwrap();
+        moved.move_to(site("other", "kind: slurm")).unwrap();
+        moved.settle_in("beta").unwrap();
+        moved.journal.close().unwrap();
+        // Another machine, whose folder is from before the move.
+        let opened = OpenStudy::open(there.path(), None).unwrap();
+        assert_eq!(opened.plan.site.as_ref().map(|site| site.name.as_str()), Some("other"));
+        let folder = opened.journal.folder();
+        assert_eq!(folder.plan().unwrap(), opened.plan);
+        assert_eq!(folder.info().unwrap().cluster.as_deref(), Some("beta"));
+    }
+
+    #[test]
+    fn clusters_are_told_apart_by_what_slurm_calls_them() {
+        for (state, may_move) in [(TrialState::Training, false), (TrialState::Done, true)] {
+            let [root, bucket] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+            study(root.path(), bucket.path(), &[("a", state)]);
+            let opened = OpenStudy::open(root.path(), None).unwrap();
+            // A folder of before the name says nothing.
+            opened.settle_in("alpha").unwrap();
+            opened.settle_in("alpha").unwrap();
+            let result = opened.settle_in("beta");
+            assert_eq!(result.is_ok(), may_move, "{state:?}");
+            let cluster = opened.journal.folder().info().unwrap().cluster;
+            assert_eq!(cluster.as_deref(), Some(if may_move { "beta" } else { "alpha" }));
+            if let Err(error) = result {
+                let failure: Failure = error.downcast().unwrap();
+                assert_eq!(failure.kind, FailureKind::Mismatch);
+                assert!(failure.expected.unwrap().contains("`alpha`") && failure.found.unwrap().contains("`beta`"));
+            }
         }
     }
 

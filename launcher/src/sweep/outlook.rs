@@ -140,6 +140,7 @@ mod tests {
             overrides: Vec::new(),
             hash: "0123456789abcdef".to_owned(),
             key: KEY_PLACE.to_owned(),
+            cluster: None,
             expected: None,
             metric,
             keys: Vec::new(),

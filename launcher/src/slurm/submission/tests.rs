@@ -94,6 +94,22 @@ fn an_intent_stays_open_while_nobody_answers() {
 }
 
 #[test]
+fn a_run_with_jobs_in_another_cluster_is_named() {
+    let (_folder, run) = run();
+    let paths = JobPaths::of(&run);
+    let (_programs, slurm) = cluster(&[("scontrol", "echo 'ClusterName = alpha'")]);
+    for (known, is_theirs) in [(None, true), (Some("alpha"), true), (Some("beta"), false)] {
+        fs::create_dir_all(paths.root()).unwrap();
+        Submission { cluster: known.map(str::to_owned), ..submission() }.write(&paths).unwrap();
+        let opened = Jobs::open(&slurm, &run).map(drop);
+        assert_eq!(opened.is_ok(), is_theirs, "{known:?}");
+        if let Err(error) = opened {
+            assert_eq!(error.downcast::<Failure>().unwrap().kind, FailureKind::Mismatch);
+        }
+    }
+}
+
+#[test]
 fn a_refused_job_is_not_looked_for_again() {
     let (_folder, run) = run();
     let (_programs, slurm) =

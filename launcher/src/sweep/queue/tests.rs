@@ -15,6 +15,7 @@ fn info() -> StudyInfo {
         overrides: Vec::new(),
         hash: "0123456789abcdef".to_owned(),
         key: "a1b2".to_owned(),
+        cluster: None,
         expected: None,
         metric: Metric { task: None, score: Score::Accuracy },
         keys: Vec::new(),
