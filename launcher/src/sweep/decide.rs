@@ -117,8 +117,8 @@ pub fn decide(now: f64, state: &SweepState, limits: &Limits) -> (Vec<Action>, Re
     if !orphans.is_empty() {
         return (orphans, Reason::Starting);
     }
-    let mut startable = startable(now, state);
-    let next_retry = next_retry(now, state);
+    let mut startable = startable(now, state, limits);
+    let next_retry = next_retry(now, state, limits);
     let closed = num_out == 0 && startable.is_empty() && next_retry.is_none();
     let mut wanted = promoted(state, limits, closed);
     wanted.append(&mut startable);
@@ -151,17 +151,23 @@ fn has_its_stage(state: &SweepState, status: &TrialStatus) -> bool {
     status.parent.is_none_or(|parent| state.trials[parent].state == TrialState::Done)
 }
 
-fn startable(now: f64, state: &SweepState) -> Vec<usize> {
+/// Whether a trial waits for its next attempt. A time farther off than any wait is that of another host's clock, whose controller was the
+/// one before, and is not waited for.
+fn is_waited_for(now: f64, at: f64, limits: &Limits) -> bool {
+    at > now && at <= now + limits.backoff_max_s
+}
+
+fn startable(now: f64, state: &SweepState, limits: &Limits) -> Vec<usize> {
     let is_startable = |status: &TrialStatus| {
         let is_open = matches!(status.state, TrialState::Waiting | TrialState::Trained);
-        is_open && status.retry_at.is_none_or(|at| at <= now) && has_its_stage(state, status)
+        is_open && status.retry_at.is_none_or(|at| !is_waited_for(now, at, limits)) && has_its_stage(state, status)
     };
     (0..state.trials.len()).filter(|&trial| is_startable(&state.trials[trial])).collect()
 }
 
-fn next_retry(now: f64, state: &SweepState) -> Option<f64> {
+fn next_retry(now: f64, state: &SweepState, limits: &Limits) -> Option<f64> {
     let waiting = state.trials.iter().filter(|status| matches!(status.state, TrialState::Waiting | TrialState::Trained));
-    waiting.filter_map(|status| status.retry_at).filter(|&at| at > now).min_by(f64::total_cmp)
+    waiting.filter_map(|status| status.retry_at).filter(|&at| is_waited_for(now, at, limits)).min_by(f64::total_cmp)
 }
 
 fn promoted(state: &SweepState, limits: &Limits, closed: bool) -> Vec<usize> {
@@ -291,6 +297,9 @@ mod tests {
         let trials = vec![status(Done), TrialStatus { retry_at: Some(9.0), ..status(Waiting) }];
         assert_eq!(decide(8.0, &state(trials.clone()), &limits()), (vec![], Reason::WaitingToRetry { at: 9.0 }));
         assert_eq!(decide(9.0, &state(trials), &limits()), (vec![start(1)], Reason::Starting));
+        // An hour ahead, by the clock of the host on which the controller was before.
+        let ahead = vec![TrialStatus { retry_at: Some(3609.0), ..status(Waiting) }];
+        assert_eq!(decide(8.0, &state(ahead), &limits()), (vec![start(0)], Reason::Starting));
     }
 
     #[test]
