@@ -21,7 +21,7 @@ use cloze_recipes::study::Study;
 use serde::Serialize;
 
 use super::arguments::RecipeArguments;
-use super::run::check_data;
+use super::run::{RUNS_FOLDER, check_data};
 use super::sweep::study_folder;
 
 /// Arguments of `cloze plan`.
@@ -33,6 +33,9 @@ pub struct PlanArguments {
     /// Cluster file; without, the run is planned for this machine
     #[arg(long, value_name = "FILE")]
     pub cluster: Option<PathBuf>,
+    /// Run folder, or study folder where it takes `cloze sweep run`, that the run will be given [default: as those commands choose it]
+    #[arg(long, visible_alias = "run", value_name = "DIR")]
+    pub folder: Option<PathBuf>,
     /// Workers of the run [default: `resources.nodes` times `resources.workers_per_node`]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=16_384))]
     pub workers: Option<u32>,
@@ -69,27 +72,33 @@ struct Wanted<'a> {
     site: &'a Site,
     workers: u32,
     offline: bool,
+    /// The run folder of a single run.
+    folder: PathBuf,
     /// The trials, where it takes `cloze sweep run` to start the recipe.
     trials: Option<Trials>,
 }
 
-/// The trials of a study, in the folder that `cloze sweep run` would make.
+/// The trials of a study, in the folder that `cloze sweep run` will make.
 struct Trials {
     folder: StudyFolder,
     graph: Graph,
 }
 
 impl<'a> Wanted<'a> {
-    fn new(study: &'a Study, site: &'a Site, workers: Option<u32>, offline: bool) -> Result<Self> {
-        let workers = workers.unwrap_or_else(|| study.resources.nodes.saturating_mul(study.resources.workers_per_node));
+    /// Of a run in this folder, or in the one that it gets where none is named.
+    fn new(study: &'a Study, site: &'a Site, folder: Option<&Path>) -> Result<Self> {
+        let workers = study.resources.nodes.saturating_mul(study.resources.workers_per_node);
         let trials = if study.sweep.is_some() || study.after.is_some() {
-            let folder = study_folder(&study.recipe.name, study.profile.as_deref(), Some(site));
+            let usual = || study_folder(&study.recipe.name, study.profile.as_deref(), Some(site));
+            let folder = folder.map_or_else(usual, Path::to_owned);
             let folder = std::path::absolute(folder).context("find the current folder")?;
             Some(Trials { graph: Graph::new(study.trials(&folder)?)?, folder: StudyFolder::new(folder) })
         } else {
             None
         };
-        Ok(Self { study, site, workers, offline, trials })
+        let usual = || site.folder.as_deref().unwrap_or(Path::new("")).join(RUNS_FOLDER).join(&study.recipe.name);
+        let folder = folder.map_or_else(usual, Path::to_owned);
+        Ok(Self { study, site, workers, offline: false, folder, trials })
     }
 }
 
@@ -98,7 +107,9 @@ pub fn plan(arguments: &PlanArguments, stdout: &mut dyn Write) -> Result<ExitCod
     let changes = &arguments.recipe.changes;
     let study = cloze_recipes::load_study(&arguments.recipe.recipe, &changes.overrides, changes.profile.as_deref())?;
     let site = arguments.cluster.as_deref().map_or_else(|| Ok(Site::local()), cloze_recipes::load_site)?;
-    let wanted = Wanted::new(&study, &site, arguments.workers, arguments.offline)?;
+    let mut wanted = Wanted::new(&study, &site, arguments.folder.as_deref())?;
+    wanted.offline = arguments.offline;
+    wanted.workers = arguments.workers.unwrap_or(wanted.workers);
     let printed = compute(&wanted, arguments.tokens_per_second);
     if arguments.json {
         writeln!(stdout, "{}", serde_json::to_string_pretty(&printed).context("encode the plan")?)
@@ -132,7 +143,7 @@ fn compute(wanted: &Wanted<'_>, tokens_per_second: Option<f64>) -> Printed {
 /// Refuses a run, before it is submitted, that would not start: by its model, its prepared data, its memory and these checks, all told at
 /// once.
 pub(super) fn refuse(recipe: &Path, study: &Study, site: &Site, mut checks: Vec<Check>) -> Result<()> {
-    let wanted = Wanted::new(study, site, None, true)?;
+    let wanted = Wanted { offline: true, ..Wanted::new(study, site, None)? };
     let model = checks::model(&wanted, &mut checks);
     if let Err(error) = check_data(&study.recipe) {
         checks.push(Check::error("prepared data", &error));

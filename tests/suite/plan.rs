@@ -74,6 +74,16 @@ fn a_sweep_is_planned_as_it_would_be_submitted() {
         assert!(text.contains(part), "`{part}` is missing in:\n{text}");
     }
     assert!(!world.path("studies").exists(), "a plan makes no folder");
+    let elsewhere = world.done(&["plan", "sweep.yaml", "--cluster", "cluster.yaml", "--offline", "--folder", "tried"]).stdout;
+    let tried = world.path("tried").display().to_string();
+    for part in [format!("/cloze sweep work {tried} --batch 1\n"), format!(", in {tried}/data\n")] {
+        assert!(elsewhere.contains(&part), "`{part}` is missing in:\n{elsewhere}");
+    }
+    let one = world.cloze(&["plan", "recipe.yaml", "--cluster", "cluster.yaml", "--offline", "--run", "first"]).stdout;
+    let run = world.path("first").display().to_string();
+    for part in [format!("#SBATCH --chdir={run}\n"), "#SBATCH --job-name=cloze-first-KEY-1\n".to_owned()] {
+        assert!(one.contains(&part), "`{part}` is missing in:\n{one}");
+    }
     // Data of another recipe, where the sweep would look for it.
     let script = world.done(&["sweep", "run", "sweep.yaml", "--preview"]).stdout;
     assert!(script.contains("4 trials, 0 earlier stages, 2 data preparations"), "{script}");

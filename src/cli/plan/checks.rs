@@ -231,8 +231,8 @@ pub(super) fn evaluation(wanted: &Wanted<'_>, checks: &mut Vec<Check>) {
 /// The place of the checkpoints, and its clock.
 pub(super) fn places(wanted: &Wanted<'_>, checks: &mut Vec<Check>) {
     let recipe = &wanted.study.recipe;
-    let of_runs = || wanted.site.folder.as_deref().unwrap_or(Path::new("")).join(RUNS_FOLDER);
-    let folder = wanted.trials.as_ref().map_or_else(of_runs, |trials| trials.folder.root().join(RUNS_FOLDER));
+    let of_run = || wanted.folder.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new(".")).to_owned();
+    let folder = wanted.trials.as_ref().map_or_else(of_run, |trials| trials.folder.root().join(RUNS_FOLDER));
     let url = recipe.checkpoint.url.clone().unwrap_or_else(|| folder.display().to_string());
     let name = "checkpoint place";
     if wanted.offline && url.contains("://") && !url.starts_with("file://") {

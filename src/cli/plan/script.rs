@@ -1,7 +1,5 @@
 //! What a plan says of a batch system: the script of the run's first job or of the sweep's first array, and whether the job fits.
 
-use std::path::Path;
-
 use anyhow::{Context, Result};
 use cloze_launcher::RunPaths;
 use cloze_launcher::plan::Check;
@@ -11,7 +9,7 @@ use cloze_recipes::failure::Failure;
 use cloze_recipes::site::{SiteKind, SlurmSite};
 
 use super::Wanted as Planned;
-use crate::cli::run::RUNS_FOLDER;
+use crate::cli::run::split;
 
 /// Stands for the characters that tell the jobs of a run, and its programs, from those of others.
 const KEY_PLACE: &str = "KEY";
@@ -48,15 +46,15 @@ fn script(wanted: &Planned<'_>) -> Result<Option<String>> {
 
 fn script_of_run(wanted: &Planned<'_>) -> Result<String> {
     let recipe = &wanted.study.recipe;
-    let folder = wanted.site.folder.as_deref().unwrap_or(Path::new("")).join(RUNS_FOLDER).join(&recipe.name);
-    let run = RunPaths::new(std::path::absolute(&folder).context("find the run folder")?);
+    let run = RunPaths::new(std::path::absolute(&wanted.folder).context("find the run folder")?);
     let kept = JobPaths::of(&run).programs().join(KEY_PLACE);
     let programs = Programs { cloze: kept.join("cloze"), worker: kept.join("cloze-worker"), hash: KEY_PLACE.to_owned() };
     let resources = wanted.study.resources.clone();
     let survives_node_loss = recipe.cluster.min_workers.is_some() && resources.nodes > 1;
     let submission =
         Submission { key: KEY_PLACE.to_owned(), ..Submission::new(wanted.site.clone(), resources, programs, survives_node_loss)? };
-    let job = Wanted { name: submission.job_name(&recipe.name, 1), role: Role::Asked, exclude: Vec::new() };
+    let name = split(run.root())?.1;
+    let job = Wanted { name: submission.job_name(&name, 1), role: Role::Asked, exclude: Vec::new() };
     Ok(submission.script(&run, &job, version(wanted))?)
 }
 
