@@ -5,10 +5,11 @@ use std::process::Command;
 use super::{World, run_command};
 
 /// The programs and what they do.
-const PROGRAMS: [(&str, &str); 3] = [
+const PROGRAMS: [(&str, &str); 4] = [
     ("sbatch", "[ \"$1\" = --version ] && echo 'slurm-wlm 22.05.8' && exit; echo 'sbatch: error: Invalid account' >&2; exit 1"),
     ("sinfo", "echo 'main*|up|infinite|4|8|16000|(null)'"),
     ("squeue", "exit 0"),
+    ("scontrol", "echo 'ClusterName = fake'"),
 ];
 
 /// Puts the programs into a world; returns the `PATH` with which they are found.

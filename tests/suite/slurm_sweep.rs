@@ -51,6 +51,26 @@ sweep: {seeds: [1, 2, 3, 4, 5, 6], concurrency: 4, pack: 2, metric: {score: loss
     assert_eq!(queue.lines().count(), 3, "{queue}");
     assert_eq!(queue.lines().filter(|line| line.contains("RUNNING")).count(), 2, "{queue}");
 
+    let status = run_command(&mut cloze(&["sweep", "status", "studies/queued"])).expect_code(0).stdout;
+    assert_eq!(status.lines().filter(|line| line.contains(" training ")).count(), 4, "{status}");
+    assert!(status.contains(" queued ") && status.contains("0 of 6 done, 4 out, 2 queued; no controller lives"), "{status}");
+
+    // What keeps an array away from bad nodes reaches the element that waits, and SLURM complains of the others in these words.
+    let job = queue.split('_').next().expect("an array");
+    let told = cluster.run("scontrol", &["update", &format!("JobId={job}"), "ExcNodeList=n4"]);
+    assert!(told.stderr.contains("no longer pending"), "{}", told.stderr);
+    let shown = cluster.run("scontrol", &["-o", "show", "job", job]).expect_code(0).stdout;
+    let waiting: Vec<&str> = shown.lines().filter(|line| line.contains("JobState=PENDING")).collect();
+    assert!(waiting.len() == 1 && waiting[0].contains(" ExcNodeList=n4 "), "{shown}");
+
+    // A cluster of another name is another one, whatever the cluster file calls it.
+    let study = String::from_utf8(world.read("studies/queued/study.json")).unwrap();
+    let name = serde_json::from_str::<Value>(&study).unwrap()["cluster"].as_str().expect("the cluster has a name").to_owned();
+    world.write("studies/queued/study.json", study.replace(&format!("\"{name}\""), "\"elsewhere\""));
+    let refused = run_command(&mut cloze(&["sweep", "resume", "studies/queued"])).expect_code(8);
+    refused.expect_words(&["in another cluster", "`elsewhere`", &format!("`{name}`")]);
+    world.write("studies/queued/study.json", &study);
+
     let node = queue.lines().find(|line| line.contains("RUNNING")).and_then(|line| line.split_whitespace().last()).unwrap().to_owned();
     cluster.kill_node(&node);
     let outcome = run_command(&mut cloze(&["sweep", "resume", "studies/queued"])).expect_code(0);

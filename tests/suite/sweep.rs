@@ -341,6 +341,11 @@ fn a_cluster_file_is_checked_before_a_study_is_made_and_can_be_changed() {
     assert_eq!(plan()["site"]["kind"]["slurm"]["account"], "lab");
     let script = String::from_utf8(world.read(&format!("{folder}/jobs/batch-000002.sh"))).unwrap();
     assert!(script.contains("#SBATCH --account=lab\n"), "{script}");
+    cloze(&["sweep", "retry", &folder, "--cluster", "nowhere.yaml"]).expect_code(3).expect_words(&no_partition);
+    cloze(&["sweep", "retry", &folder, "--cluster", "main.yaml"]).expect_code(5).expect_words(&["Invalid account"]);
+    assert_eq!(plan()["site"]["kind"]["slurm"]["partition"], "main");
+    let study: Value = serde_json::from_slice(&world.read(&format!("{folder}/study.json"))).unwrap();
+    assert_eq!(study["cluster"], "fake");
 }
 
 impl Drop for Study<'_> {
