@@ -1,7 +1,11 @@
 //! Batches against a batch system of a shell's making: what is submitted, found again, cancelled, and waited for.
 
+use std::path::PathBuf;
+
+use cloze_recipes::failure::FailureKind;
 use cloze_recipes::study::{Metric, Score};
 
+use super::super::folder::{StudyFolder, StudyInfo};
 use super::*;
 use crate::slurm::fixtures::{cluster, resources, whole_site};
 use crate::sweep::record::Place;
