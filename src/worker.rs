@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use cloze_cluster::client::{Client, JoinOptions};
 use cloze_cluster::protocol::{CoordinatorMessage, FailureClass, Unreported, WorkerMessage};
 use cloze_cluster::secret::Secret;
+use cloze_cluster::tls::PinnedKey;
 use cloze_data::dataset::Dataset;
 use cloze_data::tokenizer::Tokenizer;
 use cloze_recipes::failure::{Failure, FailureKind};
@@ -47,6 +48,8 @@ pub struct WorkerOptions {
     pub cores: Option<u32>,
     /// The run's token.
     pub token: String,
+    /// The key that the coordinator proves to hold; `None` speaks in clear, which a recipe with `cluster.tls` forbids.
+    pub coordinator_key: Option<PinnedKey>,
     /// Folder of another `PyTorch`, for its CUDA half.
     pub torch_folder: Option<PathBuf>,
     /// Failures to be practised.
@@ -153,9 +156,15 @@ pub fn store_policy(recipe: &Recipe) -> StorePolicy {
 }
 
 fn join(options: &WorkerOptions, recipe: &Recipe, listener: &TcpListener) -> Result<Client> {
+    if recipe.cluster.tls && options.coordinator_key.is_none() {
+        return Err(Failure::new(FailureKind::Mismatch, "this run speaks TLS, and the worker was given no key of the coordinator")
+            .hint("workers are started by `cloze train` or `cloze join`, which give it to them in CLOZE_COORDINATOR_KEY")
+            .into());
+    }
     Client::join(JoinOptions {
         coordinator: options.coordinator.clone(),
         token: Secret::new(options.token.clone()),
+        coordinator_key: options.coordinator_key,
         recipe_hash: recipe.hash(),
         build: cloze_cluster::protocol::build_name(),
         worker: options.worker,

@@ -238,8 +238,9 @@ fn run(command: Command) -> Result<()> {
         Command::Train(a) => {
             leave_signals_to_the_launcher()?;
             let token = std::env::var("CLOZE_TOKEN").context("read the run's token from CLOZE_TOKEN")?;
+            let coordinator_key = std::env::var("CLOZE_COORDINATOR_KEY").ok().map(|key| key.parse()).transpose()?;
             let TrainArguments { coordinator, run, worker, local_workers, drills } = a;
-            worker::run(WorkerOptions { coordinator, run, worker, local_workers, cores, token, torch_folder, drills })
+            worker::run(WorkerOptions { coordinator, run, worker, local_workers, cores, token, coordinator_key, torch_folder, drills })
         }
         Command::Eval(EvalArguments { recipe, run, model, output }) => {
             evaluate::evaluate(&EvaluateOptions { recipe, run, model, output, cores, torch_folder }, &mut stdout)

@@ -12,6 +12,7 @@ mod connection;
 mod line;
 mod link;
 mod shares;
+mod stream;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -29,6 +30,7 @@ use self::shares::Shares;
 pub use self::shares::SharesError;
 use crate::protocol::{CoordinatorMessage, FailureClass, Phase, SavedFile, WorkerMessage};
 use crate::secret::Secret;
+use crate::tls::PinnedKey;
 
 /// Generation number that an abort callback gets when the coordinator has let this worker go: every generation is over.
 pub const EVERY_GENERATION: u64 = u64::MAX;
@@ -55,6 +57,8 @@ pub struct JoinOptions {
     pub coordinator: String,
     /// The run's token.
     pub token: Secret,
+    /// Key of the coordinator: the connection is secured, and nobody with another key learns the token. `None` speaks in clear.
+    pub coordinator_key: Option<PinnedKey>,
     /// Hash of the recipe that this worker read.
     pub recipe_hash: String,
     /// Build of this binary.
@@ -80,17 +84,18 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects and joins. Fails with kind `Run` when the coordinator cannot be reached, and with the coordinator's own [`Failure`]
-    /// when it refuses.
+    /// Connects and joins. Fails with kind `Run` when the coordinator cannot be reached, with kind `Mismatch` when it does not hold the key
+    /// that is wanted, and with the coordinator's own [`Failure`] when it refuses.
     pub fn join(options: JoinOptions) -> anyhow::Result<Self> {
         let heartbeat_interval = options.heartbeat_timeout / HEARTBEATS_PER_TIMEOUT;
-        let mut socket = connection::connect(&options.coordinator, connection::CONNECT_TIMEOUT)?;
-        let request = connection::request(&options, None);
-        match connection::ask_for_seat(&mut socket, request, connection::JOIN_REPLY_TIMEOUT)? {
+        let socket = connection::connect(&options.coordinator, connection::CONNECT_TIMEOUT)?;
+        let mut sockets = connection::open(socket, &options, connection::JOIN_REPLY_TIMEOUT)?;
+        match connection::ask_for_seat(&mut sockets, connection::request(&options, None))? {
             Answer::Welcome { .. } => {}
             Answer::Refused(failure) => return Err(failure.into()),
         }
-        let Sockets { reading, writing, closing } = connection::divide(socket, options.heartbeat_timeout)?;
+        sockets.expect_pulses(options.heartbeat_timeout)?;
+        let Sockets { reading, writing, closing } = sockets;
         let shared = Arc::new(Shared::new(options, Line::new(writing)));
         *lock(&shared.socket) = Some(closing);
         let (outbox, inbox) = mpsc::sync_channel(INBOX_MESSAGES);

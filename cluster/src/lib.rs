@@ -17,6 +17,7 @@ pub mod load;
 pub mod membership;
 pub mod protocol;
 pub mod secret;
+pub mod tls;
 
 pub use client::{Client, EVERY_GENERATION, JoinOptions};
 pub use coordinator::{Control, Coordinator, CoordinatorOptions, RunEnd};
@@ -27,3 +28,4 @@ pub use protocol::{
     CoordinatorMessage, FailureClass, Held, JoinRequest, Phase, SavedFile, StateSource, StepReport, Unreported, WorkerMessage,
 };
 pub use secret::Secret;
+pub use tls::{PinnedKey, RunKey};

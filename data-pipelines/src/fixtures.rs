@@ -179,6 +179,7 @@ pub(crate) fn recipe(tokenizer: &Path, output: &Path, sources: &[&Path]) -> Reci
             hang: HangRecipe { init_s: 600, data_s: 300, step_s: 300, checkpoint_s: 600 },
             exclude_host_after: 0,
             retries_per_step: 1,
+            tls: false,
         },
         evaluation: Vec::new(),
     }

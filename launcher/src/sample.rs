@@ -88,6 +88,7 @@ fn cluster() -> ClusterRecipe {
         hang: HangRecipe { init_s: 60, data_s: 30, step_s: 30, checkpoint_s: 60 },
         exclude_host_after: 0,
         retries_per_step: 1,
+        tls: false,
     }
 }
 

@@ -221,6 +221,7 @@ evaluation: []
         };
         assert_eq!(hash(&[]).len(), 64);
         assert_eq!(hash(&[]), hash(&["seed=42", "train.clip_norm=1"]), "a default spelled out means the same");
+        assert_eq!(hash(&[]), hash(&["cluster.tls=false"]), "and so does a switch that came later");
         assert_ne!(hash(&[]), hash(&["seed=43"]));
         assert_ne!(hash(&[]), hash(&["train.learning_rate=2e-3"]));
     }

@@ -332,6 +332,14 @@ pub struct ClusterRecipe {
     pub exclude_host_after: u32,
     /// How often a step is tried again after a loss that is not finite or a want of memory.
     pub retries_per_step: u32,
+    /// Workers and coordinator speak by TLS. Left out of the rendered recipe where it is off, so that hashes from before it stay.
+    #[serde(skip_serializing_if = "is_off")]
+    pub tls: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
+fn is_off(switch: &bool) -> bool {
+    !switch
 }
 
 /// Longest time without progress, in seconds, by what a worker does.

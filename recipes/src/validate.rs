@@ -317,7 +317,7 @@ mod tests {
             ("cluster: [1]", "r.yaml:6:10: cluster: found a list of 1, expected a map"),
             (
                 "cluster: {zzz: 1}",
-                "r.yaml:6:11: cluster.zzz: unknown key; known keys: `max_restarts`, `heartbeat_timeout_ms`, `collective_timeout_ms`, `min_workers`, `replacement_wait_s`, `coordinator_grace_s`, `hang`, `exclude_host_after`, `retries_per_step`",
+                "r.yaml:6:11: cluster.zzz: unknown key; known keys: `max_restarts`, `heartbeat_timeout_ms`, `collective_timeout_ms`, `min_workers`, `replacement_wait_s`, `coordinator_grace_s`, `hang`, `exclude_host_after`, `retries_per_step`, `tls`",
             ),
             (
                 "cluster: {heartbeat_timeout_ms: 1}",

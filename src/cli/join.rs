@@ -17,6 +17,9 @@ use super::worker_process::worker_binary;
 /// Environment variable with the run's token, for a run folder whose control.json this user may not read.
 const TOKEN_VARIABLE: &str = "CLOZE_TOKEN";
 
+/// The same with the coordinator's key, where the run has one.
+const COORDINATOR_KEY_VARIABLE: &str = "CLOZE_COORDINATOR_KEY";
+
 /// Most slots that one host fills; each is a process.
 const MAX_SLOTS: usize = 1024;
 
@@ -26,6 +29,7 @@ pub fn join(arguments: &JoinArguments) -> Result<ExitCode> {
     let paths = RunPaths::find(&arguments.run)?;
     let info = read_info(&paths)?;
     let recipe = read_recipe(&paths, &info)?;
+    let coordinator_key = std::env::var(COORDINATOR_KEY_VARIABLE).ok().map(|key| key.parse()).transpose()?;
     let shown = paths.root().display().to_string();
     serve_slots(SlotsOptions {
         paths,
@@ -33,6 +37,7 @@ pub fn join(arguments: &JoinArguments) -> Result<ExitCode> {
         slots,
         coordinator: arguments.coordinator.clone(),
         token: std::env::var(TOKEN_VARIABLE).ok().map(Secret::new),
+        coordinator_key,
         join_timeout: Duration::from_secs(arguments.join_timeout),
         worker_binary: worker_binary()?,
         output: Box::new(std::io::stderr()),

@@ -116,7 +116,7 @@ impl World {
 
     fn here(&self, mut command: Command) -> Command {
         command.current_dir(&self.root).env("CLOZE_WORKER", WORKER).env("NO_PROXY", "127.0.0.1");
-        let is_foreign = |name: &str| name.starts_with("AWS_") || ["CLOZE_LOG", "CLOZE_TOKEN"].contains(&name);
+        let is_foreign = |name: &str| name.starts_with("AWS_") || ["CLOZE_LOG", "CLOZE_TOKEN", "CLOZE_COORDINATOR_KEY"].contains(&name);
         for (name, _) in std::env::vars_os().filter(|(name, _)| is_foreign(&name.to_string_lossy())) {
             command.env_remove(name);
         }

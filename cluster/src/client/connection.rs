@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::JoinOptions;
+use super::stream::{self, Reading, Writing};
 use crate::host::host_name;
 use crate::protocol::{self, CoordinatorMessage, Held, JoinRequest, PROTOCOL_VERSION, WorkerMessage};
 
@@ -33,9 +34,16 @@ pub(super) enum Answer {
 
 /// One connection, for those who read, write and close it.
 pub(super) struct Sockets {
-    pub(super) reading: TcpStream,
-    pub(super) writing: TcpStream,
+    pub(super) reading: Reading,
+    pub(super) writing: Writing,
     pub(super) closing: TcpStream,
+}
+
+impl Sockets {
+    /// From now on a coordinator that says nothing for two heartbeat timeouts, four pulses, counts as away.
+    pub(super) fn expect_pulses(&self, heartbeat_timeout: Duration) -> anyhow::Result<()> {
+        self.closing.set_read_timeout(Some(2 * heartbeat_timeout)).context("bound the coordinator's silence")
+    }
 }
 
 /// Connects. Fails with kind `Run`, since a coordinator that is away may come back: a worker that ends with this can be replaced.
@@ -82,23 +90,27 @@ pub(super) fn request(options: &JoinOptions, held: Option<Held>) -> JoinRequest 
     }
 }
 
-/// Asks and waits for the answer.
-pub(super) fn ask_for_seat(socket: &mut TcpStream, request: JoinRequest, wait: Duration) -> anyhow::Result<Answer> {
+/// Shares a connection out, secured where the coordinator's key is known; `wait` bounds each wait for the coordinator from now on.
+pub(super) fn open(socket: TcpStream, options: &JoinOptions, wait: Duration) -> anyhow::Result<Sockets> {
+    // All handles are one socket, so its timeouts count for each of them.
     socket.set_read_timeout(Some(wait)).context("bound the wait for the coordinator")?;
-    protocol::write_message_blocking(socket, &WorkerMessage::Join(request)).context("ask the coordinator for a seat")?;
-    let body = protocol::read_frame_blocking(socket).context("wait for the coordinator's answer")?;
+    let closing = socket.try_clone().context("share the coordinator's socket")?;
+    let (reading, writing) = match &options.coordinator_key {
+        None => stream::plain(socket)?,
+        Some(key) => stream::secure(socket, key)?,
+    };
+    Ok(Sockets { reading, writing, closing })
+}
+
+/// Asks and waits for the answer.
+pub(super) fn ask_for_seat(sockets: &mut Sockets, request: JoinRequest) -> anyhow::Result<Answer> {
+    let join = WorkerMessage::Join(request);
+    protocol::write_message_blocking(&mut sockets.writing, &join).context("ask the coordinator for a seat")?;
+    let body = protocol::read_frame_blocking(&mut sockets.reading).context("wait for the coordinator's answer")?;
     let body = body.context("the coordinator closed the connection instead of answering")?;
     match protocol::decode::<CoordinatorMessage>(&body).context("read the coordinator's answer")? {
         CoordinatorMessage::Welcome { adopted } => Ok(Answer::Welcome { adopted }),
         CoordinatorMessage::Refused { failure } => Ok(Answer::Refused(failure)),
         other => anyhow::bail!("the coordinator answered a join with {other:?}"),
     }
-}
-
-/// Shares a connection out. From now on a coordinator that says nothing for two heartbeat timeouts, four pulses, counts as away.
-pub(super) fn divide(socket: TcpStream, heartbeat_timeout: Duration) -> anyhow::Result<Sockets> {
-    socket.set_read_timeout(Some(2 * heartbeat_timeout)).context("bound the coordinator's silence")?;
-    let writing = socket.try_clone().context("share the coordinator's socket")?;
-    let closing = socket.try_clone().context("share the coordinator's socket")?;
-    Ok(Sockets { reading: socket, writing, closing })
 }

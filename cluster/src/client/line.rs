@@ -1,11 +1,11 @@
 //! What the worker says, in its order: to the coordinator, or into a queue while that is away.
 
 use std::collections::VecDeque;
-use std::net::TcpStream;
 
 use anyhow::Context as _;
 
 use super::Shared;
+use super::stream::Writing;
 use crate::protocol::{self, FrameError, Held, WorkerMessage};
 
 /// Messages that are kept: those of the time while the coordinator is away, and reports that were sent, since a connection that breaks
@@ -29,7 +29,7 @@ struct Kept {
 
 enum Link {
     /// Connected.
-    Up(TcpStream),
+    Up(Writing),
     /// The link thread tries to come back.
     Away,
     /// The grace is over; the worker ends its work alone.
@@ -62,7 +62,7 @@ pub(super) struct LastWords {
 }
 
 impl Line {
-    pub(super) fn new(writer: TcpStream) -> Self {
+    pub(super) fn new(writer: Writing) -> Self {
         Self { link: Link::Up(writer), kept: VecDeque::new(), standing: Standing::default() }
     }
 
@@ -166,7 +166,7 @@ impl Shared {
     }
 
     /// The line is connected again; `adopted` tells whether the generation goes on.
-    pub(super) fn pick_up(&self, line: &mut Line, writer: TcpStream, adopted: bool) {
+    pub(super) fn pick_up(&self, line: &mut Line, writer: Writing, adopted: bool) {
         line.link = Link::Up(writer);
         let share = line.standing.share.clone().filter(|_| adopted);
         let again = share.into_iter().chain(line.standing.ready.clone());

@@ -1,6 +1,5 @@
 //! The link thread: reads what the coordinator says, and comes back when the connection is lost.
 
-use std::net::TcpStream;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant};
@@ -8,6 +7,7 @@ use std::time::{Duration, Instant};
 use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::connection::{self, Answer, Sockets};
+use super::stream::Reading;
 use super::{EVERY_GENERATION, Shared, lock, lost};
 use crate::protocol::{self, CoordinatorMessage, FrameError, Held};
 
@@ -23,15 +23,15 @@ const SHORTEST_REPLY_TIMEOUT: Duration = Duration::from_secs(1);
 /// How an attempt to come back ended.
 enum Return {
     /// The worker has its seat again.
-    Back(TcpStream),
+    Back(Reading),
     /// It may not have it.
     Refused(Failure),
 }
 
 /// Body of the thread; returns when there is nothing to hear any more. The inbox closes with it.
-pub(super) fn run(shared: &Shared, mut socket: TcpStream, inbox: &SyncSender<CoordinatorMessage>, quit: &Receiver<()>) {
+pub(super) fn run(shared: &Shared, mut reading: Reading, inbox: &SyncSender<CoordinatorMessage>, quit: &Receiver<()>) {
     loop {
-        let reason = shared.listen(&mut socket, inbox);
+        let reason = shared.listen(&mut reading, inbox);
         let is_worth_it = {
             let mut line = lock(&shared.line);
             line.hang_up();
@@ -43,7 +43,7 @@ pub(super) fn run(shared: &Shared, mut socket: TcpStream, inbox: &SyncSender<Coo
             return;
         }
         match shared.come_back(&reason, quit) {
-            Some(Return::Back(again)) => socket = again,
+            Some(Return::Back(again)) => reading = again,
             Some(Return::Refused(failure)) => {
                 shared.take_refusal(failure, inbox);
                 return;
@@ -55,10 +55,10 @@ pub(super) fn run(shared: &Shared, mut socket: TcpStream, inbox: &SyncSender<Coo
 
 impl Shared {
     /// Takes messages until the connection ends; returns how it did.
-    fn listen(&self, socket: &mut TcpStream, inbox: &SyncSender<CoordinatorMessage>) -> String {
+    fn listen(&self, reading: &mut Reading, inbox: &SyncSender<CoordinatorMessage>) -> String {
         loop {
             let message =
-                match protocol::read_frame_blocking(socket).map(|body| body.map(|body| protocol::decode::<CoordinatorMessage>(&body))) {
+                match protocol::read_frame_blocking(reading).map(|body| body.map(|body| protocol::decode::<CoordinatorMessage>(&body))) {
                     Ok(Some(Ok(message))) => message,
                     Ok(None) => return "it closed the connection".to_owned(),
                     Ok(Some(Err(error))) | Err(error) => return self.read_failure(error),
@@ -121,17 +121,26 @@ impl Shared {
 
     /// Tries to join again until the grace is over; `None` when it is, or when the client is dropped.
     fn come_back(&self, reason: &str, quit: &Receiver<()>) -> Option<Return> {
+        let mut reason = reason.to_owned();
         let grace = self.options.coordinator_grace;
         tracing::warn!(reason, grace_s = grace.as_secs_f64(), "the coordinator is away; training goes on");
         let deadline = Instant::now() + grace;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                self.give_up(&format!("the coordinator is gone for {} s", grace.as_secs()), lost(reason));
+                self.give_up(&format!("the coordinator is gone for {} s", grace.as_secs()), lost(&reason));
                 return None;
             }
             match self.try_to_return(left) {
                 Ok(outcome) => return Some(outcome),
+                // Somebody else has taken the coordinator's place. That is no word of the coordinator's, which may still come back.
+                Err(error) if is_imposture(&error) => {
+                    let found = format!("{error:#}");
+                    if found != reason {
+                        tracing::warn!(error = found, "whoever answers is not the coordinator");
+                        reason = found;
+                    }
+                }
                 Err(error) => tracing::debug!(error = format!("{error:#}"), "the coordinator is still away"),
             }
             if !matches!(quit.recv_timeout(RETRY_INTERVAL.min(left)), Err(RecvTimeoutError::Timeout)) {
@@ -141,17 +150,19 @@ impl Shared {
     }
 
     fn try_to_return(&self, left: Duration) -> anyhow::Result<Return> {
-        let mut socket = connection::connect(&self.options.coordinator, RETRY_CONNECT_TIMEOUT)?;
+        let socket = connection::connect(&self.options.coordinator, RETRY_CONNECT_TIMEOUT)?;
         *lock(&self.socket) = Some(socket.try_clone()?);
         anyhow::ensure!(!self.is_quitting.load(Ordering::SeqCst), "the client is dropped");
-        let held = self.held();
         let wait = connection::JOIN_REPLY_TIMEOUT.min(left).max(SHORTEST_REPLY_TIMEOUT);
-        let adopted = match connection::ask_for_seat(&mut socket, connection::request(&self.options, held), wait)? {
+        let mut sockets = connection::open(socket, &self.options, wait)?;
+        let held = self.held();
+        let adopted = match connection::ask_for_seat(&mut sockets, connection::request(&self.options, held))? {
             Answer::Welcome { adopted } => adopted,
             Answer::Refused(failure) => return Ok(Return::Refused(failure)),
         };
         tracing::info!(adopted, "the coordinator is back");
-        let Sockets { reading, writing, closing } = connection::divide(socket, self.options.heartbeat_timeout)?;
+        sockets.expect_pulses(self.options.heartbeat_timeout)?;
+        let Sockets { reading, writing, closing } = sockets;
         *lock(&self.socket) = Some(closing);
         if let Some(Held { generation, .. }) = held
             && !adopted
@@ -211,4 +222,9 @@ impl Shared {
             self.abort(EVERY_GENERATION, &reason);
         }
     }
+}
+
+/// Whether who answers could not show the coordinator's key.
+fn is_imposture(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Failure>().is_some_and(|failure| failure.kind == FailureKind::Mismatch)
 }

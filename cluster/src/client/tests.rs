@@ -1,8 +1,10 @@
-//! The client against a coordinator of a few lines, and against a real one that is killed and succeeded.
+//! The client against a coordinator of a few lines, and against a real one that is killed and succeeded; in clear and by TLS.
 
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 
+use rustls::{ServerConnection, StreamOwned};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc as channel;
 use tokio::task::JoinHandle as Task;
@@ -12,41 +14,143 @@ use crate::coordinator::{Control, Coordinator, CoordinatorOptions, RunEnd};
 use crate::event::Event;
 use crate::membership::HangLimits;
 use crate::protocol::{self, Held, JoinRequest};
+use crate::tls::RunKey;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A coordinator that sends no pulses is away after twice this.
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(2);
 
-fn options(coordinator: &str, worker: u32) -> JoinOptions {
-    JoinOptions {
-        coordinator: coordinator.to_owned(),
-        token: Secret::new("t"),
-        recipe_hash: "r".to_owned(),
-        build: "b".to_owned(),
-        worker,
-        collective_address: format!("127.0.0.1:{}", 9000 + worker),
-        heartbeat_timeout: HEARTBEAT_TIMEOUT,
-        coordinator_grace: Duration::ZERO,
+/// How a client and its coordinator speak.
+#[derive(Clone, Copy)]
+enum Stage {
+    Clear,
+    Tls,
+}
+
+/// Runs each test on both stages.
+macro_rules! on_both_stages {
+    ($($name:ident),* $(,)?) => {
+        mod in_clear {
+            $(#[test]
+            fn $name() {
+                super::$name(super::Stage::Clear);
+            })*
+        }
+
+        mod by_tls {
+            $(#[test]
+            fn $name() {
+                super::$name(super::Stage::Tls);
+            })*
+        }
+    };
+}
+
+// Behind the macro, which it uses.
+mod secured;
+
+on_both_stages!(
+    a_refusal_is_the_coordinators_failure,
+    heartbeats_tell_the_progress,
+    requests_arrive_while_nobody_waits,
+    without_grace_a_lost_coordinator_asks_for_a_stop,
+    words_are_kept_and_told_again_with_the_generation_that_is_held,
+    last_words_are_repeated_until_they_are_heard,
+    a_failure_is_told_once,
+    a_worker_that_is_let_go_or_refused_does_not_come_back,
+    a_coordinator_that_vanishes_is_noticed,
+    a_successor_takes_the_generation_over,
+    a_generation_whose_member_is_new_is_not_taken_over,
+);
+
+impl Stage {
+    /// The coordinator's key.
+    fn key(self) -> Option<RunKey> {
+        matches!(self, Self::Tls).then(|| run_key('1'))
+    }
+
+    fn options(self, coordinator: &str, worker: u32) -> JoinOptions {
+        JoinOptions {
+            coordinator: coordinator.to_owned(),
+            token: Secret::new("t"),
+            coordinator_key: self.key().map(|key| key.pinned().unwrap()),
+            recipe_hash: "r".to_owned(),
+            build: "b".to_owned(),
+            worker,
+            collective_address: format!("127.0.0.1:{}", 9000 + worker),
+            heartbeat_timeout: HEARTBEAT_TIMEOUT,
+            coordinator_grace: Duration::ZERO,
+        }
+    }
+
+    /// Accepts one connection, takes its join, and answers.
+    fn receive(self, listener: &TcpListener, answer: &CoordinatorMessage) -> (JoinRequest, End) {
+        let (socket, _) = listener.accept().unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut end = match self.key() {
+            None => End::Clear(socket),
+            Some(key) => End::Tls(Box::new(StreamOwned::new(ServerConnection::new(key.server_config().unwrap()).unwrap(), socket))),
+        };
+        let WorkerMessage::Join(request) = hear(&mut end) else { panic!("a join") };
+        say(&mut end, answer);
+        (request, end)
+    }
+
+    /// A client that waits for its coordinator for `grace`, the listener, and the coordinator's end of the connection.
+    fn seat(self, grace: Duration) -> (Client, TcpListener, End) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let joining = std::thread::spawn(move || Client::join(JoinOptions { coordinator_grace: grace, ..self.options(&address, 0) }));
+        let (request, socket) = self.receive(&listener, &CoordinatorMessage::Welcome { adopted: false });
+        assert_eq!(request.held, None);
+        (joining.join().unwrap().unwrap(), listener, socket)
     }
 }
 
-/// Accepts one connection, takes its join, and answers.
-fn receive(listener: &TcpListener, answer: &CoordinatorMessage) -> (JoinRequest, TcpStream) {
-    let (mut socket, _) = listener.accept().unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    let WorkerMessage::Join(request) = hear(&mut socket) else { panic!("a join") };
-    protocol::write_message_blocking(&mut socket, answer).unwrap();
-    (request, socket)
+/// A key of one digit.
+fn run_key(digit: char) -> RunKey {
+    serde_json::from_value(serde_json::Value::from(digit.to_string().repeat(64))).unwrap()
 }
 
-fn hear(socket: &mut TcpStream) -> WorkerMessage {
+/// The coordinator's end of a connection.
+enum End {
+    Clear(TcpStream),
+    Tls(Box<StreamOwned<ServerConnection, TcpStream>>),
+}
+
+impl Read for End {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Clear(socket) => socket.read(bytes),
+            Self::Tls(stream) => stream.read(bytes),
+        }
+    }
+}
+
+impl Write for End {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Clear(socket) => socket.write(bytes),
+            Self::Tls(stream) => stream.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Clear(socket) => socket.flush(),
+            Self::Tls(stream) => stream.flush(),
+        }
+    }
+}
+
+fn hear(socket: &mut End) -> WorkerMessage {
     let body = protocol::read_frame_blocking(socket).unwrap().unwrap();
     protocol::decode(&body).unwrap()
 }
 
 /// The next message that is no heartbeat.
-fn hear_word(socket: &mut TcpStream) -> WorkerMessage {
+fn hear_word(socket: &mut End) -> WorkerMessage {
     loop {
         match hear(socket) {
             WorkerMessage::Heartbeat { .. } => {}
@@ -55,7 +159,7 @@ fn hear_word(socket: &mut TcpStream) -> WorkerMessage {
     }
 }
 
-fn say(socket: &mut TcpStream, message: &CoordinatorMessage) {
+fn say(socket: &mut End, message: &CoordinatorMessage) {
     protocol::write_message_blocking(socket, message).unwrap();
 }
 
@@ -72,16 +176,6 @@ fn start(generation: u64) -> CoordinatorMessage {
     }
 }
 
-/// A client that waits for its coordinator for `grace`, the listener, and the coordinator's end of the connection.
-fn seat(grace: Duration) -> (Client, TcpListener, TcpStream) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let joining = std::thread::spawn(move || Client::join(JoinOptions { coordinator_grace: grace, ..options(&address, 0) }));
-    let (request, socket) = receive(&listener, &CoordinatorMessage::Welcome { adopted: false });
-    assert_eq!(request.held, None);
-    (joining.join().unwrap().unwrap(), listener, socket)
-}
-
 /// A callback and what it was called with.
 fn recorder() -> (AbortCallback, Receiver<(u64, String)>) {
     let (calls, seen) = mpsc::channel();
@@ -96,20 +190,19 @@ fn next(client: &Client) -> CoordinatorMessage {
     client.next(PATIENCE).unwrap().unwrap()
 }
 
-#[test]
-fn a_refusal_is_the_coordinators_failure() {
+fn a_refusal_is_the_coordinators_failure(stage: Stage) {
     let failure = Failure::new(FailureKind::Mismatch, "another recipe").expected("a").found("b");
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let joining = std::thread::spawn(move || Client::join(options(&address, 0)));
-    let (_, _socket) = receive(&listener, &CoordinatorMessage::Refused { failure: failure.clone() });
+    let joining = std::thread::spawn(move || Client::join(stage.options(&address, 0)));
+    let (_, _socket) = stage.receive(&listener, &CoordinatorMessage::Refused { failure: failure.clone() });
     assert_eq!(joining.join().unwrap().unwrap_err().downcast::<Failure>().unwrap(), failure);
 }
 
 #[test]
 fn an_unreachable_coordinator_is_no_fault_of_the_machine() {
     // Nobody listens on the first port; a replacement may find the coordinator back.
-    let failure = Client::join(options("127.0.0.1:1", 0)).unwrap_err().downcast::<Failure>().unwrap();
+    let failure = Client::join(Stage::Clear.options("127.0.0.1:1", 0)).unwrap_err().downcast::<Failure>().unwrap();
     assert_eq!((failure.kind, failure.place.as_deref()), (FailureKind::Run, Some("127.0.0.1:1")));
 }
 
@@ -120,9 +213,8 @@ fn the_wait_after_the_last_words_outlasts_a_silence() {
     }
 }
 
-#[test]
-fn heartbeats_tell_the_progress() {
-    let (client, _listener, mut socket) = seat(PATIENCE);
+fn heartbeats_tell_the_progress(stage: Stage) {
+    let (client, _listener, mut socket) = stage.seat(PATIENCE);
     client.progress(3, 41, Phase::Training);
     client.set_waiting(true);
     client.set_waiting(true);
@@ -134,9 +226,8 @@ fn heartbeats_tell_the_progress() {
     assert_eq!(hear(&mut socket), wanted);
 }
 
-#[test]
-fn requests_arrive_while_nobody_waits() {
-    let (client, _listener, mut socket) = seat(PATIENCE);
+fn requests_arrive_while_nobody_waits(stage: Stage) {
+    let (client, _listener, mut socket) = stage.seat(PATIENCE);
     let (callback, calls) = recorder();
     client.on_abort(callback);
     assert_eq!((client.stop_requested(), client.regroup_requested(4), client.take_save_request()), (None, None, None));
@@ -162,9 +253,8 @@ fn requests_arrive_while_nobody_waits() {
     assert_eq!(late_calls.try_recv().unwrap().0, 4, "an abort before the registration is told at once");
 }
 
-#[test]
-fn without_grace_a_lost_coordinator_asks_for_a_stop() {
-    let (client, listener, mut socket) = seat(Duration::ZERO);
+fn without_grace_a_lost_coordinator_asks_for_a_stop(stage: Stage) {
+    let (client, listener, mut socket) = stage.seat(Duration::ZERO);
     let (callback, calls) = recorder();
     client.on_abort(callback);
     say(&mut socket, &start(1));
@@ -179,9 +269,8 @@ fn without_grace_a_lost_coordinator_asks_for_a_stop() {
     client.finish(1, 9, true).unwrap();
 }
 
-#[test]
-fn words_are_kept_and_told_again_with_the_generation_that_is_held() {
-    let (client, listener, mut socket) = seat(PATIENCE);
+fn words_are_kept_and_told_again_with_the_generation_that_is_held(stage: Stage) {
+    let (client, listener, mut socket) = stage.seat(PATIENCE);
     let (callback, calls) = recorder();
     client.on_abort(callback);
     say(&mut socket, &start(1));
@@ -189,7 +278,7 @@ fn words_are_kept_and_told_again_with_the_generation_that_is_held() {
     client.progress(1, 17, Phase::Training);
     drop(socket);
 
-    let (request, mut socket) = receive(&listener, &CoordinatorMessage::Welcome { adopted: true });
+    let (request, mut socket) = stage.receive(&listener, &CoordinatorMessage::Welcome { adopted: true });
     assert_eq!(request.held, Some(Held { generation: 1, step: 17 }));
     assert!(calls.try_recv().is_err(), "a generation that is adopted goes on");
     let share = WorkerMessage::ShareSaved { generation: 1, step: 17, files: Vec::new() };
@@ -197,7 +286,7 @@ fn words_are_kept_and_told_again_with_the_generation_that_is_held() {
     assert_eq!(hear_word(&mut socket), share);
     drop(socket);
 
-    let (_, mut socket) = receive(&listener, &CoordinatorMessage::Welcome { adopted: false });
+    let (_, mut socket) = stage.receive(&listener, &CoordinatorMessage::Welcome { adopted: false });
     assert_eq!(calls.recv_timeout(PATIENCE).unwrap().0, 1, "a generation that was ended meanwhile is left");
     let broken = WorkerMessage::Broken { generation: 1, reason: "cut".to_owned() };
     client.send(&broken).unwrap();
@@ -207,20 +296,19 @@ fn words_are_kept_and_told_again_with_the_generation_that_is_held() {
     assert_eq!(hear_word(&mut socket), ready);
     drop(socket);
 
-    let (request, mut socket) = receive(&listener, &CoordinatorMessage::Welcome { adopted: false });
+    let (request, mut socket) = stage.receive(&listener, &CoordinatorMessage::Welcome { adopted: false });
     assert_eq!(request.held, None);
     assert_eq!(hear_word(&mut socket), ready, "the new coordinator is told that this worker waits");
 }
 
-#[test]
-fn last_words_are_repeated_until_they_are_heard() {
-    let (client, listener, mut socket) = seat(PATIENCE);
+fn last_words_are_repeated_until_they_are_heard(stage: Stage) {
+    let (client, listener, mut socket) = stage.seat(PATIENCE);
     let finished = WorkerMessage::Finished { generation: 1, step: 9, stopped: true };
     let words = finished.clone();
     let server = std::thread::spawn(move || {
         assert_eq!(hear_word(&mut socket), words);
         drop(socket);
-        let (_, mut socket) = receive(&listener, &CoordinatorMessage::Welcome { adopted: false });
+        let (_, mut socket) = stage.receive(&listener, &CoordinatorMessage::Welcome { adopted: false });
         assert_eq!(hear_word(&mut socket), words, "a connection that closes may have lost them");
         say(&mut socket, &CoordinatorMessage::Released {});
     });
@@ -228,9 +316,8 @@ fn last_words_are_repeated_until_they_are_heard() {
     server.join().unwrap();
 }
 
-#[test]
-fn a_failure_is_told_once() {
-    let (client, _listener, mut socket) = seat(PATIENCE);
+fn a_failure_is_told_once(stage: Stage) {
+    let (client, _listener, mut socket) = stage.seat(PATIENCE);
     client.progress(2, 7, Phase::Training);
     let server = std::thread::spawn(move || hear_word(&mut socket));
     client.fail(Failure::new(FailureKind::Run, "out of memory"), FailureClass::OutOfMemory).unwrap();
@@ -241,9 +328,8 @@ fn a_failure_is_told_once() {
     );
 }
 
-#[test]
-fn a_worker_that_is_let_go_or_refused_does_not_come_back() {
-    let (client, listener, mut socket) = seat(PATIENCE);
+fn a_worker_that_is_let_go_or_refused_does_not_come_back(stage: Stage) {
+    let (client, listener, mut socket) = stage.seat(PATIENCE);
     let (callback, calls) = recorder();
     client.on_abort(callback);
     say(&mut socket, &CoordinatorMessage::Released {});
@@ -252,29 +338,29 @@ fn a_worker_that_is_let_go_or_refused_does_not_come_back() {
     assert_eq!(client.next(PATIENCE).unwrap_err().downcast::<Failure>().unwrap().what, "the coordinator is lost");
     assert!(client.send(&WorkerMessage::Ping { id: 1 }).is_err());
 
-    let (client, listener, socket) = seat(PATIENCE);
+    let (client, listener, socket) = stage.seat(PATIENCE);
     let (callback, calls) = recorder();
     client.on_abort(callback);
     drop(socket);
     let failure = Failure::new(FailureKind::Run, "this worker made no progress and has lost its seat");
-    receive(&listener, &CoordinatorMessage::Refused { failure: failure.clone() });
+    stage.receive(&listener, &CoordinatorMessage::Refused { failure: failure.clone() });
     assert_eq!(calls.recv_timeout(PATIENCE).unwrap().0, EVERY_GENERATION);
     assert_eq!(next(&client), CoordinatorMessage::Refused { failure: failure.clone() });
     assert_eq!(client.next(PATIENCE).unwrap_err().downcast::<Failure>().unwrap(), failure);
     assert!(client.stop_requested().unwrap().contains("lost its seat"));
 }
 
-#[test]
-fn a_coordinator_that_vanishes_is_noticed() {
+fn a_coordinator_that_vanishes_is_noticed(stage: Stage) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let heartbeat_timeout = Duration::from_millis(100);
-    let joining =
-        std::thread::spawn(move || Client::join(JoinOptions { heartbeat_timeout, coordinator_grace: PATIENCE, ..options(&address, 0) }));
-    let (_, _silent) = receive(&listener, &CoordinatorMessage::Welcome { adopted: false });
+    let joining = std::thread::spawn(move || {
+        Client::join(JoinOptions { heartbeat_timeout, coordinator_grace: PATIENCE, ..stage.options(&address, 0) })
+    });
+    let (_, _silent) = stage.receive(&listener, &CoordinatorMessage::Welcome { adopted: false });
     let _client = joining.join().unwrap().unwrap();
     // The first connection stays open and says nothing; the worker joins again by itself.
-    let (request, _socket) = receive(&listener, &CoordinatorMessage::Welcome { adopted: false });
+    let (request, _socket) = stage.receive(&listener, &CoordinatorMessage::Welcome { adopted: false });
     assert_eq!(request.worker, 0);
 }
 
@@ -289,14 +375,15 @@ struct Controller {
 }
 
 impl Controller {
-    fn start(bind: SocketAddr, workers: u32, journal: &Path, adopt: bool) -> Self {
+    fn start(stage: Stage, bind: SocketAddr, journal: &Path, adopt: bool) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let options = CoordinatorOptions {
             bind,
             token: Secret::new("t"),
+            key: stage.key(),
             recipe_hash: "r".to_owned(),
             build: "b".to_owned(),
-            workers,
+            workers: 2,
             heartbeat_timeout: HEARTBEAT_TIMEOUT,
             join_timeout: PATIENCE,
             min_workers: None,
@@ -362,14 +449,13 @@ fn next_start(client: &Client) -> u64 {
     }
 }
 
-#[test]
-fn a_successor_takes_the_generation_over() {
+fn a_successor_takes_the_generation_over(stage: Stage) {
     let folder = tempfile::tempdir().unwrap();
     let journal = folder.path().join("journal.jsonl");
-    let first = Controller::start(SocketAddr::from(([127, 0, 0, 1], 0)), 2, &journal, false);
+    let first = Controller::start(stage, SocketAddr::from(([127, 0, 0, 1], 0)), &journal, false);
     let address = first.address;
     let clients: Vec<Client> = (0..2)
-        .map(|worker| Client::join(JoinOptions { coordinator_grace: PATIENCE, ..options(&address.to_string(), worker) }).unwrap())
+        .map(|worker| Client::join(JoinOptions { coordinator_grace: PATIENCE, ..stage.options(&address.to_string(), worker) }).unwrap())
         .collect();
     let (callback, aborts) = recorder();
     clients[0].on_abort(callback);
@@ -385,7 +471,7 @@ fn a_successor_takes_the_generation_over() {
     // Said to nobody, and heard by the successor.
     clients[0].send(&WorkerMessage::CheckpointFailed { generation: 1, step: 30, reason: "disk full".to_owned() }).unwrap();
 
-    let mut second = Controller::start(address, 2, &journal, true);
+    let mut second = Controller::start(stage, address, &journal, true);
     let restarted = second.event(|event| matches!(event, Event::CoordinatorRestarted { .. } | Event::GenerationStarted { .. }));
     assert_eq!(restarted, Event::CoordinatorRestarted { generation: 1, adopted: true });
     second.event(|event| matches!(event, Event::Warning { message } if message.contains("disk full")));
@@ -400,13 +486,12 @@ fn a_successor_takes_the_generation_over() {
     assert_eq!(second.end(), RunEnd::Finished { step: 40 });
 }
 
-#[test]
-fn a_generation_whose_member_is_new_is_not_taken_over() {
+fn a_generation_whose_member_is_new_is_not_taken_over(stage: Stage) {
     let folder = tempfile::tempdir().unwrap();
     let journal = folder.path().join("journal.jsonl");
-    let first = Controller::start(SocketAddr::from(([127, 0, 0, 1], 0)), 2, &journal, false);
+    let first = Controller::start(stage, SocketAddr::from(([127, 0, 0, 1], 0)), &journal, false);
     let address = first.address;
-    let join = |worker| Client::join(JoinOptions { coordinator_grace: PATIENCE, ..options(&address.to_string(), worker) }).unwrap();
+    let join = |worker| Client::join(JoinOptions { coordinator_grace: PATIENCE, ..stage.options(&address.to_string(), worker) }).unwrap();
     let (survivor, victim) = (join(0), join(1));
     for client in [&survivor, &victim] {
         client.ready(0, None).unwrap();
@@ -415,7 +500,7 @@ fn a_generation_whose_member_is_new_is_not_taken_over() {
     first.kill();
     drop(victim);
 
-    let mut second = Controller::start(address, 2, &journal, true);
+    let mut second = Controller::start(stage, address, &journal, true);
     let (callback, aborts) = recorder();
     survivor.on_abort(callback);
     let replacement = join(1);

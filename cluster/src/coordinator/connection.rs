@@ -3,17 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use cloze_recipes::failure::{Failure, FailureKind};
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 
 use super::admission::{self, Identity};
 use crate::protocol::{self, CoordinatorMessage, Frame, FrameError, JoinRequest, WorkerMessage};
 
-/// Longest time from accepting a connection to its join message.
+/// Longest time from accepting a connection to its join message, TLS included.
 const JOIN_MESSAGE_TIMEOUT_S: u64 = 2;
 
 /// Connections that have not shown the token yet. More wait in the listener's queue until one of these has joined or was closed.
@@ -21,6 +23,15 @@ pub(super) const MAX_UNAUTHENTICATED_CONNECTIONS: usize = 128;
 
 /// Longest first message, in bytes; a join is a few hundred. Strangers may not make the coordinator keep much.
 const MAX_JOIN_BYTES: u32 = 16 << 10;
+
+/// First byte of a connection by TLS: the type of the record that holds a handshake. A join's frame begins with a zero.
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// Its first two bytes where a frame's length was expected: that type, and the version that all versions state there.
+const TLS_BEGIN: u64 = 0x1603;
+
+/// Longest rest of a TLS handshake's first message that is taken before it is refused; a few hundred bytes are usual.
+const HELLO_BYTES: usize = 4 << 10;
 
 /// Messages that wait for one worker's socket. The coordinator says a handful per generation and two pulses per heartbeat timeout; the
 /// leader gets one for each share of a checkpoint, which ten thousand ranks may write at the same moment.
@@ -75,8 +86,27 @@ pub(super) enum Input {
 pub(super) struct Door {
     /// Who may join.
     pub identity: Identity,
+    /// Secures connections, and is why others are refused; `None` speaks in clear.
+    pub security: Option<TlsAcceptor>,
     /// Leads to the loop.
     pub inputs: mpsc::Sender<Input>,
+}
+
+/// A connection before its first frame.
+enum Line {
+    Plain(TcpStream),
+    // Boxed because it is some kilobytes long.
+    Secured(Box<TlsStream<TcpStream>>),
+}
+
+/// What is known of a connection while it is served.
+struct Visit {
+    connection: u64,
+    /// Bounds the connections that have not joined yet.
+    permit: OwnedSemaphorePermit,
+    door: Arc<Door>,
+    /// When it must have joined.
+    join_by: Instant,
 }
 
 /// Serves one accepted connection until it ends; `permit` bounds the connections that have not joined yet.
@@ -85,40 +115,87 @@ pub(super) async fn serve(stream: TcpStream, connection: u64, permit: OwnedSemap
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot switch off Nagle's algorithm");
     }
-    let (mut reader, mut writer) = stream.into_split();
-    let join = match timeout(Duration::from_secs(JOIN_MESSAGE_TIMEOUT_S), read_join(&mut reader, &door.identity)).await {
-        Ok(Ok(join)) => join,
-        Ok(Err(error)) => {
-            refuse(&mut writer, error).await;
-            return;
+    let join_by = Instant::now() + Duration::from_secs(JOIN_MESSAGE_TIMEOUT_S);
+    let line = timeout_at(join_by, open(stream, door.security.as_ref())).await;
+    let visit = Visit { connection, permit, door, join_by };
+    match line {
+        Ok(Ok(Line::Plain(stream))) => {
+            let (reader, writer) = stream.into_split();
+            visit.serve(reader, writer, false).await;
         }
-        Err(_elapsed) => {
-            tracing::warn!(timeout_s = JOIN_MESSAGE_TIMEOUT_S, "a connection did not join in time");
-            return;
+        Ok(Ok(Line::Secured(stream))) => {
+            let (reader, writer) = tokio::io::split(*stream);
+            visit.serve(reader, writer, true).await;
         }
-    };
-    drop(permit);
-    let worker = join.worker;
-    let (outbox, messages) = mpsc::channel(OUTBOX_MESSAGES);
-    if door.inputs.send(Input::Joined { connection, join, at: Instant::now(), outbox }).await.is_err() {
-        return;
+        Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "a connection was refused"),
+        Err(_elapsed) => warn_of_late_join(),
     }
-    let reason = tokio::select! {
-        reason = read_messages(&mut reader, connection, worker, &door.inputs) => reason,
-        reason = write_messages(&mut writer, messages) => reason,
-    };
-    // Nobody listens any more once the loop has ended, and then nobody needs to know.
-    let _ = door.inputs.send(Input::Closed { connection, worker, reason }).await;
 }
 
-async fn read_join(reader: &mut OwnedReadHalf, identity: &Identity) -> anyhow::Result<JoinRequest> {
-    let Some(body) = protocol::read_frame_within(reader, MAX_JOIN_BYTES).await? else {
+/// Secures a connection that begins as TLS does. One that begins otherwise stays as it is, to be refused in words that its side understands.
+async fn open(stream: TcpStream, security: Option<&TlsAcceptor>) -> anyhow::Result<Line> {
+    let Some(acceptor) = security else { return Ok(Line::Plain(stream)) };
+    let mut first = [0];
+    if stream.peek(&mut first).await? == 0 {
         anyhow::bail!("the connection closed before it joined")
-    };
-    admission::admit(identity, &body)
+    }
+    if first[0] != TLS_HANDSHAKE {
+        return Ok(Line::Plain(stream));
+    }
+    Ok(Line::Secured(Box::new(acceptor.accept(stream).await.context("agree on TLS")?)))
 }
 
-async fn refuse(writer: &mut OwnedWriteHalf, error: anyhow::Error) {
+impl Visit {
+    async fn serve<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(self, mut reader: R, mut writer: W, is_secured: bool) {
+        let Self { connection, permit, door, join_by } = self;
+        let join = match timeout_at(join_by, read_join(&mut reader, &door, is_secured)).await {
+            Ok(Ok(join)) => join,
+            Ok(Err(error)) => return refuse(&mut writer, error).await,
+            Err(_elapsed) => return warn_of_late_join(),
+        };
+        drop(permit);
+        let worker = join.worker;
+        let (outbox, messages) = mpsc::channel(OUTBOX_MESSAGES);
+        if door.inputs.send(Input::Joined { connection, join, at: Instant::now(), outbox }).await.is_err() {
+            return;
+        }
+        let reason = tokio::select! {
+            reason = read_messages(&mut reader, connection, worker, &door.inputs) => reason,
+            reason = write_messages(&mut writer, messages) => reason,
+        };
+        // Nobody listens any more once the loop has ended, and then nobody needs to know.
+        let _ = door.inputs.send(Input::Closed { connection, worker, reason }).await;
+    }
+}
+
+fn warn_of_late_join() {
+    tracing::warn!(timeout_s = JOIN_MESSAGE_TIMEOUT_S, "a connection did not join in time");
+}
+
+async fn read_join<R: AsyncRead + Unpin>(reader: &mut R, door: &Door, is_secured: bool) -> anyhow::Result<JoinRequest> {
+    let body = match protocol::read_frame_within(reader, MAX_JOIN_BYTES).await {
+        Ok(Some(body)) => body,
+        Ok(None) => anyhow::bail!("the connection closed before it joined"),
+        Err(FrameError::TooLong { bytes }) if bytes >> 16 == TLS_BEGIN => {
+            // What is not read would take the refusal with it: the system resets such a connection.
+            let _ = reader.read(&mut [0; HELLO_BYTES]).await?;
+            return Err(speaks_otherwise("this coordinator does not speak TLS").into());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    // The token is not looked at: it was sent in clear.
+    if door.security.is_some() && !is_secured {
+        return Err(speaks_otherwise("this coordinator speaks TLS only").into());
+    }
+    admission::admit(&door.identity, &body)
+}
+
+fn speaks_otherwise(what: &str) -> Failure {
+    Failure::new(FailureKind::Mismatch, what)
+        .hint("workers are started by `cloze train` or `cloze join`, which give them the coordinator's key where `cluster.tls` is on")
+}
+
+async fn refuse<W: AsyncWrite + Unpin>(writer: &mut W, error: anyhow::Error) {
     tracing::warn!(error = format!("{error:#}"), "a connection was refused");
     let failure = match error.downcast::<Failure>() {
         Ok(failure) => failure,
@@ -136,7 +213,7 @@ async fn refuse(writer: &mut OwnedWriteHalf, error: anyhow::Error) {
 }
 
 /// Forwards messages to the loop; returns how the connection ended.
-async fn read_messages(reader: &mut OwnedReadHalf, connection: u64, worker: u32, inputs: &mpsc::Sender<Input>) -> String {
+async fn read_messages<R: AsyncRead + Unpin>(reader: &mut R, connection: u64, worker: u32, inputs: &mpsc::Sender<Input>) -> String {
     loop {
         let body = match protocol::read_frame(reader).await {
             Ok(Some(body)) => body,
@@ -154,10 +231,15 @@ async fn read_messages(reader: &mut OwnedReadHalf, connection: u64, worker: u32,
 }
 
 /// Writes what the loop says until the loop drops the outbox; returns how the connection ended.
-async fn write_messages(writer: &mut OwnedWriteHalf, mut frames: mpsc::Receiver<Frame>) -> String {
+async fn write_messages<W: AsyncWrite + Unpin>(writer: &mut W, mut frames: mpsc::Receiver<Frame>) -> String {
     while let Some(frame) = frames.recv().await {
         for chunk in frame.parts().into_iter().flat_map(|part| part.chunks(CHUNK_BYTES)) {
-            match timeout(Duration::from_secs(WRITE_TIMEOUT_S), writer.write_all(chunk)).await {
+            // TLS holds back what the socket does not take at once, until it is flushed.
+            let written = async {
+                writer.write_all(chunk).await?;
+                writer.flush().await
+            };
+            match timeout(Duration::from_secs(WRITE_TIMEOUT_S), written).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => return failed(error.into()),
                 Err(_elapsed) => return format!("connection does not take messages for {WRITE_TIMEOUT_S} s"),

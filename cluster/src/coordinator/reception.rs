@@ -5,13 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument as _;
 
-use super::admission::Identity;
-use super::connection::{Door, Input, MAX_UNAUTHENTICATED_CONNECTIONS, serve};
+use super::connection::{Door, MAX_UNAUTHENTICATED_CONNECTIONS, serve};
 
 /// Wait before accepting again after the operating system refused, for instance for want of file descriptors.
 const ACCEPT_RETRY_MS: u64 = 100;
@@ -30,9 +29,9 @@ pub(super) struct Reception {
 }
 
 impl Reception {
-    pub(super) fn new(listener: TcpListener, identity: Identity, inputs: mpsc::Sender<Input>) -> Self {
+    pub(super) fn new(listener: TcpListener, door: Door) -> Self {
         let unauthenticated = Arc::new(Semaphore::new(MAX_UNAUTHENTICATED_CONNECTIONS));
-        Self { listener, door: Arc::new(Door { identity, inputs }), unauthenticated, connections: JoinSet::new(), num_accepted: 0 }
+        Self { listener, door: Arc::new(door), unauthenticated, connections: JoinSet::new(), num_accepted: 0 }
     }
 
     /// Accepts until it is told to quit, then lets the connections write their last messages and ends them.

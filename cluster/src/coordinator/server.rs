@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -10,10 +11,12 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
 use tracing::Instrument as _;
 
 use super::admission::Identity;
-use super::connection::Input;
+use super::connection::{Door, Input};
 use super::reception::Reception;
 use super::roster::Roster;
 use crate::event::Event;
@@ -21,6 +24,7 @@ use crate::journal::Journal;
 use crate::membership::{HangLimits, Limits};
 use crate::protocol::Held;
 use crate::secret::Secret;
+use crate::tls::RunKey;
 
 /// Words of workers that wait for the loop.
 const INPUT_MESSAGES: usize = 4096;
@@ -48,6 +52,8 @@ pub struct CoordinatorOptions {
     pub bind: SocketAddr,
     /// The run's token.
     pub token: Secret,
+    /// Key with which connections are secured; others are refused then. `None` speaks in clear.
+    pub key: Option<RunKey>,
     /// Hash of the run's recipe.
     pub recipe_hash: String,
     /// Build of the worker binary.
@@ -136,12 +142,15 @@ pub struct Coordinator {
     journal: Option<Journal>,
     listener: TcpListener,
     address: SocketAddr,
+    /// How connections are secured, where they are.
+    security: Option<Arc<ServerConfig>>,
 }
 
 impl Coordinator {
-    /// Starts to listen and opens the journal. Fails with kind `Environment` when the address is taken or not this machine's, and as
-    /// [`Journal::open`] does.
+    /// Starts to listen and opens the journal. Fails with kind `Environment` when the address is taken or not this machine's, with kind
+    /// `Damaged` when its key is none, and as [`Journal::open`] does.
     pub async fn bind(options: CoordinatorOptions) -> anyhow::Result<Self> {
+        let security = options.key.as_ref().map(RunKey::server_config).transpose()?;
         let listener = listen(options.bind).map_err(|error| {
             Failure::new(FailureKind::Environment, "the coordinator cannot listen")
                 .at(options.bind)
@@ -156,7 +165,7 @@ impl Coordinator {
             }
             None => None,
         };
-        Ok(Self { options, journal, listener, address })
+        Ok(Self { options, journal, listener, address, security })
     }
 
     /// The address that workers connect to.
@@ -167,10 +176,10 @@ impl Coordinator {
     /// Runs until the run ends. Fails when nobody reads the events any more, and with kind `Storage` when the journal cannot be written.
     /// Dropping the future is like a crash: connections close without a word, and workers wait for a successor.
     pub async fn run(self, events: mpsc::Sender<Event>, mut control: mpsc::Receiver<Control>) -> anyhow::Result<RunEnd> {
-        let Self { options, journal, listener, .. } = self;
+        let Self { options, journal, listener, security, .. } = self;
         let started = Instant::now();
         let (sender, mut inputs) = mpsc::channel(INPUT_MESSAGES);
-        let reception = ReceptionTask::start(listener, &options, sender);
+        let reception = ReceptionTask::start(listener, door(&options, security, sender));
         let mut roster = Roster::new(options.workers, limits(&options), journal)?;
         if let Some(last) = options.told {
             roster.has_told(last);
@@ -239,11 +248,10 @@ struct ReceptionTask {
 }
 
 impl ReceptionTask {
-    fn start(listener: TcpListener, options: &CoordinatorOptions, inputs: mpsc::Sender<Input>) -> Self {
-        let identity = Identity { token: options.token.clone(), recipe_hash: options.recipe_hash.clone(), build: options.build.clone() };
+    fn start(listener: TcpListener, door: Door) -> Self {
         let (quit, quitting) = oneshot::channel();
         let mut task = JoinSet::new();
-        let reception = Reception::new(listener, identity, inputs);
+        let reception = Reception::new(listener, door);
         task.spawn(reception.run(quitting).instrument(tracing::info_span!("coordinator reception")));
         Self { task, quit }
     }
@@ -259,6 +267,11 @@ impl ReceptionTask {
             }
         }
     }
+}
+
+fn door(options: &CoordinatorOptions, security: Option<Arc<ServerConfig>>, inputs: mpsc::Sender<Input>) -> Door {
+    let identity = Identity { token: options.token.clone(), recipe_hash: options.recipe_hash.clone(), build: options.build.clone() };
+    Door { identity, security: security.map(TlsAcceptor::from), inputs }
 }
 
 fn listen(bind: SocketAddr) -> std::io::Result<TcpListener> {

@@ -78,6 +78,7 @@ fn options(workers: u32, token: Secret) -> CoordinatorOptions {
     CoordinatorOptions {
         bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         token,
+        key: None,
         recipe_hash: RECIPE_HASH.to_owned(),
         build: BUILD.to_owned(),
         workers,

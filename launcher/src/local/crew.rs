@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use cloze_cluster::host::host_name;
-use cloze_cluster::{Event, FailureClass, Secret};
+use cloze_cluster::{Event, FailureClass};
 use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tracing::Instrument as _;
 
+use super::contact::Contact;
 use super::drill::Drill;
 use super::process::{Exit, ProcessOrder, WorkerCommand, WorkerProcess};
 use super::record::ProcessRecord;
@@ -105,8 +106,8 @@ impl Crew {
     }
 
     /// Lets later processes look for the coordinator elsewhere.
-    pub(super) fn redirect(&mut self, coordinator: String, token: Secret) {
-        (self.command.coordinator, self.command.token) = (coordinator, token);
+    pub(super) fn redirect(&mut self, contact: Contact) {
+        self.command.contact = contact;
     }
 
     /// The slots that have no process.
@@ -296,6 +297,8 @@ impl Crew {
 mod tests {
     use std::path::Path;
 
+    use cloze_cluster::Secret;
+
     use super::*;
     use crate::run_folder::RunPaths;
     use crate::sample::script;
@@ -307,9 +310,9 @@ mod tests {
         for folder in paths.folders() {
             std::fs::create_dir_all(folder).unwrap();
         }
-        let (binary, coordinator) = (script(folder, commands), "127.0.0.1:1".to_owned());
-        let token = Secret::new("token");
-        Crew::new(WorkerCommand { binary, paths, coordinator, token, slots: 3, local_workers: 2, by_join: false }, 0..2)
+        let binary = script(folder, commands);
+        let contact = Contact { coordinator: "127.0.0.1:1".to_owned(), token: Secret::new("token"), key: None };
+        Crew::new(WorkerCommand { binary, paths, contact, slots: 3, local_workers: 2, by_join: false }, 0..2)
     }
 
     fn lost(worker: u32, class: FailureClass) -> Event {

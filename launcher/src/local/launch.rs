@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use tracing::Instrument as _;
 
 use super::adoption::{Adoption, AdoptionReason, Legacy, Wanted, decide_adoption};
+use super::contact::Credentials;
 use super::crew::{Crew, LEAVE_TIMEOUT_S};
 use super::drill::Drill;
 use super::process::WorkerCommand;
@@ -190,11 +191,12 @@ impl LaunchPlan {
         stop_timeout.min(self.join_timeout).max(Duration::from_secs(COME_BACK_TIMEOUT_S))
     }
 
-    fn coordinator_options(&self, run: &RunFolder, bind: SocketAddr, token: Secret, adopt: bool) -> CoordinatorOptions {
+    fn coordinator_options(&self, run: &RunFolder, bind: SocketAddr, credentials: &Credentials, adopt: bool) -> CoordinatorOptions {
         let cluster = &self.recipe.cluster;
         CoordinatorOptions {
             bind,
-            token,
+            token: credentials.token.clone(),
+            key: credentials.key.clone(),
             recipe_hash: run.info().recipe_hash.clone(),
             build: self.worker_build.clone(),
             workers: self.workers,
@@ -227,8 +229,8 @@ struct Inheritance {
 }
 
 impl Inheritance {
-    /// Looks and decides. Fails with kind `Environment` when the run may not begin here, and with `Damaged` when the journal that it
-    /// would go on with is not whole.
+    /// Looks and decides. Fails with kind `Environment` when the run may not begin here, and with `Damaged` when the journal or the
+    /// control file that it would go on with is not whole.
     fn find(run: &RunFolder, plan: &LaunchPlan) -> anyhow::Result<Self> {
         let legacy = if plan.resumed { Legacy::find(run.paths())? } else { Legacy::default() };
         let wanted = Wanted { workers: plan.workers, local_workers: plan.local_workers, bind: plan.bind };
@@ -239,6 +241,7 @@ impl Inheritance {
         }
         if adoption == Adoption::TakeOver {
             Journal::check(&run.paths().journal())?;
+            legacy.control.as_ref().map(|control| Credentials::of(control, plan.recipe.cluster.tls)).transpose()?;
         }
         Ok(Self { legacy, adoption, reason })
     }
@@ -247,7 +250,7 @@ impl Inheritance {
 /// What is open before the workers come.
 struct Opened {
     coordinator: Coordinator,
-    token: Secret,
+    credentials: Credentials,
     /// Living processes that are taken over.
     living: Vec<ProcessRecord>,
 }
@@ -261,18 +264,18 @@ async fn control(
     signals: &Signals,
 ) -> anyhow::Result<RunEnd> {
     let (order_sender, orders) = mpsc::channel(DASHBOARD_ORDERS);
-    let dashboard = open_dashboard(plan.dashboard, &opened.token, order_sender).await?;
+    let dashboard = open_dashboard(plan.dashboard, &opened.credentials.token, order_sender).await?;
     let url = dashboard.as_ref().map(Dashboard::url);
     if let Some(dashboard) = dashboard {
         reporters.attach(dashboard)?;
     }
-    let (address, token) = (opened.coordinator.address(), opened.token.clone());
-    ControlFile { address, token, dashboard: url.clone(), process_id: std::process::id() }.write(run.paths())?;
+    let (address, Credentials { token, key: tls_key }) = (opened.coordinator.address(), opened.credentials.clone());
+    ControlFile { address, token, tls_key, dashboard: url.clone(), process_id: std::process::id() }.write(run.paths())?;
     let outcome = async {
         if let Some(url) = url {
             reporters.write(Event::DashboardListening { url })?;
         }
-        let (crew, coordinator) = muster(run, plan, opened);
+        let (crew, coordinator) = muster(run, plan, opened)?;
         let mut supervisor = Supervisor::new(crew, plan.supervisor_limits(), reporters, signals);
         supervisor.practise(&plan.drills);
         supervisor.reach_out(hosts);
@@ -302,13 +305,12 @@ async fn dismiss_hosts(hosts: &mut HostCrew, reporters: &mut Reporters, signals:
 }
 
 /// Starts the coordinator, and gathers the processes that live already.
-fn muster(run: &RunFolder, plan: &LaunchPlan, opened: Opened) -> (Crew, CoordinatorTask) {
-    let Opened { coordinator, token, living } = opened;
+fn muster(run: &RunFolder, plan: &LaunchPlan, opened: Opened) -> anyhow::Result<(Crew, CoordinatorTask)> {
+    let Opened { coordinator, credentials, living } = opened;
     let command = WorkerCommand {
         binary: plan.worker_binary.clone(),
         paths: run.paths().clone(),
-        coordinator: coordinator.address().to_string(),
-        token,
+        contact: credentials.contact(coordinator.address())?,
         slots: plan.workers,
         local_workers: plan.local_workers,
         by_join: false,
@@ -319,7 +321,7 @@ fn muster(run: &RunFolder, plan: &LaunchPlan, opened: Opened) -> (Crew, Coordina
         crew.find(record, Some(deadline));
     }
     crew.practise(&plan.drills);
-    (crew, start(coordinator))
+    Ok((crew, start(coordinator)))
 }
 
 /// Opens the coordinator where an earlier controller's workers look for it, if they can be taken over. `None` is another decision:
@@ -334,10 +336,10 @@ async fn take_over(
     let Some(control) = legacy.control.as_ref().filter(|_| *adoption == Adoption::TakeOver) else { return Ok(None) };
     // Without a journal the generation is not known; its workers come back all the same and start another.
     let adopt = run.paths().journal().exists();
-    let token = control.token.clone();
+    let credentials = Credentials::of(control, plan.recipe.cluster.tls)?;
     let path = run.paths().events();
     let told = last_told(&path).map_err(|error| storage("read what was told of the run", &path, &error))?;
-    let options = CoordinatorOptions { told, ..plan.coordinator_options(run, control.address, token.clone(), adopt) };
+    let options = CoordinatorOptions { told, ..plan.coordinator_options(run, control.address, &credentials, adopt) };
     match Coordinator::bind(options).await {
         Ok(coordinator) => {
             let living = std::mem::take(&mut legacy.living);
@@ -347,7 +349,7 @@ async fn take_over(
                     format!("{} workers of the earlier controller have {seconds} s to come back before they are killed", living.len());
                 reporters.write(Event::Warning { message })?;
             }
-            Ok(Some(Opened { coordinator, token, living }))
+            Ok(Some(Opened { coordinator, credentials, living }))
         }
         // The port was not asked for, so another one does as well. Anything but the address is no reason to give the workers up.
         Err(error) if is_of_the_machine(&error) && plan.bind.is_none_or(|bind| bind.port() == 0) => {
@@ -374,9 +376,9 @@ async fn open_anew(run: &RunFolder, plan: &LaunchPlan, inheritance: Inheritance,
     }
     let bind =
         plan.bind.or_else(|| legacy.control.as_ref().map(|control| SocketAddr::new(control.address.ip(), 0))).unwrap_or(DEFAULT_BIND);
-    let token = Secret::random()?;
-    let coordinator = Coordinator::bind(plan.coordinator_options(run, bind, token.clone(), false)).await?;
-    Ok(Opened { coordinator, token, living: Vec::new() })
+    let credentials = Credentials::fresh(plan.recipe.cluster.tls)?;
+    let coordinator = Coordinator::bind(plan.coordinator_options(run, bind, &credentials, false)).await?;
+    Ok(Opened { coordinator, credentials, living: Vec::new() })
 }
 
 async fn open_dashboard(

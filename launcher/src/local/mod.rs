@@ -11,6 +11,7 @@
 //! processes under a loop of its own, without a coordinator.
 
 mod adoption;
+mod contact;
 mod crew;
 mod drill;
 mod dump;

@@ -7,7 +7,6 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use cloze_cluster::Secret;
 use cloze_cluster::host::host_name;
 use cloze_recipes::failure::{Failure, FailureKind};
 use rustix::process::Signal;
@@ -15,6 +14,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::contact::Contact;
 use super::dump::write_dump;
 use super::log;
 use super::record::{self, ProcessRecord};
@@ -22,6 +22,9 @@ use crate::run_folder::{RunPaths, storage};
 
 /// Environment variable with the run's token; an argument would show in the list of processes.
 pub(super) const TOKEN_VARIABLE: &str = "CLOZE_TOKEN";
+
+/// Environment variable with the key by which a worker knows its coordinator, where they speak by TLS.
+const COORDINATOR_KEY_VARIABLE: &str = "CLOZE_COORDINATOR_KEY";
 
 /// Interval at which a process that is nobody's child here is looked for.
 const WATCH_MS: u64 = 100;
@@ -36,10 +39,8 @@ pub(super) struct WorkerCommand {
     pub binary: PathBuf,
     /// The run folder.
     pub paths: RunPaths,
-    /// `host:port` on which the coordinator listens.
-    pub coordinator: String,
-    /// The run's token.
-    pub token: Secret,
+    /// How the coordinator is reached.
+    pub contact: Contact,
     /// Slots of the run.
     pub slots: u32,
     /// Number of workers that this program starts on this machine, which share its cores.
@@ -105,26 +106,29 @@ impl WorkerProcess {
         let log_start = log.metadata().map_err(|error| log_failure(&error))?.len();
         let copy = || log.try_clone().map_err(|error| log_failure(&error));
         let (output, errors) = (copy()?, copy()?);
-        let child = Command::new(&command.binary)
-            .args(["train", "--coordinator", &command.coordinator, "--run"])
+        let mut start = Command::new(&command.binary);
+        start
+            .args(["train", "--coordinator", &command.contact.coordinator, "--run"])
             .arg(command.paths.root())
             .args(["--worker", &worker.to_string(), "--local-workers", &command.local_workers.to_string()])
             .args(drills.iter().flat_map(|drill| ["--drill", drill.as_str()]))
-            .env(TOKEN_VARIABLE, command.token.expose())
+            .env(TOKEN_VARIABLE, command.contact.token.expose())
+            // A key of this program's own environment is another one's.
+            .env_remove(COORDINATOR_KEY_VARIABLE)
+            .envs(command.contact.key.map(|key| (COORDINATOR_KEY_VARIABLE, key.to_string())))
             // Ctrl-C in the terminal must reach the launcher only, which asks the workers to save first; and a worker must outlive a launcher
             // that was killed.
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(output)
             .stderr(errors)
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(|error| {
-                Failure::new(FailureKind::Environment, "the worker binary cannot be started")
-                    .at(command.binary.display())
-                    .because(error)
-                    .hint("`cloze-worker` belongs beside `cloze`; build both with `make build`")
-            })?;
+            .kill_on_drop(true);
+        let child = start.spawn().map_err(|error| {
+            Failure::new(FailureKind::Environment, "the worker binary cannot be started")
+                .at(command.binary.display())
+                .because(error)
+                .hint("`cloze-worker` belongs beside `cloze`; build both with `make build`")
+        })?;
         let process_id = child.id().context("read a new process's id")?;
         let start_ticks = record::start_ticks(process_id).context("read a new process's start time")?;
         log.write_all(log::header(worker, process_id).as_bytes()).map_err(|error| log_failure(&error))?;
@@ -229,6 +233,8 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
+    use cloze_cluster::Secret;
+
     use super::*;
     use crate::sample::script;
 
@@ -248,8 +254,8 @@ mod tests {
         for folder in paths.folders() {
             fs::create_dir_all(folder).unwrap();
         }
-        let coordinator = "127.0.0.1:1".to_owned();
-        WorkerCommand { binary, paths, coordinator, token: Secret::new("token"), slots: 4, local_workers: 2, by_join: false }
+        let contact = Contact { coordinator: "127.0.0.1:1".to_owned(), token: Secret::new("token"), key: None };
+        WorkerCommand { binary, paths, contact, slots: 4, local_workers: 2, by_join: false }
     }
 
     #[tokio::test]

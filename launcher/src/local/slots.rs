@@ -7,12 +7,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use cloze_cluster::{Event, Secret};
+use cloze_cluster::{Event, PinnedKey, Secret};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
-use tokio::net::TcpStream;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
+use super::contact::{Contact, Named, reach};
 use super::crew::{Crew, LEAVE_TIMEOUT_S, Replacement};
 use super::event_tail::EventTail;
 use super::process::{Exit, WorkerCommand};
@@ -25,9 +25,6 @@ use crate::run_folder::{ControlFile, RunPaths, storage};
 
 /// Interval at which signals, events and due times are looked at.
 const TICK_MS: u64 = 250;
-
-/// Longest wait for one connection to the coordinator.
-const CONNECT_TIMEOUT_S: u64 = 2;
 
 /// Wait before the coordinator is looked for again.
 const RETRY_MS: u64 = 500;
@@ -47,6 +44,8 @@ pub struct SlotsOptions {
     pub coordinator: Option<String>,
     /// The run's token; `None` reads control.json.
     pub token: Option<Secret>,
+    /// The coordinator's key, for a run with TLS; `None` reads control.json.
+    pub coordinator_key: Option<PinnedKey>,
     /// Longest wait for the controller at the start.
     pub join_timeout: Duration,
     /// The worker binary.
@@ -73,12 +72,6 @@ pub fn serve_slots(options: SlotsOptions) -> anyhow::Result<()> {
     }))
 }
 
-/// Where the coordinator is, as far as the command line said so.
-struct Named {
-    coordinator: Option<String>,
-    token: Option<Secret>,
-}
-
 /// The state of the loop.
 struct Outpost<'a> {
     crew: Crew,
@@ -103,9 +96,9 @@ struct Outpost<'a> {
 impl<'a> Outpost<'a> {
     /// Waits for the coordinator and starts the workers.
     async fn open(options: SlotsOptions, signals: &'a Signals) -> anyhow::Result<Self> {
-        let SlotsOptions { paths, recipe, slots, coordinator, token, join_timeout, worker_binary, output } = options;
-        let named = Named { coordinator, token };
-        let (coordinator, token) = find_coordinator(&paths, &named, join_timeout, signals).await?;
+        let SlotsOptions { paths, recipe, slots, coordinator, token, coordinator_key, join_timeout, worker_binary, output } = options;
+        let named = Named { coordinator, token, key: coordinator_key, tls: recipe.cluster.tls };
+        let contact = find_coordinator(&paths, &named, join_timeout, signals).await?;
         let mut tail = EventTail::new(paths.events());
         let workers = slots_of_run(&mut tail, &paths)?;
         if let Some(slot) = slots.iter().find(|&&slot| slot >= workers) {
@@ -114,7 +107,7 @@ impl<'a> Outpost<'a> {
         }
         let local_workers = slots.len() as u32;
         let binary = worker_binary;
-        let command = WorkerCommand { binary, paths, coordinator, token, slots: workers, local_workers, by_join: true };
+        let command = WorkerCommand { binary, paths, contact, slots: workers, local_workers, by_join: true };
         let limits = RestartLimits { max_restarts: recipe.cluster.max_restarts, min_workers: recipe.cluster.min_workers };
         let crew = Crew::new(command, slots.iter().copied());
         let mut outpost = Self {
@@ -247,9 +240,9 @@ impl<'a> Outpost<'a> {
     async fn replace(&mut self, replacement: Replacement, now: Instant) -> anyhow::Result<()> {
         let (worker, attempt, budget_left) = (replacement.worker, replacement.attempt, replacement.budget_left);
         match reach(&self.crew.command().paths, &self.named).await {
-            Ok((coordinator, token)) => {
+            Ok(contact) => {
                 self.away_since = None;
-                self.crew.redirect(coordinator, token);
+                self.crew.redirect(contact);
                 self.say(&format!("worker {worker} restarted (attempt {attempt}, {budget_left} left for these slots)"))?;
                 self.start(worker)
             }
@@ -327,7 +320,7 @@ async fn take_slots(options: &mut SlotsOptions, signals: &Signals) -> anyhow::Re
 }
 
 /// Waits until the coordinator can be reached.
-async fn find_coordinator(paths: &RunPaths, named: &Named, patience: Duration, signals: &Signals) -> anyhow::Result<(String, Secret)> {
+async fn find_coordinator(paths: &RunPaths, named: &Named, patience: Duration, signals: &Signals) -> anyhow::Result<Contact> {
     let deadline = Instant::now() + patience;
     loop {
         match reach(paths, named).await {
@@ -339,33 +332,6 @@ async fn find_coordinator(paths: &RunPaths, named: &Named, patience: Duration, s
             return Err(Failure::new(FailureKind::Interrupted, "stopped while waiting for the coordinator").found(signal).into());
         }
         sleep(Duration::from_millis(RETRY_MS)).await;
-    }
-}
-
-/// Address and token of the coordinator, once it can be reached there.
-async fn reach(paths: &RunPaths, named: &Named) -> anyhow::Result<(String, Secret)> {
-    let (coordinator, token) = match (&named.coordinator, &named.token) {
-        (Some(coordinator), Some(token)) => (coordinator.clone(), token.clone()),
-        (coordinator, token) => {
-            let file = ControlFile::read(paths)?.ok_or_else(|| {
-                Failure::new(FailureKind::Environment, "this run has no controller")
-                    .at(paths.control().display())
-                    .hint("start `cloze train` or `cloze resume` first, and join while it lives; both need to see the same run folder")
-            })?;
-            (coordinator.clone().unwrap_or_else(|| file.address.to_string()), token.clone().unwrap_or(file.token))
-        }
-    };
-    let connected = match timeout(Duration::from_secs(CONNECT_TIMEOUT_S), TcpStream::connect(&coordinator)).await {
-        Ok(connected) => connected.map(drop).map_err(|error| error.to_string()),
-        Err(_) => Err(format!("no answer within {CONNECT_TIMEOUT_S} s")),
-    };
-    match connected {
-        Ok(()) => Ok((coordinator, token)),
-        Err(error) => Err(Failure::new(FailureKind::Environment, "the coordinator cannot be reached")
-            .at(coordinator)
-            .because(error)
-            .hint("the controller must listen on an address of its host: `cloze train --listen ADDRESS`, or name it with --coordinator")
-            .into()),
     }
 }
 

@@ -368,6 +368,7 @@ mod tests {
     use cloze_cluster::{Recorded, Secret};
 
     use super::*;
+    use crate::local::contact::Contact;
     use crate::local::process::WorkerCommand;
     use crate::local::record::living;
     use crate::reporter::TerminalStyle;
@@ -390,8 +391,8 @@ mod tests {
     /// A crew of a run with two slots whose workers stand still.
     fn crew(run: &RunFolder, local_workers: u32) -> Crew {
         let (binary, paths) = (script(run.path(), "kill -STOP $$"), run.paths().clone());
-        let (coordinator, token) = ("127.0.0.1:1".to_owned(), Secret::new("token"));
-        Crew::new(WorkerCommand { binary, paths, coordinator, token, slots: 2, local_workers, by_join: false }, 0..local_workers)
+        let contact = Contact { coordinator: "127.0.0.1:1".to_owned(), token: Secret::new("token"), key: None };
+        Crew::new(WorkerCommand { binary, paths, contact, slots: 2, local_workers, by_join: false }, 0..local_workers)
     }
 
     fn limits() -> SupervisorLimits {

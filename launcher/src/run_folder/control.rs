@@ -1,11 +1,11 @@
-//! `control.json`: where the live controller of a run can be reached, and with what token.
+//! `control.json`: where the live controller of a run can be reached, with what token and, by TLS, with what key.
 
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
 
 use anyhow::Context as _;
-use cloze_cluster::Secret;
+use cloze_cluster::{PinnedKey, RunKey, Secret};
 use cloze_recipes::failure::{Failure, FailureKind};
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +20,9 @@ pub struct ControlFile {
     pub address: SocketAddr,
     /// The run's token.
     pub token: Secret,
+    /// The coordinator's private key, for a successor and for `cloze join`; `None` without TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_key: Option<RunKey>,
     /// URL of the dashboard; `None` where it is switched off.
     pub dashboard: Option<String>,
     /// Process id of the controller.
@@ -42,6 +45,11 @@ impl ControlFile {
                 .hint("remove it; workers that still look for their controller then leave by themselves")
         })?;
         Ok(Some(file))
+    }
+
+    /// The key that workers are given, where there is one.
+    pub fn coordinator_key(&self) -> anyhow::Result<Option<PinnedKey>> {
+        self.tls_key.as_ref().map(RunKey::pinned).transpose()
     }
 
     /// Writes the file whole, so that only its owner can read it.
@@ -71,14 +79,21 @@ mod tests {
         let file = ControlFile {
             address: SocketAddr::from(([127, 0, 0, 1], 4242)),
             token: Secret::new("token"),
+            tls_key: None,
             dashboard: Some("http://127.0.0.1:4243/".to_owned()),
             process_id: 7,
         };
         file.write(&paths).unwrap();
-        assert_eq!(ControlFile::read(&paths).unwrap(), Some(file));
+        assert_eq!(ControlFile::read(&paths).unwrap(), Some(file.clone()));
+        assert!(!fs::read_to_string(paths.control()).unwrap().contains("tls_key"), "an earlier program reads it too");
         assert_eq!(fs::metadata(paths.control()).unwrap().permissions().mode() & 0o777, 0o600);
         let text: serde_json::Value = serde_json::from_slice(&fs::read(paths.control()).unwrap()).unwrap();
         assert_eq!((&text["address"], &text["token"]), (&"127.0.0.1:4242".into(), &"token".into()));
+        let secured = ControlFile { tls_key: Some(RunKey::random().unwrap()), ..file };
+        secured.write(&paths).unwrap();
+        assert_eq!(ControlFile::read(&paths).unwrap().unwrap().coordinator_key().unwrap(), secured.coordinator_key().unwrap());
+        assert!(secured.coordinator_key().unwrap().is_some());
+        assert_eq!(fs::metadata(paths.control()).unwrap().permissions().mode() & 0o777, 0o600);
         ControlFile::remove(&paths).unwrap();
         assert_eq!(ControlFile::read(&paths).unwrap(), None);
     }

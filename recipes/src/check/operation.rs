@@ -38,5 +38,6 @@ pub(super) fn cluster(raw: &ClusterRaw) -> ClusterRecipe {
         hang: HangRecipe { init_s: raw.hang.init_s, data_s: raw.hang.data_s, step_s: raw.hang.step_s, checkpoint_s: raw.hang.checkpoint_s },
         exclude_host_after: raw.exclude_host_after,
         retries_per_step: raw.retries_per_step,
+        tls: raw.tls,
     }
 }

@@ -85,6 +85,9 @@ pub struct ClusterRaw {
     #[serde(default = "defaults::retries_per_step")]
     #[schemars(range(min = 0, max = 100))]
     pub retries_per_step: u32,
+    /// Workers and coordinator speak by TLS, and with nobody who does not hold the run's key.
+    #[serde(default)]
+    pub tls: bool,
 }
 
 /// Longest time without progress, in seconds, by what a worker does.
@@ -138,6 +141,7 @@ impl Default for ClusterRaw {
             hang: HangRaw::default(),
             exclude_host_after: 0,
             retries_per_step: defaults::retries_per_step(),
+            tls: false,
         }
     }
 }

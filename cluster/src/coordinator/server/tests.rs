@@ -12,22 +12,57 @@ use super::*;
 use crate::client::{Client, JoinOptions};
 use crate::coordinator::connection::MAX_UNAUTHENTICATED_CONNECTIONS;
 use crate::protocol::{self, CoordinatorMessage, FailureClass, JoinRequest, PROTOCOL_VERSION, StepReport, Unreported, WorkerMessage};
+use crate::tls::PinnedKey;
+
+mod secured;
+
+/// Runs each test in clear and by TLS.
+macro_rules! in_clear_and_by_tls {
+    ($($name:ident),* $(,)?) => {
+        mod in_clear {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() {
+                super::$name(None).await;
+            })*
+        }
+
+        mod by_tls {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() {
+                super::$name(Some(crate::tls::RunKey::random().unwrap())).await;
+            })*
+        }
+    };
+}
+
+in_clear_and_by_tls!(
+    two_workers_train_and_finish,
+    strangers_are_refused,
+    a_lost_worker_is_replaced,
+    a_stop_lets_the_workers_leave,
+    giving_up_ends_the_run_and_the_workers,
+    silent_connections_are_bounded,
+    many_workers_join_at_once,
+);
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A coordinator on loopback, and the launcher's ends of its channels.
 struct Sandbox {
     address: SocketAddr,
+    pinned: Option<PinnedKey>,
     events: mpsc::Receiver<Event>,
     control: mpsc::Sender<Control>,
     run: JoinHandle<anyhow::Result<RunEnd>>,
 }
 
 impl Sandbox {
-    async fn start(workers: u32) -> Self {
+    async fn start(workers: u32, key: Option<RunKey>) -> Self {
+        let pinned = key.as_ref().map(|key| key.pinned().unwrap());
         let options = CoordinatorOptions {
             bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             token: Secret::new("token"),
+            key,
             recipe_hash: "recipe".to_owned(),
             build: "build".to_owned(),
             workers,
@@ -48,13 +83,14 @@ impl Sandbox {
         let address = coordinator.address();
         let (sender, events) = mpsc::channel(1024);
         let (control, orders) = mpsc::channel(16);
-        Self { address, events, control, run: tokio::spawn(coordinator.run(sender, orders)) }
+        Self { address, pinned, events, control, run: tokio::spawn(coordinator.run(sender, orders)) }
     }
 
     fn options(&self, worker: u32) -> JoinOptions {
         JoinOptions {
             coordinator: self.address.to_string(),
             token: Secret::new("token"),
+            coordinator_key: self.pinned,
             recipe_hash: "recipe".to_owned(),
             build: "build".to_owned(),
             worker,
@@ -121,9 +157,8 @@ fn report(step: u64) -> StepReport {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_workers_train_and_finish() {
-    let sandbox = Sandbox::start(2).await;
+async fn two_workers_train_and_finish(key: Option<RunKey>) {
+    let sandbox = Sandbox::start(2, key).await;
     let (leader, other) = (sandbox.join(0).await, sandbox.join(1).await);
     let (first, second) = (started(&leader).await, started(&other).await);
     assert_eq!((first.0, first.1, second.0, second.1), (1, 0, 1, 1));
@@ -141,9 +176,8 @@ async fn two_workers_train_and_finish() {
     assert!(!events.iter().any(|event| matches!(event, Event::WorkerLost { .. })), "{events:?}");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn strangers_are_refused() {
-    let sandbox = Sandbox::start(1).await;
+async fn strangers_are_refused(key: Option<RunKey>) {
+    let sandbox = Sandbox::start(1, key).await;
     let cases = [
         (JoinOptions { token: Secret::new("guess"), ..sandbox.options(0) }, None, None),
         (JoinOptions { recipe_hash: "other".to_owned(), ..sandbox.options(0) }, Some("recipe hash recipe"), Some("recipe hash other")),
@@ -162,7 +196,7 @@ async fn strangers_are_refused() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_protocol_version_is_refused() {
-    let sandbox = Sandbox::start(1).await;
+    let sandbox = Sandbox::start(1, None).await;
     let mut socket = TcpStream::connect(sandbox.address).await.unwrap();
     let request = JoinRequest {
         protocol_version: PROTOCOL_VERSION + 1,
@@ -181,9 +215,8 @@ async fn another_protocol_version_is_refused() {
     assert_eq!(failure.found, Some((PROTOCOL_VERSION + 1).to_string()));
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lost_worker_is_replaced() {
-    let mut sandbox = Sandbox::start(2).await;
+async fn a_lost_worker_is_replaced(key: Option<RunKey>) {
+    let mut sandbox = Sandbox::start(2, key).await;
     let (survivor, victim) = (sandbox.join(0).await, sandbox.join(1).await);
     let key = started(&survivor).await.3;
     started(&victim).await;
@@ -215,9 +248,8 @@ async fn a_lost_worker_is_replaced() {
     assert_eq!(sandbox.end().await.0, RunEnd::Finished { step: 9 });
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stop_lets_the_workers_leave() {
-    let sandbox = Sandbox::start(1).await;
+async fn a_stop_lets_the_workers_leave(key: Option<RunKey>) {
+    let sandbox = Sandbox::start(1, key).await;
     let client = sandbox.join(0).await;
     started(&client).await;
     sandbox.control.send(Control::Stop { reason: "SIGTERM".to_owned() }).await.unwrap();
@@ -229,9 +261,8 @@ async fn a_stop_lets_the_workers_leave() {
     assert_eq!(sandbox.end().await.0, RunEnd::Stopped { step: 17 });
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn giving_up_ends_the_run_and_the_workers() {
-    let sandbox = Sandbox::start(2).await;
+async fn giving_up_ends_the_run_and_the_workers(key: Option<RunKey>) {
+    let sandbox = Sandbox::start(2, key).await;
     let client = sandbox.join(0).await;
     let failure = Failure::new(FailureKind::Run, "restart budget spent");
     sandbox.control.send(Control::GiveUp { failure: failure.clone() }).await.unwrap();
@@ -240,9 +271,8 @@ async fn giving_up_ends_the_run_and_the_workers() {
     timeout(PATIENCE, ended).await.unwrap().unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn silent_connections_are_bounded() {
-    let sandbox = Sandbox::start(1).await;
+async fn silent_connections_are_bounded(key: Option<RunKey>) {
+    let sandbox = Sandbox::start(1, key).await;
     let mut silent = Vec::new();
     for _ in 0..=MAX_UNAUTHENTICATED_CONNECTIONS {
         silent.push(TcpStream::connect(sandbox.address).await.unwrap());
@@ -253,9 +283,8 @@ async fn silent_connections_are_bounded() {
     assert_eq!(timeout(PATIENCE, first.read(&mut [0; 1])).await.unwrap().unwrap(), 0);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_workers_join_at_once() {
-    let sandbox = Sandbox::start(64).await;
+async fn many_workers_join_at_once(key: Option<RunKey>) {
+    let sandbox = Sandbox::start(64, key).await;
     let mut joining = JoinSet::new();
     for worker in 0..64 {
         let options = sandbox.options(worker);
@@ -276,7 +305,7 @@ async fn many_workers_join_at_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_address_that_is_taken_is_a_failure() {
-    let taken = Sandbox::start(1).await;
+    let taken = Sandbox::start(1, None).await;
     let error = listen(taken.address).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
 }

@@ -42,6 +42,7 @@ fn options(folder: &Path, commands: &str) -> (SlotsOptions, Screen) {
         slots: vec![2, 3],
         coordinator: None,
         token: None,
+        coordinator_key: None,
         join_timeout: Duration::ZERO,
         output: Box::new(screen.clone()),
     };
@@ -50,7 +51,7 @@ fn options(folder: &Path, commands: &str) -> (SlotsOptions, Screen) {
 
 fn control(options: &SlotsOptions, listener: &TcpListener) {
     let address = listener.local_addr().unwrap();
-    ControlFile { address, token: Secret::new("token"), dashboard: None, process_id: 1 }.write(&options.paths).unwrap();
+    ControlFile { address, token: Secret::new("token"), tls_key: None, dashboard: None, process_id: 1 }.write(&options.paths).unwrap();
 }
 
 fn text(screen: &Screen) -> String {

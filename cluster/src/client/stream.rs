@@ -1,0 +1,174 @@
+//! Both ways of a worker's connection, in clear or secured.
+//!
+//! A secured connection has one TLS state, which whoever reads and whoever writes take turns at. Nobody waits for the socket while holding
+//! it, so a reader that waits for the coordinator never keeps a writer waiting, nor the other way round. Reader and writer have a handle of
+//! the socket each; what its timeouts and its shutdown mean to them is the same as in clear.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use anyhow::Context as _;
+use cloze_recipes::failure::{Failure, FailureKind};
+use rustls::pki_types::ServerName;
+use rustls::{CertificateError, ClientConnection, Error};
+
+use super::lock;
+use crate::tls::{PinnedKey, WrongKey};
+
+/// Bytes that are taken from the socket at once: a TLS record holds as many.
+const SEALED_BYTES: usize = 16 << 10;
+
+/// Name of the other side where TLS wants one; it is neither sent nor checked, for the key is.
+const COORDINATOR: &str = "coordinator";
+
+/// What the coordinator says.
+pub(super) enum Reading {
+    /// In clear.
+    Plain(TcpStream),
+    /// By TLS.
+    Secured(SecuredReader),
+}
+
+/// What the worker says.
+pub(super) enum Writing {
+    /// In clear.
+    Plain(TcpStream),
+    /// By TLS.
+    Secured(SecuredWriter),
+}
+
+/// Shares out a connection in clear.
+pub(super) fn plain(socket: TcpStream) -> anyhow::Result<(Reading, Writing)> {
+    let writing = socket.try_clone().context("share the coordinator's socket")?;
+    Ok((Reading::Plain(socket), Writing::Plain(writing)))
+}
+
+/// Secures a connection and shares it out. Nothing of the worker's is sent before the coordinator has proved that it holds the key; fails
+/// with kind `Mismatch` when it cannot.
+pub(super) fn secure(mut socket: TcpStream, key: &PinnedKey) -> anyhow::Result<(Reading, Writing)> {
+    let name = ServerName::try_from(COORDINATOR).context("name the coordinator")?;
+    let mut connection = ClientConnection::new(key.client_config()?, name).context("begin TLS with the coordinator")?;
+    while connection.is_handshaking() {
+        connection.complete_io(&mut socket).map_err(|error| handshake_failure(error, key))?;
+    }
+    let connection = Arc::new(Mutex::new(connection));
+    let writing = socket.try_clone().context("share the coordinator's socket")?;
+    let writer = SecuredWriter { socket: writing, connection: Arc::clone(&connection), sealed: Vec::new() };
+    let reader = SecuredReader { socket, connection, sealed: vec![0; SEALED_BYTES], unread: 0..0 };
+    Ok((Reading::Secured(reader), Writing::Secured(writer)))
+}
+
+impl Read for Reading {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(socket) => socket.read(bytes),
+            Self::Secured(reader) => reader.read(bytes),
+        }
+    }
+}
+
+impl Write for Writing {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(socket) => socket.write(bytes),
+            Self::Secured(writer) => writer.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        // Neither keeps anything back.
+        Ok(())
+    }
+}
+
+/// The reading half of a secured connection.
+pub(super) struct SecuredReader {
+    socket: TcpStream,
+    connection: Arc<Mutex<ClientConnection>>,
+    /// What came from the socket.
+    sealed: Vec<u8>,
+    /// The part of it that was not opened yet.
+    unread: Range<usize>,
+}
+
+impl SecuredReader {
+    /// As a socket reads. A coordinator that is killed says no farewell, and a frame that is cut is found out by its length; so the end of
+    /// the socket is simply the end.
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        loop {
+            if let Some(num_bytes) = self.open(bytes)? {
+                return Ok(num_bytes);
+            }
+            let received = self.socket.read(&mut self.sealed)?;
+            if received == 0 {
+                return Ok(0);
+            }
+            self.unread = 0..received;
+        }
+    }
+
+    /// Opens what came from the socket; `None` when more has to come.
+    fn open(&mut self, bytes: &mut [u8]) -> io::Result<Option<usize>> {
+        let mut connection = lock(&self.connection);
+        loop {
+            match connection.reader().read(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                opened => return opened.map(Some),
+            }
+            if self.unread.is_empty() {
+                return Ok(None);
+            }
+            self.unread.start += connection.read_tls(&mut &self.sealed[self.unread.clone()])?;
+            connection.process_new_packets().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        }
+    }
+}
+
+/// The writing half of a secured connection; there is one, so what it seals reaches the socket in its order.
+pub(super) struct SecuredWriter {
+    socket: TcpStream,
+    connection: Arc<Mutex<ClientConnection>>,
+    /// Kept for its memory.
+    sealed: Vec<u8>,
+}
+
+impl SecuredWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.sealed.clear();
+        let taken = {
+            let mut connection = lock(&self.connection);
+            let taken = connection.writer().write(bytes)?;
+            while connection.wants_write() {
+                connection.write_tls(&mut self.sealed)?;
+            }
+            taken
+        };
+        self.socket.write_all(&self.sealed)?;
+        Ok(taken)
+    }
+}
+
+/// Says what a failed handshake means. A socket that fails or closes is no word about the key, and is told as it is.
+fn handshake_failure(error: io::Error, key: &PinnedKey) -> anyhow::Error {
+    let Some(cause) = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) else {
+        return anyhow::Error::new(error).context("agree on TLS with the coordinator");
+    };
+    let mismatch = |what: &str| Failure::new(FailureKind::Mismatch, what);
+    let failure = match cause {
+        Error::InvalidCertificate(CertificateError::Other(other)) => match other.0.downcast_ref::<WrongKey>() {
+            Some(wrong) => mismatch("the coordinator does not hold this run's key")
+                .expected(format!("key {key}"))
+                .found(format!("key {}", wrong.found))
+                .hint("another run's coordinator, or somebody between, answers at this address; the token was not sent"),
+            None => mismatch("the coordinator's key cannot be checked").because(cause),
+        },
+        Error::InvalidMessage(_) => mismatch("the coordinator does not speak TLS")
+            .expected(format!("the key {key}"))
+            .because(cause)
+            .hint("another run's coordinator answers at this address, or one without `cluster.tls`; the token was not sent"),
+        other => mismatch("no TLS with the coordinator").because(other).hint("the token was not sent"),
+    };
+    failure.into()
+}
