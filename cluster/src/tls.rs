@@ -74,7 +74,8 @@ impl RunKey {
 }
 
 /// The public key of a run's coordinator, which is no secret. Written as 64 hexadecimal digits.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct PinnedKey([u8; KEY_BYTES]);
 
 impl PinnedKey {
@@ -105,6 +106,20 @@ impl FromStr for PinnedKey {
             let failure = Failure::new(FailureKind::Recipe, "the coordinator's key is none");
             failure.expected("64 hexadecimal digits").found(format!("{} characters", text.chars().count()))
         })
+    }
+}
+
+impl TryFrom<String> for PinnedKey {
+    type Error = Failure;
+
+    fn try_from(text: String) -> Result<Self, Failure> {
+        text.parse()
+    }
+}
+
+impl From<PinnedKey> for String {
+    fn from(key: PinnedKey) -> Self {
+        key.to_string()
     }
 }
 

@@ -35,7 +35,7 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
 use serde::{Deserialize, Serialize};
 
-pub use control::ControlFile;
+pub use control::{ControlFile, TlsKeys};
 pub(crate) use files::{READABLE, remove_if_there, storage, write_whole};
 pub use paths::RunPaths;
 use paths::no_run;

@@ -37,6 +37,17 @@ fn a_run_over_hosts_is_the_same_run() {
 }
 
 #[test]
+fn the_key_of_tls_reaches_other_hosts() {
+    let world = World::prepared();
+    world.write("shell.sh", SHELL);
+    world.done(&arguments("localhost,b", &["--set", "cluster.tls=true"]));
+    let run = world.run("my run");
+    assert_eq!((run.last_step(), run.live_workers(), run.events_named("worker_joined").len()), (40, 0, 2));
+    let shell_log = String::from_utf8(world.read("shell.log")).expect("a text");
+    assert!(!shell_log.contains("TOKEN") && !shell_log.contains("KEY"), "{shell_log}");
+}
+
+#[test]
 fn a_host_that_cannot_be_reached_is_named_at_once() {
     let world = World::prepared();
     world.write("shell.sh", SHELL);

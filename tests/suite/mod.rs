@@ -32,4 +32,5 @@ mod ssh;
 mod stop;
 mod studies;
 mod sweep;
+mod tls;
 mod world_size;

@@ -8,7 +8,7 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::run_folder::{ControlFile, RunPaths};
+use crate::run_folder::{ControlFile, RunPaths, TlsKeys};
 
 /// Longest wait for one connection to the coordinator.
 const CONNECT_TIMEOUT_S: u64 = 2;
@@ -42,14 +42,19 @@ impl Credentials {
 
     /// Those of an earlier controller, whose workers know no others. Fails with kind `Damaged` when they are not those of such a run.
     pub(super) fn of(control: &ControlFile, tls: bool) -> Result<Self, Failure> {
-        if control.tls_key.is_some() != tls {
-            let said = |is_there: bool| if is_there { "a `tls_key`" } else { "no `tls_key`" };
+        if control.tls.is_some() != tls {
+            let said = |is_there: bool| if is_there { "a `tls`" } else { "no `tls`" };
             return Err(Failure::new(FailureKind::Damaged, "control.json is not that of this run")
                 .expected(format!("{}, as the recipe's `cluster.tls` says", said(tls)))
                 .found(said(!tls))
                 .hint("remove it; workers that still look for their controller then leave by themselves"));
         }
-        Ok(Self { token: control.token.clone(), key: control.tls_key.clone() })
+        Ok(Self { token: control.token.clone(), key: control.tls.as_ref().map(|keys| keys.private_key.clone()) })
+    }
+
+    /// What control.json keeps of the key.
+    pub(super) fn kept(&self) -> anyhow::Result<Option<TlsKeys>> {
+        self.key.clone().map(TlsKeys::of).transpose()
     }
 
     /// What workers are given.
@@ -118,8 +123,8 @@ mod tests {
     }
 
     fn written(paths: &RunPaths, credentials: &Credentials) {
-        let Credentials { token, key } = credentials.clone();
-        ControlFile { address: address(), token, tls_key: key, dashboard: None, process_id: 1 }.write(paths).unwrap();
+        let (token, tls) = (credentials.token.clone(), credentials.kept().unwrap());
+        ControlFile { address: address(), token, tls, dashboard: None, process_id: 1 }.write(paths).unwrap();
     }
 
     #[test]
@@ -153,7 +158,7 @@ mod tests {
             written(&paths, &Credentials::fresh(!tls).unwrap());
             let failure = find(&paths, &Named { tls, ..Named::default() }).unwrap_err().downcast::<Failure>().unwrap();
             assert_eq!(failure.kind, FailureKind::Damaged);
-            assert_eq!(failure.found.as_deref(), Some(if tls { "no `tls_key`" } else { "a `tls_key`" }));
+            assert_eq!(failure.found.as_deref(), Some(if tls { "no `tls`" } else { "a `tls`" }));
         }
     }
 }

@@ -269,8 +269,8 @@ async fn control(
     if let Some(dashboard) = dashboard {
         reporters.attach(dashboard)?;
     }
-    let (address, Credentials { token, key: tls_key }) = (opened.coordinator.address(), opened.credentials.clone());
-    ControlFile { address, token, tls_key, dashboard: url.clone(), process_id: std::process::id() }.write(run.paths())?;
+    let (address, token, tls) = (opened.coordinator.address(), opened.credentials.token.clone(), opened.credentials.kept()?);
+    ControlFile { address, token, tls, dashboard: url.clone(), process_id: std::process::id() }.write(run.paths())?;
     let outcome = async {
         if let Some(url) = url {
             reporters.write(Event::DashboardListening { url })?;

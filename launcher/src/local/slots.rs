@@ -21,7 +21,7 @@ use super::restart::{ExitDecision, RestartLimits};
 use super::signals::{Request, Signals};
 use super::slot_locks::{RunEndWatch, SlotLocks};
 use super::supervisor::exit_failure;
-use crate::run_folder::{ControlFile, RunPaths, storage};
+use crate::run_folder::{RunPaths, storage};
 
 /// Interval at which signals, events and due times are looked at.
 const TICK_MS: u64 = 250;

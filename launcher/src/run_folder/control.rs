@@ -20,13 +20,31 @@ pub struct ControlFile {
     pub address: SocketAddr,
     /// The run's token.
     pub token: Secret,
-    /// The coordinator's private key, for a successor and for `cloze join`; `None` without TLS.
+    /// The coordinator's keys; `None` without TLS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tls_key: Option<RunKey>,
+    pub tls: Option<TlsKeys>,
     /// URL of the dashboard; `None` where it is switched off.
     pub dashboard: Option<String>,
     /// Process id of the controller.
     pub process_id: u32,
+}
+
+/// Both halves of the coordinator's key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsKeys {
+    /// For a successor, whose workers know no other key.
+    pub private_key: RunKey,
+    /// What workers are given. Beside the private half for those who hand it on to a host that does not see this file.
+    pub coordinator_key: PinnedKey,
+}
+
+impl TlsKeys {
+    /// Derives the public half. Fails with kind `Damaged` when this is no key.
+    pub(crate) fn of(private_key: RunKey) -> anyhow::Result<Self> {
+        let coordinator_key = private_key.pinned()?;
+        Ok(Self { private_key, coordinator_key })
+    }
 }
 
 impl ControlFile {
@@ -45,11 +63,6 @@ impl ControlFile {
                 .hint("remove it; workers that still look for their controller then leave by themselves")
         })?;
         Ok(Some(file))
-    }
-
-    /// The key that workers are given, where there is one.
-    pub fn coordinator_key(&self) -> anyhow::Result<Option<PinnedKey>> {
-        self.tls_key.as_ref().map(RunKey::pinned).transpose()
     }
 
     /// Writes the file whole, so that only its owner can read it.
@@ -79,20 +92,22 @@ mod tests {
         let file = ControlFile {
             address: SocketAddr::from(([127, 0, 0, 1], 4242)),
             token: Secret::new("token"),
-            tls_key: None,
+            tls: None,
             dashboard: Some("http://127.0.0.1:4243/".to_owned()),
             process_id: 7,
         };
         file.write(&paths).unwrap();
         assert_eq!(ControlFile::read(&paths).unwrap(), Some(file.clone()));
-        assert!(!fs::read_to_string(paths.control()).unwrap().contains("tls_key"), "an earlier program reads it too");
+        assert!(!fs::read_to_string(paths.control()).unwrap().contains("tls"), "an earlier program reads it too");
         assert_eq!(fs::metadata(paths.control()).unwrap().permissions().mode() & 0o777, 0o600);
         let text: serde_json::Value = serde_json::from_slice(&fs::read(paths.control()).unwrap()).unwrap();
         assert_eq!((&text["address"], &text["token"]), (&"127.0.0.1:4242".into(), &"token".into()));
-        let secured = ControlFile { tls_key: Some(RunKey::random().unwrap()), ..file };
+        let keys = TlsKeys::of(RunKey::random().unwrap()).unwrap();
+        let secured = ControlFile { tls: Some(keys.clone()), ..file };
         secured.write(&paths).unwrap();
-        assert_eq!(ControlFile::read(&paths).unwrap().unwrap().coordinator_key().unwrap(), secured.coordinator_key().unwrap());
-        assert!(secured.coordinator_key().unwrap().is_some());
+        assert_eq!(ControlFile::read(&paths).unwrap(), Some(secured));
+        let text: serde_json::Value = serde_json::from_slice(&fs::read(paths.control()).unwrap()).unwrap();
+        assert_eq!(text["tls"]["coordinator_key"], keys.coordinator_key.to_string());
         assert_eq!(fs::metadata(paths.control()).unwrap().permissions().mode() & 0o777, 0o600);
         ControlFile::remove(&paths).unwrap();
         assert_eq!(ControlFile::read(&paths).unwrap(), None);

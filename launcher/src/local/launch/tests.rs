@@ -127,7 +127,7 @@ fn left_behind(root: &Path, address: SocketAddr, slots: u32) -> (RunFolder, std:
     let record = ProcessRecord { worker: 0, slots, process_id, start_ticks, host, by_join: false, log_start: 0 };
     record.write(paths).unwrap();
     std::fs::write(paths.log(0), "").unwrap();
-    ControlFile { address, token: Secret::new("token"), tls_key: None, dashboard: None, process_id: 1 }.write(paths).unwrap();
+    ControlFile { address, token: Secret::new("token"), tls: None, dashboard: None, process_id: 1 }.write(paths).unwrap();
     assert_eq!(living(paths).unwrap(), [record]);
     (run, child)
 }
@@ -224,7 +224,7 @@ fn a_run_whose_workers_may_live_on_another_host_is_left_alone() {
     let record = ProcessRecord { worker: 0, slots: 1, process_id: 1, start_ticks: 1, host, by_join: false, log_start: 0 };
     record.write(&paths).unwrap();
     let address = SocketAddr::from(([127, 0, 0, 1], 1));
-    ControlFile { address, token: Secret::new("token"), tls_key: None, dashboard: None, process_id: 1 }.write(&paths).unwrap();
+    ControlFile { address, token: Secret::new("token"), tls: None, dashboard: None, process_id: 1 }.write(&paths).unwrap();
     let error = run(folder, LaunchPlan { resumed: true, ..plan(Path::new("/bin/sh")) }).unwrap_err();
     let failure = error.downcast::<Failure>().unwrap();
     assert_eq!((failure.kind, failure.what.as_str()), (FailureKind::Environment, "workers of host another host may still live"));

@@ -9,6 +9,7 @@ use cloze_cluster::Recorded;
 use cloze_cluster::host::host_name;
 
 use super::*;
+use crate::run_folder::ControlFile;
 use crate::sample::{recipe, script};
 
 /// An output that the test keeps a hold of.
@@ -51,7 +52,7 @@ fn options(folder: &Path, commands: &str) -> (SlotsOptions, Screen) {
 
 fn control(options: &SlotsOptions, listener: &TcpListener) {
     let address = listener.local_addr().unwrap();
-    ControlFile { address, token: Secret::new("token"), tls_key: None, dashboard: None, process_id: 1 }.write(&options.paths).unwrap();
+    ControlFile { address, token: Secret::new("token"), tls: None, dashboard: None, process_id: 1 }.write(&options.paths).unwrap();
 }
 
 fn text(screen: &Screen) -> String {
