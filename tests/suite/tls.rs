@@ -2,11 +2,12 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::sandbox::{Outcome, Process, Run, World, wait_until};
+use crate::sandbox::{Outcome, Process, Run, WORKER, World, run_command, wait_until};
 
 /// Longest wait for something that takes seconds on a free machine.
 const TIMEOUT: Duration = Duration::from_secs(90);
@@ -84,6 +85,11 @@ fn who_joins_needs_the_key() {
         let mut command = world.command(&["join", &path, "--slots", "1", "--coordinator", &address]);
         Process::start(command.env("CLOZE_TOKEN", &token).env("CLOZE_COORDINATOR_KEY", key), "").wait()
     };
+    // Without a key a worker speaks to nobody, since its recipe wants TLS.
+    let words = ["train", "--coordinator", &text(&control, "/address"), "--run", "run", "--worker", "1", "--local-workers", "1"];
+    let mut keyless = world.command_by(Command::new(WORKER), &words);
+    let refused = run_command(keyless.env("CLOZE_TOKEN", &token)).expect_code(8);
+    refused.expect_words(&["this run speaks TLS, and the worker was given no key of the coordinator"]);
     let other = "0123456789abcdef".repeat(4);
     let refused = join(&other).expect_code(8);
     let (wanted, found) = (format!("key {other}"), format!("key {key}"));

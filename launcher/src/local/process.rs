@@ -261,7 +261,7 @@ mod tests {
     #[tokio::test]
     async fn output_goes_straight_to_the_log() {
         let folder = tempfile::tempdir().unwrap();
-        let command = command(folder.path(), "echo \"$@\"; echo $CLOZE_TOKEN >&2; exit 7");
+        let command = command(folder.path(), "echo \"$@\"; echo $CLOZE_TOKEN $CLOZE_COORDINATOR_KEY >&2; exit 7");
         let (process, _orders) = WorkerProcess::start(&command, 1, &["nan@3".to_owned()]).unwrap();
         let process_id = process.process_id();
         let exit = process.wait().await;
@@ -272,6 +272,17 @@ mod tests {
         assert!(exit.dump.is_none());
         let log = fs::read_to_string(command.paths.log(1)).unwrap();
         assert!(log.contains(&format!("== worker 1, process {process_id} ==\n")), "{log}");
+    }
+
+    #[tokio::test]
+    async fn the_coordinators_key_is_in_the_environment_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = command(folder.path(), "echo \"$@\"; echo \"key: $CLOZE_COORDINATOR_KEY\"");
+        let key = cloze_cluster::RunKey::random().unwrap().pinned().unwrap();
+        command.contact.key = Some(key);
+        let (process, _orders) = WorkerProcess::start(&command, 0, &[]).unwrap();
+        let tail = process.wait().await.tail;
+        assert!(tail.ends_with(&format!("key: {key}")) && tail.matches(&key.to_string()).count() == 1, "{tail}");
     }
 
     /// A process that has just been started shows no command line for an instant.

@@ -1,12 +1,14 @@
 //! What only TLS promises: nobody else is spoken to, and nobody else can read.
 
+use std::sync::atomic::AtomicUsize;
+
 use super::*;
 
 /// A token that stands out among other bytes.
 const TOKEN: &str = "open-sesame-open-sesame";
 
-/// Messages each way while both ways are busy; together far more than any socket buffers.
-const BUSY_MESSAGES: usize = 16;
+/// Messages each way while both ways are busy; together 32 MiB, about three times what the sockets of a connection hold.
+const BUSY_MESSAGES: usize = 32;
 
 /// Bytes of each.
 const BUSY_BYTES: usize = 1 << 20;
@@ -135,20 +137,30 @@ fn the_token_is_not_told_to_a_stranger() {
     }
 }
 
-/// The coordinator says everything before it hears anything, and so does the worker: neither gets to the end unless the worker's reader
-/// reads on while its writer waits for the socket.
+/// Time without progress after which a writer is taken to wait for the socket; well below the time that it may wait.
+const STILLNESS: Duration = Duration::from_millis(300);
+
+/// The coordinator hears nothing until the worker's writer waits for the socket, and then says everything first: neither gets to the end
+/// unless the worker's reader reads on while its writer waits.
 fn both_ways_can_be_busy(stage: Stage) {
     let (client, _listener, mut socket) = stage.seat(PATIENCE);
     let word = |index: usize| format!("{index:02}").repeat(BUSY_BYTES / 2);
-    let client = Arc::new(client);
+    let (client, num_said) = (Arc::new(client), Arc::new(AtomicUsize::new(0)));
     let speaking = std::thread::spawn({
-        let client = Arc::clone(&client);
+        let (client, num_said) = (Arc::clone(&client), Arc::clone(&num_said));
         move || {
             for index in 0..BUSY_MESSAGES {
                 client.send(&WorkerMessage::Broken { generation: 1, reason: word(index) }).unwrap();
+                num_said.store(index + 1, Ordering::SeqCst);
             }
         }
     });
+    let mut before = 0;
+    while before == 0 || num_said.load(Ordering::SeqCst) != before {
+        before = num_said.load(Ordering::SeqCst);
+        std::thread::sleep(STILLNESS);
+    }
+    assert!(before < BUSY_MESSAGES, "the sockets held everything, so nobody had to wait");
     for index in 0..BUSY_MESSAGES {
         say(&mut socket, &CoordinatorMessage::Save { reason: word(index) });
     }
