@@ -32,17 +32,21 @@ enum Stage {
 macro_rules! on_both_stages {
     ($($name:ident),* $(,)?) => {
         mod in_clear {
-            $(#[test]
-            fn $name() {
-                super::$name(super::Stage::Clear);
-            })*
+            $(
+                #[test]
+                fn $name() {
+                    super::$name(super::Stage::Clear);
+                }
+            )*
         }
 
         mod by_tls {
-            $(#[test]
-            fn $name() {
-                super::$name(super::Stage::Tls);
-            })*
+            $(
+                #[test]
+                fn $name() {
+                    super::$name(super::Stage::Tls);
+                }
+            )*
         }
     };
 }

@@ -20,17 +20,21 @@ mod secured;
 macro_rules! in_clear_and_by_tls {
     ($($name:ident),* $(,)?) => {
         mod in_clear {
-            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $name() {
-                super::$name(None).await;
-            })*
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    super::$name(None).await;
+                }
+            )*
         }
 
         mod by_tls {
-            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $name() {
-                super::$name(Some(crate::tls::RunKey::random().unwrap())).await;
-            })*
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    super::$name(Some(crate::tls::RunKey::random().unwrap())).await;
+                }
+            )*
         }
     };
 }
