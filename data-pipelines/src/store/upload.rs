@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -131,14 +132,33 @@ fn write_file(path: &Path, pieces: &[Bytes], deadline: Instant) -> Result<(), Up
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder)?;
     }
-    let mut file = File::create(path)?;
+    let file = File::create(path)?;
+    thread::scope(|scope| {
+        let (written, more) = mpsc::sync_channel(1);
+        let file = &file;
+        let flusher = thread::Builder::new().name("cloze-flush".to_owned()).spawn_scoped(scope, move || flush_behind(file, &more))?;
+        write_chunks(file, pieces, deadline, &written)?;
+        drop(written);
+        flusher.join().map_err(|_| io::Error::other("the thread that flushes a file panicked"))?.map_err(UploadError::from)
+    })?;
+    Ok(file.sync_all()?)
+}
+
+fn write_chunks(mut file: &File, pieces: &[Bytes], deadline: Instant, written: &SyncSender<()>) -> Result<(), UploadError> {
     for chunk in pieces.iter().flat_map(|piece| piece.chunks(CHUNK_BYTES)) {
         if Instant::now() >= deadline {
             return Err(UploadError::TooSlow);
         }
         file.write_all(chunk)?;
+        // Neither a flush that is under way nor a flusher that has failed is waited for here.
+        let _ = written.try_send(());
     }
-    Ok(file.sync_all()?)
+    Ok(())
+}
+
+/// Sends to the disk what was written so far, while more is being written: a system keeps gigabytes back until it is asked for them.
+fn flush_behind(file: &File, more: &Receiver<()>) -> io::Result<()> {
+    more.iter().try_for_each(|()| file.sync_data())
 }
 
 /// Gives a finished file its name. A rename is durable once the folder is, and a new folder once the one around it is.
