@@ -1,18 +1,17 @@
 //! Whole objects, hashed while they are read.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Read};
 use std::sync::PoisonError;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
-use std::time::Instant;
+use std::time::{Instant, UNIX_EPOCH};
 
 use bytes::Bytes;
 use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::calls::{ObjectInfo, head};
 use super::failure::explain;
-use super::reader::shorter_than_told;
 use super::{ObjectReader, Store};
 
 /// Objects of a bucket are read in pieces of this many bytes, one ahead.
@@ -42,18 +41,36 @@ pub fn read_hashed(store: &Store, key: &str, max_bytes: u64) -> anyhow::Result<(
 }
 
 /// The store's client would copy a file twice on its way through a pool of threads, which takes as long as the reading.
+///
+/// A file that is written to or replaced meanwhile is a storage failure, as it is with the client: a torn content would have a hash like
+/// any other.
 fn read_file(store: &Store, info: &ObjectInfo) -> anyhow::Result<(Vec<u8>, blake3::Hash)> {
     // Refuses a key that leaves the folder.
     store.path(&info.key)?;
     let url = store.url(&info.key);
     let started = Instant::now();
-    let (content, hash) = File::open(&url)
-        .and_then(|file| fill(&file, info.size))
-        .map_err(|error| explain(store, "read object", &info.key, started, &as_store_error(error, &url)))?;
-    if content.len() as u64 == info.size {
-        return Ok((content, hash));
+    let read = || -> io::Result<Option<(Vec<u8>, blake3::Hash)>> {
+        let file = File::open(&url)?;
+        let (content, hash) = fill(&file, info.size)?;
+        let is_as_told = content.len() as u64 == info.size && is_version(&file.metadata()?, info)?;
+        Ok(is_as_told.then_some((content, hash)))
+    };
+    let failed = |error: &object_store::Error| explain(store, "read object", &info.key, started, error);
+    match read() {
+        Ok(Some(read)) => Ok(read),
+        Ok(None) => Err(failed(&changed(&url)).into()),
+        Err(error) => Err(failed(&as_store_error(error, &url)).into()),
     }
-    Err(shorter_than_told(&url, info.size, content.len() as u64).into())
+}
+
+/// Whether a file is still the version that the store has told of.
+fn is_version(metadata: &Metadata, info: &ObjectInfo) -> io::Result<bool> {
+    let modified = metadata.modified()?.duration_since(UNIX_EPOCH).map_err(io::Error::other)?;
+    Ok(metadata.len() == info.size && i64::try_from(modified.as_micros()) == Ok(info.last_modified_us))
+}
+
+fn changed(path: &str) -> object_store::Error {
+    object_store::Error::Precondition { path: path.to_owned(), source: "its size or the time of its last change is another one".into() }
 }
 
 /// At most `num_bytes` bytes from the beginning of a file, and their hash, which another thread computes just behind the reading.
@@ -156,16 +173,23 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_shrinks_after_it_was_looked_up_is_a_storage_failure() {
+    fn a_file_that_changes_after_it_was_looked_up_is_a_storage_failure() {
         let folder = tempfile::tempdir().unwrap();
         let store = local(&folder);
         put(&store, "file", vec![1; 100]).unwrap();
         let info = head(&store, "file").unwrap();
-        put(&store, "file", vec![1; 60]).unwrap();
-        let failure = read_file(&store, &info).unwrap_err().downcast::<Failure>().unwrap();
-        assert_eq!((failure.kind, failure.what.as_str()), (FailureKind::Storage, "object is shorter than the store said"));
+        let earlier = ObjectInfo { last_modified_us: info.last_modified_us - 1, ..info.clone() };
+        let failed = |info: &ObjectInfo| read_file(&store, info).unwrap_err().downcast::<Failure>().unwrap();
+        for stale in [ObjectInfo { size: 160, ..info.clone() }, ObjectInfo { size: 60, ..info.clone() }, earlier] {
+            let failure = failed(&stale);
+            assert_eq!(
+                (failure.kind, failure.what.as_str()),
+                (FailureKind::Storage, "failed to read object: the object changed meanwhile")
+            );
+        }
+        assert_eq!(read_file(&store, &info).unwrap().0, vec![1; 100]);
         std::fs::remove_file(folder.path().join("file")).unwrap();
-        let failure = read_file(&store, &info).unwrap_err().downcast::<Failure>().unwrap();
+        let failure = failed(&info);
         assert_eq!((failure.kind, failure.what.as_str()), (FailureKind::Input, "failed to read object: no such file"));
         assert!(read_file(&store, &ObjectInfo { key: "../file".to_owned(), ..info }).is_err());
     }
