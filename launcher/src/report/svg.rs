@@ -13,8 +13,10 @@ pub const HEIGHT: f64 = 300.0;
 pub const NUM_COLOURS: usize = 8;
 /// Smallest distance of two labels, which is the height of their letters.
 const LABEL_DISTANCE: f64 = 15.0;
-/// Width of a bold letter, on average.
-const LETTER_WIDTH: f64 = 7.8;
+/// Largest share of a plot's width that labels beside it take.
+const LABEL_SHARE: f64 = 0.42;
+/// What a text that was cut ends with.
+const ELLIPSIS: char = '…';
 /// About this many ticks on an axis.
 const NUM_TICKS: f64 = 5.0;
 /// An axis is logarithmic where its largest value is this many times its smallest.
@@ -297,19 +299,37 @@ pub fn escaped(text: &str) -> String {
 
 /// The space that labels take, at most a bit less than half a plot.
 pub fn label_space<'a>(labels: impl IntoIterator<Item = &'a str>) -> f64 {
-    let longest = labels.into_iter().map(|label| label.chars().count()).max().unwrap_or(0) as f64;
-    (longest * LETTER_WIDTH + 14.0).min(WIDTH * 0.36)
+    let widest = labels.into_iter().map(text_width).fold(0.0, f64::max);
+    (widest + 14.0).min(WIDTH * LABEL_SHARE)
 }
 
 /// A text cut to a width.
 pub fn fitted(text: &str, width: f64) -> String {
-    let most = (width / LETTER_WIDTH).max(2.0) as usize;
-    if text.chars().count() <= most {
+    if text_width(text) <= width {
         return text.to_owned();
     }
-    let mut cut = String::new();
-    let _ = write!(cut, "{}…", text.chars().take(most - 1).collect::<String>().trim_end());
-    cut
+    let mut left = width - letter_width(ELLIPSIS);
+    let fits = |letter: &char| {
+        left -= letter_width(*letter);
+        left >= 0.0
+    };
+    let cut: String = text.chars().take_while(fits).collect();
+    format!("{}{ELLIPSIS}", cut.trim_end())
+}
+
+fn text_width(text: &str) -> f64 {
+    text.chars().map(letter_width).sum()
+}
+
+/// About the width of a bold letter of the page's size in the widest of its fonts.
+fn letter_width(letter: char) -> f64 {
+    match letter {
+        ' ' | '.' | ',' | ':' | '\'' | '|' | 'i' | 'j' | 'l' => 4.9,
+        '(' | ')' | '[' | ']' | '/' | '-' | '_' | 'f' | 'r' | 't' | 'I' => 6.5,
+        'm' | 'w' | 'M' | 'W' | '%' | '@' | ELLIPSIS => 13.6,
+        '=' | '+' | '<' | '>' | 'A'..='Z' => 10.9,
+        _ => 9.2,
+    }
 }
 
 /// Places from top to bottom, as near to the wanted ones as their distance allows.
@@ -374,7 +394,12 @@ mod tests {
     #[test]
     fn long_labels_are_cut() {
         assert_eq!(fitted("auxiliary=mlm", 200.0), "auxiliary=mlm");
-        assert_eq!(fitted("auxiliary=mlm, ratio=0.2", 118.0), "auxiliary=mlm,…");
+        assert_eq!(fitted("auxiliary=mlm, ratio=0.2", 130.0), "auxiliary=mlm,…");
+        assert_eq!(fitted("mmmmmm", 1.0), "…");
+        // Wide letters take more space than as many narrow ones, and a label has the space that was kept for it.
+        let label = "auxiliary=dummy_mlm";
+        assert!(label_space([label]) > label_space(["auxiliary=collected"]));
+        assert_eq!(fitted(label, label_space([label]) - 8.0), label);
         assert!(label_space(["a very very long label that no plot has space for"]) < WIDTH * 0.4);
     }
 }
