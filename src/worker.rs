@@ -47,7 +47,7 @@ pub struct WorkerOptions {
     /// Cores that the workers of this run share on this machine; `None` is all.
     pub cores: Option<u32>,
     /// The run's token.
-    pub token: String,
+    pub token: Secret,
     /// The key that the coordinator proves to hold; `None` speaks in clear, which a recipe with `cluster.tls` forbids.
     pub coordinator_key: Option<PinnedKey>,
     /// Folder of another `PyTorch`, for its CUDA half.
@@ -163,7 +163,7 @@ fn join(options: &WorkerOptions, recipe: &Recipe, listener: &TcpListener) -> Res
     }
     Client::join(JoinOptions {
         coordinator: options.coordinator.clone(),
-        token: Secret::new(options.token.clone()),
+        token: options.token.clone(),
         coordinator_key: options.coordinator_key,
         recipe_hash: recipe.hash(),
         build: cloze_cluster::protocol::build_name(),

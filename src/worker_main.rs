@@ -35,6 +35,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
+use cloze_cluster::Secret;
+use cloze_cluster::environment::{COORDINATOR_KEY_VARIABLE, TOKEN_VARIABLE, given};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::ModelShape;
 use signal_hook::consts::{SIGHUP, SIGTERM, SIGUSR1, SIGUSR2};
@@ -237,10 +239,20 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Train(a) => {
             leave_signals_to_the_launcher()?;
-            let token = std::env::var("CLOZE_TOKEN").context("read the run's token from CLOZE_TOKEN")?;
-            let coordinator_key = std::env::var("CLOZE_COORDINATOR_KEY").ok().map(|key| key.parse()).transpose()?;
+            let token = given(TOKEN_VARIABLE)?.context("read the run's token from CLOZE_TOKEN")?;
+            let coordinator_key = given(COORDINATOR_KEY_VARIABLE)?.map(|key| key.parse()).transpose()?;
             let TrainArguments { coordinator, run, worker, local_workers, drills } = a;
-            worker::run(WorkerOptions { coordinator, run, worker, local_workers, cores, token, coordinator_key, torch_folder, drills })
+            worker::run(WorkerOptions {
+                coordinator,
+                run,
+                worker,
+                local_workers,
+                cores,
+                token: Secret::new(token),
+                coordinator_key,
+                torch_folder,
+                drills,
+            })
         }
         Command::Eval(EvalArguments { recipe, run, model, output }) => {
             evaluate::evaluate(&EvaluateOptions { recipe, run, model, output, cores, torch_folder }, &mut stdout)

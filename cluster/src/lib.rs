@@ -10,6 +10,7 @@
 
 pub mod client;
 pub mod coordinator;
+pub mod environment;
 pub mod event;
 pub mod host;
 pub mod journal;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use cloze_cluster::Secret;
+use cloze_cluster::environment::{COORDINATOR_KEY_VARIABLE, TOKEN_VARIABLE, given};
 use cloze_launcher::run_folder::{read_info, read_recipe};
 use cloze_launcher::{RunPaths, SlotsOptions, serve_slots};
 use cloze_recipes::failure::{Failure, FailureKind};
@@ -13,12 +14,6 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use super::arguments::JoinArguments;
 use super::run::write_last_line;
 use super::worker_process::worker_binary;
-
-/// Environment variable with the run's token, for a run folder whose control.json this user may not read.
-const TOKEN_VARIABLE: &str = "CLOZE_TOKEN";
-
-/// The same with the coordinator's key, where the run has one.
-const COORDINATOR_KEY_VARIABLE: &str = "CLOZE_COORDINATOR_KEY";
 
 /// Most slots that one host fills; each is a process.
 const MAX_SLOTS: usize = 1024;
@@ -29,14 +24,14 @@ pub fn join(arguments: &JoinArguments) -> Result<ExitCode> {
     let paths = RunPaths::find(&arguments.run)?;
     let info = read_info(&paths)?;
     let recipe = read_recipe(&paths, &info)?;
-    let coordinator_key = std::env::var(COORDINATOR_KEY_VARIABLE).ok().map(|key| key.parse()).transpose()?;
+    let coordinator_key = given(COORDINATOR_KEY_VARIABLE)?.map(|key| key.parse()).transpose()?;
     let shown = paths.root().display().to_string();
     serve_slots(SlotsOptions {
         paths,
         recipe,
         slots,
         coordinator: arguments.coordinator.clone(),
-        token: std::env::var(TOKEN_VARIABLE).ok().map(Secret::new),
+        token: given(TOKEN_VARIABLE)?.map(Secret::new),
         coordinator_key,
         join_timeout: Duration::from_secs(arguments.join_timeout),
         worker_binary: worker_binary()?,

@@ -1,13 +1,13 @@
 //! Reaching the coordinator and asking it for a seat.
 
 use std::net::{TcpStream, ToSocketAddrs as _};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::JoinOptions;
-use super::stream::{self, Reading, Writing};
+use super::stream::{self, Incoming, Reading, Writing};
 use crate::host::host_name;
 use crate::protocol::{self, CoordinatorMessage, Held, JoinRequest, PROTOCOL_VERSION, WorkerMessage};
 
@@ -41,7 +41,8 @@ pub(super) struct Sockets {
 
 impl Sockets {
     /// From now on a coordinator that says nothing for two heartbeat timeouts, four pulses, counts as away.
-    pub(super) fn expect_pulses(&self, heartbeat_timeout: Duration) -> anyhow::Result<()> {
+    pub(super) fn expect_pulses(&mut self, heartbeat_timeout: Duration) -> anyhow::Result<()> {
+        self.reading.lift_deadline();
         self.closing.set_read_timeout(Some(2 * heartbeat_timeout)).context("bound the coordinator's silence")
     }
 }
@@ -90,11 +91,11 @@ pub(super) fn request(options: &JoinOptions, held: Option<Held>) -> JoinRequest 
     }
 }
 
-/// Shares a connection out, secured where the coordinator's key is known; `wait` bounds each wait for the coordinator from now on.
+/// Shares a connection out, secured where the coordinator's key is known; `wait` bounds all that the coordinator may take until its pulses
+/// are expected.
 pub(super) fn open(socket: TcpStream, options: &JoinOptions, wait: Duration) -> anyhow::Result<Sockets> {
-    // All handles are one socket, so its timeouts count for each of them.
-    socket.set_read_timeout(Some(wait)).context("bound the wait for the coordinator")?;
     let closing = socket.try_clone().context("share the coordinator's socket")?;
+    let socket = Incoming::until(socket, Instant::now() + wait);
     let (reading, writing) = match &options.coordinator_key {
         None => stream::plain(socket)?,
         Some(key) => stream::secure(socket, key)?,

@@ -8,6 +8,7 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use anyhow::Context as _;
 use cloze_recipes::failure::{Failure, FailureKind};
@@ -26,7 +27,7 @@ const COORDINATOR: &str = "coordinator";
 /// What the coordinator says.
 pub(super) enum Reading {
     /// In clear.
-    Plain(TcpStream),
+    Plain(Incoming),
     /// By TLS.
     Secured(SecuredReader),
 }
@@ -40,24 +41,75 @@ pub(super) enum Writing {
 }
 
 /// Shares out a connection in clear.
-pub(super) fn plain(socket: TcpStream) -> anyhow::Result<(Reading, Writing)> {
-    let writing = socket.try_clone().context("share the coordinator's socket")?;
+pub(super) fn plain(socket: Incoming) -> anyhow::Result<(Reading, Writing)> {
+    let writing = socket.writing()?;
     Ok((Reading::Plain(socket), Writing::Plain(writing)))
 }
 
 /// Secures a connection and shares it out. Nothing of the worker's is sent before the coordinator has proved that it holds the key; fails
 /// with kind `Mismatch` when it cannot.
-pub(super) fn secure(mut socket: TcpStream, key: &PinnedKey) -> anyhow::Result<(Reading, Writing)> {
+pub(super) fn secure(mut socket: Incoming, key: &PinnedKey) -> anyhow::Result<(Reading, Writing)> {
     let name = ServerName::try_from(COORDINATOR).context("name the coordinator")?;
     let mut connection = ClientConnection::new(key.client_config()?, name).context("begin TLS with the coordinator")?;
     while connection.is_handshaking() {
         connection.complete_io(&mut socket).map_err(|error| handshake_failure(error, key))?;
     }
     let connection = Arc::new(Mutex::new(connection));
-    let writing = socket.try_clone().context("share the coordinator's socket")?;
-    let writer = SecuredWriter { socket: writing, connection: Arc::clone(&connection), sealed: Vec::new() };
+    let writer = SecuredWriter { socket: socket.writing()?, connection: Arc::clone(&connection), sealed: Vec::new() };
     let reader = SecuredReader { socket, connection, sealed: vec![0; SEALED_BYTES], unread: 0..0 };
     Ok((Reading::Secured(reader), Writing::Secured(writer)))
+}
+
+impl Reading {
+    /// The coordinator has answered: from now on only its silence counts, as the socket's own timeout bounds it.
+    pub(super) fn lift_deadline(&mut self) {
+        let socket = match self {
+            Self::Plain(socket) => socket,
+            Self::Secured(reader) => &mut reader.socket,
+        };
+        socket.deadline = None;
+    }
+}
+
+/// A socket to read from, with a deadline for all reads together: somebody in between who sends a byte now and then would outlast any
+/// timeout of a single one.
+pub(super) struct Incoming {
+    socket: TcpStream,
+    deadline: Option<Instant>,
+}
+
+impl Incoming {
+    pub(super) fn until(socket: TcpStream, deadline: Instant) -> Self {
+        Self { socket, deadline: Some(deadline) }
+    }
+
+    fn writing(&self) -> anyhow::Result<TcpStream> {
+        self.socket.try_clone().context("share the coordinator's socket")
+    }
+}
+
+impl Read for Incoming {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        if let Some(deadline) = self.deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "the coordinator has not answered in time"));
+            }
+            self.socket.set_read_timeout(Some(left))?;
+        }
+        self.socket.read(bytes)
+    }
+}
+
+/// The handshake alone writes here; see [`Writing`] for what follows.
+impl Write for Incoming {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.socket.flush()
+    }
 }
 
 impl Read for Reading {
@@ -85,7 +137,7 @@ impl Write for Writing {
 
 /// The reading half of a secured connection.
 pub(super) struct SecuredReader {
-    socket: TcpStream,
+    socket: Incoming,
     connection: Arc<Mutex<ClientConnection>>,
     /// What came from the socket.
     sealed: Vec<u8>,

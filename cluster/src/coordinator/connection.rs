@@ -246,9 +246,12 @@ async fn write_messages<W: AsyncWrite + Unpin>(writer: &mut W, mut frames: mpsc:
             }
         }
     }
-    // The worker sees the end of the stream either way; a failed shutdown means that it is already gone.
-    if let Err(error) = writer.shutdown().await {
-        tracing::debug!(%error, "a connection was already closed");
+    // The worker sees the end of the stream either way; a failed shutdown means that it is already gone, or that it stands still and does
+    // not take the farewell of TLS.
+    match timeout(Duration::from_secs(WRITE_TIMEOUT_S), writer.shutdown()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "a connection was already closed"),
+        Err(_elapsed) => tracing::debug!("a connection was closed without a farewell"),
     }
     "closed by the coordinator".to_owned()
 }

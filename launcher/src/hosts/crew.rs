@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use cloze_cluster::RunEnd;
+use cloze_cluster::environment::{COORDINATOR_KEY_VARIABLE, TOKEN_VARIABLE};
 use cloze_recipes::failure::{Failure, FailureKind};
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, BufReader};
 use tokio::process::Command;
@@ -110,6 +111,8 @@ impl HostCrew {
         let log = OpenOptions::new().create(true).append(true).open(&path).map_err(|error| storage("write a host's log", &path, &error))?;
         let words: Vec<String> = self.plan.join.iter().cloned().chain(["--slots".to_owned(), self.slots_text(place)]).collect();
         let mut command = Command::from(host.command(&words));
+        // A remote shell may pass on what this program was given for itself; the host takes both from the run folder.
+        command.env_remove(TOKEN_VARIABLE).env_remove(COORDINATOR_KEY_VARIABLE);
         // Ctrl-C in the terminal must reach the controller only; what it starts elsewhere ends with the run.
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().map_err(|error| {

@@ -47,7 +47,7 @@ impl Credentials {
             return Err(Failure::new(FailureKind::Damaged, "control.json is not that of this run")
                 .expected(format!("{}, as the recipe's `cluster.tls` says", said(tls)))
                 .found(said(!tls))
-                .hint("remove it; workers that still look for their controller then leave by themselves"));
+                .hint("is it a copy from another run? a controller that lives has written its own"));
         }
         Ok(Self { token: control.token.clone(), key: control.tls.as_ref().map(|keys| keys.private_key.clone()) })
     }
@@ -96,22 +96,44 @@ pub(super) async fn reach(paths: &RunPaths, named: &Named) -> anyhow::Result<Con
 
 /// What was not said is read from control.json.
 fn find(paths: &RunPaths, named: &Named) -> anyhow::Result<Contact> {
-    if let (Some(coordinator), Some(token)) = (&named.coordinator, &named.token)
+    if named.key.is_some() && !named.tls {
+        return Err(Failure::new(FailureKind::Mismatch, "this run speaks in clear, and CLOZE_COORDINATOR_KEY is set")
+            .at(paths.root().display())
+            .hint("unset it: it is the key of another run")
+            .into());
+    }
+    let place = named.coordinator.as_ref().zip(named.token.as_ref());
+    if let Some((coordinator, token)) = place
         && (named.key.is_some() || !named.tls)
     {
         return Ok(Contact { coordinator: coordinator.clone(), token: token.clone(), key: named.key });
     }
-    let file = ControlFile::read(paths)?.ok_or_else(|| {
-        Failure::new(FailureKind::Environment, "this run has no controller")
-            .at(paths.control().display())
-            .hint("start `cloze train` or `cloze resume` first, and join while it lives; both need to see the same run folder")
-    })?;
+    let file = match ControlFile::read(paths) {
+        Ok(Some(file)) => file,
+        // Whoever says address and token does so because this host cannot read the file.
+        Ok(None) if place.is_some() => return Err(keyless(paths).into()),
+        Err(error) if place.is_some() => return Err(keyless(paths).because(format!("{error:#}")).into()),
+        Ok(None) => return Err(uncontrolled(paths).into()),
+        Err(error) => return Err(error),
+    };
     let known = Credentials::of(&file, named.tls)?.contact(file.address)?;
     Ok(Contact {
         coordinator: named.coordinator.clone().unwrap_or(known.coordinator),
         token: named.token.clone().unwrap_or(known.token),
         key: named.key.or(known.key),
     })
+}
+
+fn keyless(paths: &RunPaths) -> Failure {
+    Failure::new(FailureKind::Mismatch, "this run speaks TLS, and the coordinator's key is not known here")
+        .at(paths.control().display())
+        .hint("set CLOZE_COORDINATOR_KEY to `tls.coordinator_key` of the control.json on the controller's host")
+}
+
+fn uncontrolled(paths: &RunPaths) -> Failure {
+    Failure::new(FailureKind::Environment, "this run has no controller")
+        .at(paths.control().display())
+        .hint("start `cloze train` or `cloze resume` first, and join while it lives; both need to see the same run folder")
 }
 
 #[cfg(test)]
@@ -147,7 +169,12 @@ mod tests {
         let named = Named { coordinator: Some("a:1".to_owned()), token: Some(Secret::new("t")), key, tls: true };
         assert_eq!(find(&paths, &named).unwrap().key, key);
         let keyless = find(&paths, &Named { key: None, ..named }).unwrap_err().downcast::<Failure>().unwrap();
-        assert_eq!(keyless.what, "this run has no controller", "a run with TLS is never joined without a key");
+        assert_eq!(keyless.kind, FailureKind::Mismatch, "a run with TLS is never joined without a key");
+        assert!(keyless.hint.unwrap().contains("CLOZE_COORDINATOR_KEY"));
+        let foreign = find(&paths, &Named { key, tls: false, ..Named::default() }).unwrap_err().downcast::<Failure>().unwrap();
+        assert_eq!(foreign.what, "this run speaks in clear, and CLOZE_COORDINATOR_KEY is set");
+        let nobody = find(&paths, &Named::default()).unwrap_err().downcast::<Failure>().unwrap();
+        assert_eq!(nobody.what, "this run has no controller");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use cloze_cluster::environment::{COORDINATOR_KEY_VARIABLE, TOKEN_VARIABLE};
 use cloze_cluster::host::host_name;
 use cloze_recipes::failure::{Failure, FailureKind};
 use rustix::process::Signal;
@@ -19,12 +20,6 @@ use super::dump::write_dump;
 use super::log;
 use super::record::{self, ProcessRecord};
 use crate::run_folder::{RunPaths, storage};
-
-/// Environment variable with the run's token; an argument would show in the list of processes.
-pub(super) const TOKEN_VARIABLE: &str = "CLOZE_TOKEN";
-
-/// Environment variable with the key by which a worker knows its coordinator, where they speak by TLS.
-const COORDINATOR_KEY_VARIABLE: &str = "CLOZE_COORDINATOR_KEY";
 
 /// Interval at which a process that is nobody's child here is looked for.
 const WATCH_MS: u64 = 100;
