@@ -107,6 +107,11 @@ impl Write for Incoming {
         self.socket.write(bytes)
     }
 
+    /// The last word of a handshake that fails is in several buffers, and is offered once.
+    fn write_vectored(&mut self, buffers: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        self.socket.write_vectored(buffers)
+    }
+
     fn flush(&mut self) -> io::Result<()> {
         self.socket.flush()
     }
