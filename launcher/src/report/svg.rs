@@ -3,8 +3,6 @@
 //! Colours are classes that the page fills in, so that one plot serves light and dark; an SVG library writes them into every mark. A plot
 //! is drawn small with large letters, because a phone shows it at three quarters of its size.
 
-use std::fmt::Write as _;
-
 /// Width of a plot.
 pub const WIDTH: f64 = 440.0;
 /// Height of a plot with a usual number of marks.
