@@ -82,22 +82,18 @@ impl ObjectReader {
         let answer = runtime()?.block_on(request.answer).context("wait for an object store request")?;
         let bytes = answer.map_err(|error| explain(&self.store, "read object", &self.info.key, request.started, &error))?;
         if bytes.len() as u64 != request.num_bytes {
-            return Err(shorter_than_told(&self.store.url(&self.info.key), request.num_bytes, bytes.len() as u64).into());
+            return Err(Failure::new(FailureKind::Storage, "object is shorter than the store said")
+                .at(self.store.url(&self.info.key))
+                .expected(format!("{} bytes", request.num_bytes))
+                .found(format!("{} bytes", bytes.len()))
+                .hint("let its writer finish, then run the same command again")
+                .into());
         }
         self.ahead = self.request()?;
         self.digest.lock().unwrap_or_else(PoisonError::into_inner).update(&bytes);
         self.current = bytes;
         Ok(true)
     }
-}
-
-/// An object ended before the size that the store had stated.
-pub(super) fn shorter_than_told(url: &str, told_bytes: u64, found_bytes: u64) -> Failure {
-    Failure::new(FailureKind::Storage, "object is shorter than the store said")
-        .at(url)
-        .expected(format!("{told_bytes} bytes"))
-        .found(format!("{found_bytes} bytes"))
-        .hint("let its writer finish, then run the same command again")
 }
 
 impl Read for ObjectReader {

@@ -315,8 +315,9 @@ fn told(store: &Store, key: &str, started: Instant, error: &UploadError) -> Fail
 
 #[cfg(test)]
 mod tests {
-    use object_store::memory::InMemory;
     use std::collections::BTreeMap;
+
+    use object_store::memory::InMemory;
 
     use super::super::{list, open, read_all};
     use super::*;

@@ -2,10 +2,11 @@
 
 use std::fs::{File, Metadata};
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::PoisonError;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
-use std::time::{Instant, UNIX_EPOCH};
+use std::time::Instant;
 
 use bytes::Bytes;
 use cloze_recipes::failure::{Failure, FailureKind};
@@ -52,7 +53,7 @@ fn read_file(store: &Store, info: &ObjectInfo) -> anyhow::Result<(Vec<u8>, blake
     let read = || -> io::Result<Option<(Vec<u8>, blake3::Hash)>> {
         let file = File::open(&url)?;
         let (content, hash) = fill(&file, info.size)?;
-        let is_as_told = content.len() as u64 == info.size && is_version(&file.metadata()?, info)?;
+        let is_as_told = content.len() as u64 == info.size && is_version(&file.metadata()?, info);
         Ok(is_as_told.then_some((content, hash)))
     };
     let failed = |error: &object_store::Error| explain(store, "read object", &info.key, started, error);
@@ -64,9 +65,9 @@ fn read_file(store: &Store, info: &ObjectInfo) -> anyhow::Result<(Vec<u8>, blake
 }
 
 /// Whether a file is still the version that the store has told of.
-fn is_version(metadata: &Metadata, info: &ObjectInfo) -> io::Result<bool> {
-    let modified = metadata.modified()?.duration_since(UNIX_EPOCH).map_err(io::Error::other)?;
-    Ok(metadata.len() == info.size && i64::try_from(modified.as_micros()) == Ok(info.last_modified_us))
+fn is_version(metadata: &Metadata, info: &ObjectInfo) -> bool {
+    let last_modified_us = metadata.mtime() * 1_000_000 + metadata.mtime_nsec() / 1_000;
+    (metadata.len(), last_modified_us) == (info.size, info.last_modified_us)
 }
 
 fn changed(path: &str) -> object_store::Error {
@@ -188,6 +189,10 @@ mod tests {
             );
         }
         assert_eq!(read_file(&store, &info).unwrap().0, vec![1; 100]);
+        // A file may be older than 1970, as archives leave them.
+        let old = std::time::UNIX_EPOCH - std::time::Duration::from_micros(1_500_001);
+        File::options().write(true).open(folder.path().join("file")).unwrap().set_modified(old).unwrap();
+        assert_eq!(read_all(&store, "file", 100).unwrap(), vec![1; 100]);
         std::fs::remove_file(folder.path().join("file")).unwrap();
         let failure = failed(&info);
         assert_eq!((failure.kind, failure.what.as_str()), (FailureKind::Input, "failed to read object: no such file"));
