@@ -398,6 +398,6 @@ mod tests {
         let label = "auxiliary=dummy_mlm";
         assert!(label_space([label]) > label_space(["auxiliary=collected"]));
         assert_eq!(fitted(label, label_space([label]) - 8.0), label);
-        assert!(label_space(["a very very long label that no plot has space for"]) < WIDTH * 0.4);
+        assert!(label_space(["a very very long label that no plot has space for"]) < WIDTH * 0.5);
     }
 }
