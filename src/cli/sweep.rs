@@ -216,7 +216,7 @@ fn resume(arguments: &ResumeArguments) -> Result<Driven> {
 /// Opens a study to go on with it, with another cluster file where one is named.
 fn reopen(folder: &Path, journal: Option<&str>, cluster: Option<&Path>) -> Result<OpenStudy> {
     let site = cluster.map(cloze_recipes::load_site).transpose()?;
-    let mut study = OpenStudy::open(folder, journal)?;
+    let mut study = OpenStudy::open(folder, journal, site.as_ref())?;
     check_machines(&study.plan.resources, study.plan.pack, site.as_ref().or(study.plan.site.as_ref()))?;
     if let Some(site) = site {
         study.move_to(site)?;
@@ -410,7 +410,7 @@ fn cancel(folder: &Path) -> Result<ExitCode> {
             sleep(Duration::from_millis(CANCEL_POLL_MS));
         }
     } else {
-        controller(OpenStudy::open(folder.root(), None)?, false)?.cancel()?;
+        controller(OpenStudy::open(folder.root(), None, None)?, false)?.cancel()?;
     }
     write_last_line(&mut std::io::stderr(), &format!("cancelled; go on with: cloze sweep resume {shown}"))?;
     Ok(ExitCode::SUCCESS)

@@ -33,5 +33,6 @@ pub mod work;
 
 #[cfg(test)]
 mod fixtures;
+mod site_choice;
 mod time;
 mod waits;

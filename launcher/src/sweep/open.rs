@@ -7,17 +7,17 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use cloze_cluster::Secret;
 use cloze_recipes::failure::{Failure, FailureKind};
-use cloze_recipes::site::{Site, SiteKind};
+use cloze_recipes::site::Site;
 use cloze_recipes::study::Study;
 
 use super::folder::{StudyFolder, StudyInfo, SweepOptions, SweepPlan, study_hash};
 use super::graph::Graph;
 use super::journal::{Journal, restore, write_record};
 use super::record::{TrialRecord, TrialState};
+use super::site_choice::{Choice, ChoiceReason, Sites, check_move, choose, is_of_folder, outs, place};
 use super::time::unix_now_s;
 use crate::run_folder::{READABLE, storage, write_whole};
 use crate::slurm::other_cluster;
-use crate::words::{counted, is_or_are};
 
 /// Fewest characters of a hash that mean a trial.
 const HASH_CHARS_MIN: usize = 4;
@@ -59,16 +59,10 @@ impl OpenStudy {
         let recipes: BTreeMap<String, String> =
             graph.nodes.iter().map(|node| (node.trial.hash.clone(), node.trial.recipe.to_yaml())).collect();
         write_recipes(&folder, &recipes)?;
-        // The bucket knows of a move that another machine has made.
-        let before = match journal.remote_plan()? {
-            Some(found) => Some(found.site),
-            None if folder.info_path().is_file() => Some(folder.plan()?.site),
-            None => None,
-        };
+        let before = if folder.info_path().is_file() { Some(folder.plan()?.site) } else { None };
+        let remote = journal.remote_plan()?.map(|plan| plan.site);
         let opened = Self::with_records(journal, plan, now)?;
-        if let Some(before) = before {
-            check_move(&opened.records, before.as_ref(), opened.plan.site.as_ref()).map_err(|failure| opened.at_root(failure))?;
-        }
+        opened.check_move_from(before, remote)?;
         StudyFolder::write_json(&folder.plan_path(), &opened.plan)?;
         // The study comes last: a folder with it is complete.
         if !folder.info_path().is_file() {
@@ -79,8 +73,10 @@ impl OpenStudy {
         Ok(opened)
     }
 
-    /// Opens a study that is there, or brings it from its journal in a bucket. Fails with kind `Input` where there is none.
-    pub fn open(root: &Path, journal: Option<&str>) -> anyhow::Result<Self> {
+    /// Opens a study that is there, or brings it from its journal in a bucket; `named` is the site that whoever asks goes on at, where
+    /// there is a word of it. Fails with kind `Input` where there is none, and with `Run` where folder and bucket name two sites and it
+    /// is not known which of them has what is out.
+    pub fn open(root: &Path, journal: Option<&str>, named: Option<&Site>) -> anyhow::Result<Self> {
         if !root.join("study.json").is_file()
             && let Some(url) = journal
         {
@@ -94,14 +90,52 @@ impl OpenStudy {
         }
         let now = unix_now_s();
         let journal = Journal::open(&folder, plan.journal.as_deref(), now)?;
-        if adopt_jobs(&journal)?
-            && let Some(found) = journal.remote_plan()?
-            && found.site != plan.site
-        {
-            plan.site = found.site;
-            StudyFolder::write_json(&folder.plan_path(), &plan)?;
+        let remote = if adopt_jobs(&journal)? { journal.remote_plan()? } else { None };
+        let mut opened = Self::with_records(journal, plan, now)?;
+        if let Some(remote) = remote {
+            opened.agree_on_site(remote.site, named)?;
         }
-        Self::with_records(journal, plan, now)
+        Ok(opened)
+    }
+
+    /// Takes over the site that the bucket names, or tells it that of this folder.
+    fn agree_on_site(&mut self, bucket: Option<Site>, named: Option<&Site>) -> anyhow::Result<()> {
+        if self.plan.site == bucket {
+            return Ok(());
+        }
+        let (choice, reason) = self.choose(Sites { folder: self.plan.site.as_ref(), bucket: bucket.as_ref() }, named)?;
+        let (of_folder, of_bucket) = (place(self.plan.site.as_ref()), place(bucket.as_ref()));
+        tracing::info!(?choice, ?reason, folder = of_folder, bucket = of_bucket, "folder and bucket name two sites");
+        match choice {
+            Choice::Folder => {
+                self.odd.push(format!("the bucket named {of_bucket}; what is out was handed to {of_folder}, and it names that now"));
+                self.journal.write_plan(&self.plan)
+            }
+            Choice::Bucket => {
+                let line = if of_folder == of_bucket { "another cluster file of the same name" } else { of_folder.as_str() };
+                self.odd.push(format!("the folder named {line}; the study goes on at {of_bucket}, as the bucket says"));
+                self.plan.site = bucket;
+                StudyFolder::write_json(&self.journal.folder().plan_path(), &self.plan)
+            }
+        }
+    }
+
+    fn choose(&self, sites: Sites<'_>, named: Option<&Site>) -> Result<(Choice, ChoiceReason), Failure> {
+        let is_ours = |record: &TrialRecord| is_of_folder(self.journal.folder(), record);
+        choose(&self.records, sites, is_ours, named).map_err(|failure| self.at_root(failure))
+    }
+
+    /// Checks whether a study may go on at the site of its plan, by what folder and bucket have named before.
+    fn check_move_from(&self, folder: Option<Option<Site>>, bucket: Option<Option<Site>>) -> anyhow::Result<()> {
+        let before = match (folder, bucket) {
+            (None, None) => return Ok(()),
+            (Some(site), None) | (None, Some(site)) => site,
+            (Some(folder), Some(bucket)) => match self.choose(Sites { folder: folder.as_ref(), bucket: bucket.as_ref() }, None)?.0 {
+                Choice::Folder => folder,
+                Choice::Bucket => bucket,
+            },
+        };
+        Ok(check_move(&self.records, before.as_ref(), self.plan.site.as_ref()).map_err(|failure| self.at_root(failure))?)
     }
 
     /// Lets the trials run at another site from now on. Fails with kind `Run` where some are out at the one before: nobody would hear of
@@ -119,16 +153,12 @@ impl OpenStudy {
         if info.cluster.as_deref() == Some(cluster) {
             return Ok(());
         }
-        if self.num_out() > 0
+        if outs(&self.records).next().is_some()
             && let Some(before) = &info.cluster
         {
             return Err(self.at_root(other_cluster(before, cluster)).into());
         }
         self.journal.write_info(&StudyInfo { cluster: Some(cluster.to_owned()), ..info })
-    }
-
-    fn num_out(&self) -> usize {
-        self.records.iter().filter(|record| record.state == TrialState::Training).count()
     }
 
     /// Puts failed trials back: those of these names or hashes, or all. Fails with kind `Recipe` on a name of none, and on one that has
@@ -212,22 +242,6 @@ fn check_retry(records: &[TrialRecord], name: &str) -> Result<(), Failure> {
         .hint(hint))
 }
 
-/// Refuses another site while trials are out at the one before.
-fn check_move(records: &[TrialRecord], before: Option<&Site>, now: Option<&Site>) -> Result<(), Failure> {
-    let name = |site: Option<&Site>| {
-        let of_cluster = site.filter(|site| site.kind != SiteKind::Local);
-        of_cluster.map_or_else(|| "this machine".to_owned(), |site| format!("the cluster `{}`", site.name))
-    };
-    let num_out = records.iter().filter(|record| record.state == TrialState::Training).count();
-    if num_out == 0 || name(before) == name(now) {
-        return Ok(());
-    }
-    Err(Failure::new(FailureKind::Run, "trials are out elsewhere")
-        .expected(format!("{}, where {} {} out", name(before), counted(num_out, "trial"), is_or_are(num_out)))
-        .found(name(now))
-        .hint("wait for them, or end them with `cloze sweep cancel`"))
-}
-
 /// Refuses a folder that holds something else.
 fn check_is_ours(root: &Path) -> Result<(), Failure> {
     fs::create_dir_all(root).map_err(|error| storage("create the study folder", root, &error))?;
@@ -307,7 +321,9 @@ fn bring(root: &Path, url: &str) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::batch::{Assignment, Batch};
     use super::super::fixtures::{self, site};
+    use super::super::record::Place;
     use super::*;
 
     fn record(name: &str, state: TrialState) -> TrialRecord {
@@ -364,13 +380,13 @@ mod tests {
         for root in [&here, &there] {
             study(root.path(), bucket.path(), &states);
         }
-        let mut moved = OpenStudy::open(here.path(), None).unwrap();
+        let mut moved = OpenStudy::open(here.path(), None, None).unwrap();
         moved.journal.publish(&BTreeMap::new()).unwrap();
         moved.move_to(site("other", "kind: slurm")).unwrap();
         moved.settle_in("beta").unwrap();
         moved.journal.close().unwrap();
         // Another machine, whose folder is from before the move.
-        let opened = OpenStudy::open(there.path(), None).unwrap();
+        let opened = OpenStudy::open(there.path(), None, None).unwrap();
         assert_eq!(opened.plan.site.as_ref().map(|site| site.name.as_str()), Some("other"));
         let folder = opened.journal.folder();
         assert_eq!(folder.plan().unwrap(), opened.plan);
@@ -382,7 +398,7 @@ mod tests {
         for (state, may_move) in [(TrialState::Training, false), (TrialState::Done, true)] {
             let [root, bucket] = [(); 2].map(|()| tempfile::tempdir().unwrap());
             study(root.path(), bucket.path(), &[("a", state)]);
-            let opened = OpenStudy::open(root.path(), None).unwrap();
+            let opened = OpenStudy::open(root.path(), None, None).unwrap();
             // A folder of before the name says nothing.
             opened.settle_in("alpha").unwrap();
             opened.settle_in("alpha").unwrap();
@@ -399,21 +415,29 @@ mod tests {
     }
 
     #[test]
-    fn a_sweep_moves_when_nothing_is_out() {
-        let (one, other, here) = (site("one", "kind: slurm"), site("other", "kind: slurm"), site("desk", "kind: local"));
-        let (out, idle) = ([record("a", TrialState::Training)], [record("a", TrialState::Done)]);
-        let cases = [
-            (&out, Some(&one), Some(&one), true),
-            (&out, None, Some(&here), true),
-            (&out, Some(&one), Some(&other), false),
-            (&out, Some(&one), None, false),
-            (&idle, Some(&one), Some(&other), true),
-        ];
-        for (records, before, now, may) in cases {
-            let result = check_move(records, before, now);
-            assert_eq!(result.is_ok(), may, "{before:?} {now:?} {result:?}");
+    fn what_this_folder_has_handed_out_is_not_given_to_another_site() {
+        let site_name = |opened: &OpenStudy| opened.plan.site.as_ref().map(|site| site.name.clone()).unwrap();
+        for (is_ours, named, expected) in [(true, None, Some("other")), (false, None, None), (false, Some("one"), Some("one"))] {
+            let [root, bucket] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+            let folder = study(root.path(), bucket.path(), &[("a", TrialState::Training)]);
+            let mut record = TrialRecord { state: TrialState::Training, ..TrialRecord::new(&fixtures::trial("a"), None) };
+            (record.attempts, record.place) = (1, Some(Place { batch: 1, element: 0 }));
+            write_record(&folder, &record).unwrap();
+            if is_ours {
+                let batch = Batch { number: 1, elements: vec![vec![Assignment { trial: "a".to_owned(), attempt: 1, until_step: None }]] };
+                StudyFolder::write_json(&folder.batch_path(1), &batch).unwrap();
+            }
+            OpenStudy::open(root.path(), None, None).unwrap().journal.publish(&BTreeMap::new()).unwrap();
+            // As a build that did not tell the bucket of a move left it.
+            let plan = SweepPlan { site: Some(site("other", "kind: slurm")), ..folder.plan().unwrap() };
+            StudyFolder::write_json(&folder.plan_path(), &plan).unwrap();
+            let named = named.map(|name| site(name, "kind: slurm"));
+            let opened = OpenStudy::open(root.path(), None, named.as_ref());
+            assert_eq!(opened.as_ref().ok().map(site_name).as_deref(), expected, "{is_ours} {named:?}");
+            let Ok(opened) = opened else { continue };
+            assert_eq!(opened.odd.len(), 1);
+            let told = opened.journal.remote_plan().unwrap().unwrap();
+            assert_eq!((told.site, folder.plan().unwrap().site), (opened.plan.site.clone(), opened.plan.site.clone()));
         }
-        let failure = check_move(&out, Some(&one), None).unwrap_err();
-        assert_eq!(failure.expected.as_deref(), Some("the cluster `one`, where 1 trial is out"));
     }
 }
