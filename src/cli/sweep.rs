@@ -33,7 +33,7 @@ use cloze_recipes::site::{Site, SiteKind};
 use cloze_recipes::study::Study;
 use serde_json::json;
 
-use machines::check_machines;
+use machines::{check_machines, cluster_name};
 
 use super::inputs::check_inputs;
 use super::reproduce::report_study;
@@ -213,14 +213,17 @@ fn resume(arguments: &ResumeArguments) -> Result<Driven> {
     drive(reopen(&arguments.folder, journal.as_deref(), arguments.cluster.as_deref())?, arguments.quiet)
 }
 
-/// Opens a study to go on with it, with another cluster file where one is named.
+/// Opens a study to go on with it, with another cluster file where one is named. Nothing of it changes before all is checked.
 fn reopen(folder: &Path, journal: Option<&str>, cluster: Option<&Path>) -> Result<OpenStudy> {
     let site = cluster.map(cloze_recipes::load_site).transpose()?;
     let mut study = OpenStudy::open(folder, journal, site.as_ref())?;
-    check_machines(&study.plan.resources, study.plan.pack, site.as_ref().or(study.plan.site.as_ref()))?;
+    let wanted = site.as_ref().or(study.plan.site.as_ref());
+    let name = check_machines(&study.plan.resources, study.plan.pack, wanted)?;
+    study.check_in(name.as_deref())?;
     if let Some(site) = site {
         study.move_to(site)?;
     }
+    study.settle_in(name.as_deref())?;
     Ok(study)
 }
 
@@ -248,8 +251,8 @@ pub(super) struct Driven {
 pub(super) fn run_study(study: &Study, folder: &Path, site: Option<Site>, wish: &WishArguments) -> Result<Driven> {
     check_inputs(study, folder)?;
     let pack = study.sweep.as_ref().map_or(1, |sweep| sweep.pack);
-    check_machines(&study.resources, pack, site.as_ref())?;
-    let options = SweepOptions { site, journal: wish.journal.as_deref().map(absolute_url).transpose()? };
+    let cluster = check_machines(&study.resources, pack, site.as_ref())?;
+    let options = SweepOptions { site, journal: wish.journal.as_deref().map(absolute_url).transpose()?, cluster };
     drive(OpenStudy::create(study, folder, options)?, wish.quiet)
 }
 
@@ -281,9 +284,6 @@ fn controller(study: OpenStudy, quiet: bool) -> Result<Controller> {
                 site: site.clone(),
                 concurrency: (study.plan.concurrency, study.plan.pack),
             })?;
-            if let Some(cluster) = queue.cluster_name() {
-                study.settle_in(&cluster)?;
-            }
             Executor::Queue(Box::new(queue))
         }
         _ => Executor::Local(Local::new(folder, program, study.plan.concurrency)),
@@ -410,7 +410,9 @@ fn cancel(folder: &Path) -> Result<ExitCode> {
             sleep(Duration::from_millis(CANCEL_POLL_MS));
         }
     } else {
-        controller(OpenStudy::open(folder.root(), None, None)?, false)?.cancel()?;
+        let study = OpenStudy::open(folder.root(), None, None)?;
+        study.settle_in(cluster_name(&study.plan)?.as_deref())?;
+        controller(study, false)?.cancel()?;
     }
     write_last_line(&mut std::io::stderr(), &format!("cancelled; go on with: cloze sweep resume {shown}"))?;
     Ok(ExitCode::SUCCESS)

@@ -143,6 +143,8 @@ pub struct SweepOptions {
     pub site: Option<Site>,
     /// Where the records lie besides the study folder.
     pub journal: Option<String>,
+    /// What SLURM calls the cluster of this host, where it says so.
+    pub cluster: Option<String>,
 }
 
 impl SweepPlan {
@@ -186,7 +188,7 @@ impl SweepPlan {
 
     /// Whether trials are jobs of a batch system, which ends all that a job has started before another one takes its place.
     pub fn has_queue(&self) -> bool {
-        self.site.as_ref().is_some_and(|site| matches!(site.kind, SiteKind::Slurm(_)))
+        has_queue(self.site.as_ref())
     }
 
     /// Whether a trial trains on several nodes, each with workers of its own.
@@ -199,6 +201,11 @@ impl SweepPlan {
         let planned = &self.trials[trial];
         planned.wanted && !planned.is_stage
     }
+}
+
+/// Whether trials are jobs of a batch system at a site.
+pub(super) fn has_queue(site: Option<&Site>) -> bool {
+    site.is_some_and(|site| matches!(site.kind, SiteKind::Slurm(_)))
 }
 
 /// Whether more of a metric is better.

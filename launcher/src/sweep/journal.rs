@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use cloze_data::store::{self, Store};
 use cloze_recipes::failure::{Failure, FailureKind};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::folder::{StudyFolder, StudyInfo, SweepPlan, read_bounded};
@@ -77,16 +78,22 @@ impl Journal {
         Ok(Some(value))
     }
 
-    /// Writes what was asked for, here and in the bucket.
+    /// Writes what was asked for, in the bucket and here.
     pub fn write_info(&self, info: &StudyInfo) -> anyhow::Result<()> {
-        StudyFolder::write_json(&self.folder.info_path(), info)?;
-        self.put(INFO)
+        self.write_both(INFO, info)
     }
 
-    /// Writes how the trials are run, here and in the bucket.
+    /// Writes how the trials are run, in the bucket and here.
     pub fn write_plan(&self, plan: &SweepPlan) -> anyhow::Result<()> {
-        StudyFolder::write_json(&self.folder.plan_path(), plan)?;
-        self.put(PLAN)
+        self.write_both(PLAN, plan)
+    }
+
+    /// Writes a file of the study: into the bucket first, since whoever opens the study later believes that one.
+    fn write_both(&self, name: &str, value: &impl Serialize) -> anyhow::Result<()> {
+        if let Some(Remote { store, .. }) = &self.remote {
+            store::put(store, name, serde_json::to_vec_pretty(value).context("serialise a file of the study")?)?;
+        }
+        StudyFolder::write_json(&self.folder.root().join(name), value)
     }
 
     /// Puts a file of the study into the bucket as it is here.
@@ -225,4 +232,27 @@ pub(super) fn write_record(folder: &StudyFolder, record: &TrialRecord) -> anyhow
 
 fn shown(path: &Path) -> String {
     path.display().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::super::fixtures;
+    use super::*;
+
+    #[test]
+    fn a_plan_that_the_bucket_does_not_take_is_not_in_the_folder_either() {
+        let [root, bucket] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let folder = StudyFolder::new(root.path().to_owned());
+        folder.make().unwrap();
+        let journal = Journal::open(&folder, Some(&bucket.path().display().to_string()), 1000.0).unwrap();
+        // A folder of the plan's name takes no file.
+        fs::create_dir_all(bucket.path().join(PLAN).join("inside")).unwrap();
+        assert!(journal.write_plan(&fixtures::plan(Vec::new())).is_err());
+        assert!(!folder.plan_path().exists());
+        fs::remove_dir_all(bucket.path().join(PLAN)).unwrap();
+        journal.write_plan(&fixtures::plan(Vec::new())).unwrap();
+        assert_eq!(journal.remote_plan().unwrap().unwrap(), folder.plan().unwrap());
+    }
 }

@@ -10,13 +10,14 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::site::Site;
 use cloze_recipes::study::Study;
 
-use super::folder::{StudyFolder, StudyInfo, SweepOptions, SweepPlan, study_hash};
+use super::folder::{StudyFolder, StudyInfo, SweepOptions, SweepPlan, has_queue, study_hash};
 use super::graph::Graph;
 use super::journal::{Journal, restore, write_record};
 use super::record::{TrialRecord, TrialState};
 use super::site_choice::{Choice, ChoiceReason, Sites, check_move, choose, is_of_folder, outs, place};
 use super::time::unix_now_s;
-use crate::run_folder::{READABLE, storage, write_whole};
+use crate::local::forget_earlier;
+use crate::run_folder::{READABLE, RunPaths, storage, write_whole};
 use crate::slurm::other_cluster;
 
 /// Fewest characters of a hash that mean a trial.
@@ -44,6 +45,7 @@ impl OpenStudy {
         let root = std::path::absolute(root).context("find the current folder")?;
         check_is_ours(&root)?;
         let graph = Graph::new(study.trials(&root)?)?;
+        let cluster = options.cluster.clone();
         let plan = SweepPlan::new(study, &graph, options);
         let hash = study_hash(&plan)?;
         let folder = StudyFolder::new(root);
@@ -53,16 +55,21 @@ impl OpenStudy {
         folder.make()?;
         let now = unix_now_s();
         let journal = Journal::open(&folder, plan.journal.as_deref(), now)?;
-        if let Some(found) = journal.remote_info()? {
+        let found = journal.remote_info()?;
+        if let Some(found) = &found {
             check_hash(&hash, &found.hash, plan.journal.as_deref().unwrap_or_default())?;
         }
         let recipes: BTreeMap<String, String> =
             graph.nodes.iter().map(|node| (node.trial.hash.clone(), node.trial.recipe.to_yaml())).collect();
         write_recipes(&folder, &recipes)?;
-        let before = if folder.info_path().is_file() { Some(folder.plan()?.site) } else { None };
+        let (mut before, mut known) = (None, found.and_then(|found| found.cluster));
+        if folder.info_path().is_file() {
+            (before, known) = (Some(folder.plan()?.site), known.or(folder.info()?.cluster));
+        }
         let remote = journal.remote_plan()?.map(|plan| plan.site);
         let opened = Self::with_records(journal, plan, now)?;
-        opened.check_move_from(before, remote)?;
+        opened.check_cluster(known.as_deref(), cluster.as_deref())?;
+        opened.leave_for_plan(before, remote)?;
         StudyFolder::write_json(&folder.plan_path(), &opened.plan)?;
         // The study comes last: a folder with it is complete.
         if !folder.info_path().is_file() {
@@ -70,6 +77,7 @@ impl OpenStudy {
         }
         adopt_jobs(&opened.journal)?;
         opened.journal.publish(&recipes)?;
+        opened.settle_in(cluster.as_deref())?;
         Ok(opened)
     }
 
@@ -114,6 +122,7 @@ impl OpenStudy {
             Choice::Bucket => {
                 let line = if of_folder == of_bucket { "another cluster file of the same name" } else { of_folder.as_str() };
                 self.odd.push(format!("the folder named {line}; the study goes on at {of_bucket}, as the bucket says"));
+                self.leave(self.plan.site.as_ref(), bucket.as_ref())?;
                 self.plan.site = bucket;
                 StudyFolder::write_json(&self.journal.folder().plan_path(), &self.plan)
             }
@@ -125,8 +134,8 @@ impl OpenStudy {
         choose(&self.records, sites, is_ours, named).map_err(|failure| self.at_root(failure))
     }
 
-    /// Checks whether a study may go on at the site of its plan, by what folder and bucket have named before.
-    fn check_move_from(&self, folder: Option<Option<Site>>, bucket: Option<Option<Site>>) -> anyhow::Result<()> {
+    /// Leaves the site that folder or bucket have named for that of the plan. Fails with kind `Run` where trials are out there.
+    fn leave_for_plan(&self, folder: Option<Option<Site>>, bucket: Option<Option<Site>>) -> anyhow::Result<()> {
         let before = match (folder, bucket) {
             (None, None) => return Ok(()),
             (Some(site), None) | (None, Some(site)) => site,
@@ -135,30 +144,57 @@ impl OpenStudy {
                 Choice::Bucket => bucket,
             },
         };
-        Ok(check_move(&self.records, before.as_ref(), self.plan.site.as_ref()).map_err(|failure| self.at_root(failure))?)
+        check_move(&self.records, before.as_ref(), self.plan.site.as_ref()).map_err(|failure| self.at_root(failure))?;
+        self.leave(before.as_ref(), self.plan.site.as_ref())
     }
 
     /// Lets the trials run at another site from now on. Fails with kind `Run` where some are out at the one before: nobody would hear of
     /// their end.
     pub fn move_to(&mut self, site: Site) -> anyhow::Result<()> {
         check_move(&self.records, self.plan.site.as_ref(), Some(&site)).map_err(|failure| self.at_root(failure))?;
+        self.leave(self.plan.site.as_ref(), Some(&site))?;
         self.plan.site = Some(site);
         self.journal.write_plan(&self.plan)
     }
 
-    /// Says what SLURM calls the cluster of this host, to which trials go from now on. Fails with kind `Mismatch` where some are out in
-    /// another one: their jobs have names and numbers that mean nothing here.
-    pub fn settle_in(&self, cluster: &str) -> anyhow::Result<()> {
-        let info = self.journal.folder().info()?;
-        if info.cluster.as_deref() == Some(cluster) {
+    /// Forgets the workers of a site whose batch system has ended all that it started: elsewhere nobody could take them over, and nobody
+    /// would begin anew while they seem to live.
+    fn leave(&self, before: Option<&Site>, now: Option<&Site>) -> anyhow::Result<()> {
+        if !has_queue(before) || place(before) == place(now) || outs(&self.records).next().is_some() {
             return Ok(());
         }
-        if outs(&self.records).next().is_some()
-            && let Some(before) = &info.cluster
-        {
-            return Err(self.at_root(other_cluster(before, cluster)).into());
+        for record in &self.records {
+            let run = self.journal.folder().run_path(&record.name);
+            if run.join("run.json").is_file() {
+                forget_earlier(&RunPaths::find(&run)?)?;
+            }
         }
-        self.journal.write_info(&StudyInfo { cluster: Some(cluster.to_owned()), ..info })
+        Ok(())
+    }
+
+    /// Checks what SLURM calls the cluster of this host, where it says so. Fails with kind `Mismatch` where trials are out in another one:
+    /// their jobs have names and numbers that mean nothing here.
+    pub fn check_in(&self, cluster: Option<&str>) -> anyhow::Result<()> {
+        self.check_cluster(self.journal.folder().info()?.cluster.as_deref(), cluster)
+    }
+
+    /// As [`OpenStudy::check_in`], and writes down that trials go there from now on.
+    pub fn settle_in(&self, cluster: Option<&str>) -> anyhow::Result<()> {
+        self.check_in(cluster)?;
+        let info = self.journal.folder().info()?;
+        if cluster.is_none() || info.cluster.as_deref() == cluster {
+            return Ok(());
+        }
+        self.journal.write_info(&StudyInfo { cluster: cluster.map(str::to_owned), ..info })
+    }
+
+    fn check_cluster(&self, known: Option<&str>, here: Option<&str>) -> anyhow::Result<()> {
+        let (Some(known), Some(here)) = (known, here) else { return Ok(()) };
+        if known == here || outs(&self.records).next().is_none() {
+            return Ok(());
+        }
+        let file = if self.plan.journal.is_some() { "study.json, in the study folder and in the bucket" } else { "study.json" };
+        Err(self.at_root(other_cluster(known, here, file)).into())
     }
 
     /// Puts failed trials back: those of these names or hashes, or all. Fails with kind `Recipe` on a name of none, and on one that has
@@ -383,7 +419,7 @@ mod tests {
         let mut moved = OpenStudy::open(here.path(), None, None).unwrap();
         moved.journal.publish(&BTreeMap::new()).unwrap();
         moved.move_to(site("other", "kind: slurm")).unwrap();
-        moved.settle_in("beta").unwrap();
+        moved.settle_in(Some("beta")).unwrap();
         moved.journal.close().unwrap();
         // Another machine, whose folder is from before the move.
         let opened = OpenStudy::open(there.path(), None, None).unwrap();
@@ -400,9 +436,12 @@ mod tests {
             study(root.path(), bucket.path(), &[("a", state)]);
             let opened = OpenStudy::open(root.path(), None, None).unwrap();
             // A folder of before the name says nothing.
-            opened.settle_in("alpha").unwrap();
-            opened.settle_in("alpha").unwrap();
-            let result = opened.settle_in("beta");
+            opened.settle_in(Some("alpha")).unwrap();
+            opened.settle_in(Some("alpha")).unwrap();
+            // It may not say so now.
+            opened.settle_in(None).unwrap();
+            assert_eq!(opened.check_in(Some("beta")).is_ok(), may_move, "{state:?}");
+            let result = opened.settle_in(Some("beta"));
             assert_eq!(result.is_ok(), may_move, "{state:?}");
             let cluster = opened.journal.folder().info().unwrap().cluster;
             assert_eq!(cluster.as_deref(), Some(if may_move { "beta" } else { "alpha" }));
@@ -410,6 +449,7 @@ mod tests {
                 let failure: Failure = error.downcast().unwrap();
                 assert_eq!(failure.kind, FailureKind::Mismatch);
                 assert!(failure.expected.unwrap().contains("`alpha`") && failure.found.unwrap().contains("`beta`"));
+                assert!(failure.hint.unwrap().contains("set `cluster` to null in study.json"), "a cluster that is gone locks nobody out");
             }
         }
     }
@@ -438,6 +478,22 @@ mod tests {
             assert_eq!(opened.odd.len(), 1);
             let told = opened.journal.remote_plan().unwrap().unwrap();
             assert_eq!((told.site, folder.plan().unwrap().site), (opened.plan.site.clone(), opened.plan.site.clone()));
+        }
+    }
+
+    #[test]
+    fn a_study_that_leaves_a_queue_leaves_its_workers_behind() {
+        for (now, is_kept) in [("kind: local", false), ("kind: slurm", true)] {
+            let [root, bucket] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+            let folder = study(root.path(), bucket.path(), &[("a", TrialState::Waiting)]);
+            let run = folder.run_path("demo-a");
+            fs::create_dir_all(&run).unwrap();
+            for name in ["run.json", "control.json"] {
+                fs::write(run.join(name), "{}").unwrap();
+            }
+            let mut opened = OpenStudy::open(root.path(), None, None).unwrap();
+            opened.move_to(site("one", now)).unwrap();
+            assert_eq!(run.join("control.json").exists(), is_kept, "{now}");
         }
     }
 }

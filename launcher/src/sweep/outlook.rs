@@ -66,7 +66,7 @@ pub fn is_queued(folder: &StudyFolder, plan: &SweepPlan, record: &TrialRecord) -
 /// The script of the first array of jobs that a sweep submits to a site of this version; the characters that only a submission knows are
 /// left open. Fails with kind `Recipe` where the trials cannot be jobs of the site.
 pub fn first_script(study: &Study, graph: &Graph, folder: &StudyFolder, (site, version): (&Site, Version)) -> anyhow::Result<String> {
-    let plan = SweepPlan::new(study, graph, SweepOptions { site: Some(site.clone()), journal: None });
+    let plan = SweepPlan::new(study, graph, SweepOptions { site: Some(site.clone()), ..SweepOptions::default() });
     let options = QueueOptions {
         info: StudyInfo::new(study, study_hash(&plan)?, KEY_PLACE.to_owned(), 0.0),
         program: folder.programs_path().join(PathBuf::from(KEY_PLACE).join("cloze")),

@@ -105,11 +105,6 @@ impl Queue {
         })
     }
 
-    /// What the batch system calls its cluster; `None` where it does not say so now.
-    pub fn cluster_name(&self) -> Option<String> {
-        self.slurm.cluster_name()
-    }
-
     /// Keeps new jobs away from these nodes, and in the next look those that wait; says which of them are news.
     pub fn avoid(&mut self, nodes: &[String]) -> Vec<String> {
         let news: Vec<String> = nodes.iter().filter(|node| self.exclude.insert((*node).clone())).cloned().collect();

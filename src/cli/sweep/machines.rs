@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use cloze_launcher::slurm::Slurm;
+use cloze_launcher::sweep::folder::SweepPlan;
 use cloze_launcher::sweep::queue::site_of_jobs;
 use cloze_recipes::site::{Site, SiteKind};
 use cloze_recipes::study::Resources;
@@ -9,13 +10,23 @@ use cloze_recipes::study::Resources;
 use crate::cli::submit::refuse_misfits;
 use crate::cli::worker_process::worker_binary;
 
-/// Fails as `cloze submit` does: with kind `Recipe` where the site cannot give what a trial wants, its partition among it, and with
-/// `Environment` where there is no batch system here.
-pub(super) fn check_machines(resources: &Resources, pack: u32, site: Option<&Site>) -> Result<()> {
+/// What SLURM calls its cluster, where there is one and it says so. Fails as `cloze submit` does: with kind `Recipe` where the site cannot
+/// give what a trial wants, its partition among it, and with `Environment` where there is no batch system here.
+pub(super) fn check_machines(resources: &Resources, pack: u32, site: Option<&Site>) -> Result<Option<String>> {
     worker_binary()?;
-    if let Some(site) = site.filter(|site| !matches!(site.kind, SiteKind::Local)) {
-        let slurm_site = site_of_jobs(resources, pack, site)?;
-        refuse_misfits(&Slurm::find(slurm_site)?, resources, slurm_site)?;
-    }
-    Ok(())
+    let Some(site) = of_queue(site) else { return Ok(None) };
+    let slurm_site = site_of_jobs(resources, pack, site)?;
+    let slurm = Slurm::find(slurm_site)?;
+    refuse_misfits(&slurm, resources, slurm_site)?;
+    Ok(slurm.cluster_name())
+}
+
+/// What SLURM calls its cluster, for whoever only takes off its machines what is out.
+pub(super) fn cluster_name(plan: &SweepPlan) -> Result<Option<String>> {
+    let Some(site) = of_queue(plan.site.as_ref()) else { return Ok(None) };
+    Ok(Slurm::find(site_of_jobs(&plan.resources, plan.pack, site)?)?.cluster_name())
+}
+
+fn of_queue(site: Option<&Site>) -> Option<&Site> {
+    site.filter(|site| !matches!(site.kind, SiteKind::Local))
 }
