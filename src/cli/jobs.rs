@@ -55,9 +55,10 @@ pub fn cancel(arguments: &CancelArguments) -> Result<ExitCode> {
             .into());
     };
     let slurm = Slurm::find(submission.slurm()?)?;
+    // This refuses where the jobs are out of reach; then the run is not marked, and goes on.
+    let mut jobs = Jobs::open_here(&slurm, &run)?;
     // Before a job is cancelled: its successor must find the mark.
     mark_cancelled(&paths)?;
-    let mut jobs = Jobs::open(&slurm, &run)?;
     let living: Vec<_> = jobs.living()?.into_iter().map(|(id, _)| id).collect();
     jobs.cancel(&living)?;
     let line = match living.as_slice() {

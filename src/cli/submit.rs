@@ -65,7 +65,7 @@ pub fn submit(arguments: &SubmitArguments, stdout: &mut dyn Write) -> Result<Exi
     }
     let run = request.open_run()?;
     let paths = JobPaths::of(&run);
-    let mut jobs = Jobs::open(&request.slurm, &run)?;
+    let mut jobs = Jobs::open_here(&request.slurm, &run)?;
     refuse_living(&jobs, &run)?;
     let submission = request.submission(&paths)?;
     fs::copy(&arguments.cluster, paths.cluster()).with_context(|| format!("copy the cluster file to {}", paths.cluster().display()))?;
@@ -81,7 +81,7 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Opt
     let paths = JobPaths::of(&run);
     let Some(before) = Submission::read(&paths)? else { return Ok(None) };
     if arguments.here {
-        refuse_living(&Jobs::open(&Slurm::find(before.slurm()?)?, &run)?, &run)?;
+        refuse_living(&Jobs::open_here(&Slurm::find(before.slurm()?)?, &run)?, &run)?;
         return Ok(None);
     }
     if arguments.workers.workers.is_some() || arguments.workers.local.is_some() || !arguments.hosts.hosts.is_empty() {
@@ -94,7 +94,7 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Opt
     check_inputs(&read_recipe(&run, &read_info(&run)?)?)?;
     let slurm = Slurm::find(before.slurm()?)?;
     refuse_misfits(&slurm, &before.resources, before.slurm()?)?;
-    let mut jobs = Jobs::open(&slurm, &run)?;
+    let mut jobs = Jobs::open_here(&slurm, &run)?;
     refuse_living(&jobs, &run)?;
     let submission = Submission { programs: keep_programs(&paths)?, cluster: slurm.cluster_name().or(before.cluster), ..before };
     unmark_cancelled(&paths)?;

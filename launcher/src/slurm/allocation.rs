@@ -92,7 +92,7 @@ impl Job<'_> {
     fn arrive(&mut self) -> anyhow::Result<Option<JobOutcome>> {
         let slurm = Arc::clone(&self.slurm);
         let mut jobs = patiently(|| Jobs::open(&slurm, &self.options.paths))?;
-        let mine = jobs.records().iter().find(|record| record.job == Some(self.machines.job)).cloned();
+        let mine = jobs.records().iter().find(|record| record.id_here() == Some(self.machines.job)).cloned();
         if let Some(record) = mine {
             (self.role, self.exclude) = (record.role, record.exclude);
         }
@@ -350,6 +350,7 @@ mod tests {
             job: None,
             is_dropped: false,
             is_cancelled: false,
+            is_elsewhere: false,
             time,
         };
         let of = JobId::whole(7);

@@ -93,15 +93,6 @@ impl Slurm {
         }
     }
 
-    /// Fails with kind `Mismatch` where jobs of a cluster that is called so are not those of this one. An unknown name is that of any.
-    pub fn check_cluster(&self, known: Option<&str>) -> Result<(), Failure> {
-        let Some(known) = known else { return Ok(()) };
-        match self.cluster_name() {
-            Some(here) if here != known => Err(other_cluster(known, &here)),
-            Some(_) | None => Ok(()),
-        }
-    }
-
     /// Submits a script and returns its job. What is refused (partition, quota, account) is of kind `Environment`, with the batch
     /// system's own words. Whether a failure by the deadline has left a job is known by its name only: see [`Slurm::find_by_name`].
     pub fn submit(&self, script: &Path, options: &[String]) -> Result<JobId, Failure> {
@@ -306,12 +297,14 @@ impl Slurm {
     }
 }
 
-/// The failure of whoever asks one cluster for jobs of another.
-pub(crate) fn other_cluster(theirs: &str, here: &str) -> Failure {
+/// The failure of whoever asks one cluster for jobs of another. `file` is what says which one has them.
+pub(crate) fn other_cluster(theirs: &str, here: &str, file: &str) -> Failure {
     Failure::new(FailureKind::Mismatch, "the jobs are in another cluster than that of this host")
         .expected(format!("the cluster that SLURM calls `{theirs}`"))
         .found(format!("the cluster that SLURM calls `{here}`"))
-        .hint(format!("go on from a host of `{theirs}`"))
+        .hint(format!(
+            "go on from a host of `{theirs}`; where that cluster is gone, or only its name has changed, set `cluster` to null in {file}"
+        ))
 }
 
 fn program(folder: Option<&Path>, name: &str) -> PathBuf {

@@ -67,6 +67,13 @@ pub enum JobEvent {
         /// All nodes that it must not use, besides those of the site.
         exclude: Vec<String>,
     },
+    /// The run has left the cluster that had the jobs so far, all of which are over: their numbers mean nothing where it is now.
+    Moved {
+        /// Unix time, in seconds.
+        time: f64,
+        /// What SLURM calls the cluster that it has now.
+        cluster: String,
+    },
 }
 
 /// Why there is a job.
@@ -142,6 +149,8 @@ pub struct JobRecord {
     pub is_dropped: bool,
     /// It was cancelled by this program.
     pub is_cancelled: bool,
+    /// It is over, in a cluster that the run has left.
+    pub is_elsewhere: bool,
     /// Unix time of its intent, in seconds.
     pub time: f64,
 }
@@ -151,6 +160,26 @@ impl JobRecord {
     pub fn is_open(&self) -> bool {
         self.job.is_none() && !self.is_dropped
     }
+
+    /// Whether it is over for all that the run's folder knows: there is no such job, it was cancelled, or it has decided at its end that
+    /// it does not go on.
+    pub fn is_over(&self, attempts: &[AttemptEvent]) -> bool {
+        self.is_dropped || self.is_cancelled || self.is_elsewhere || self.job.is_some_and(|job| has_ended(job, attempts))
+    }
+
+    /// Its number in the cluster that the run is in.
+    pub fn id_here(&self) -> Option<JobId> {
+        self.job.filter(|_| !self.is_elsewhere)
+    }
+}
+
+/// Whether the last word of a job is that it is done with the run. One that is left to the batch system may be put back by it.
+fn has_ended(job: JobId, attempts: &[AttemptEvent]) -> bool {
+    let last = attempts.iter().rev().find(|event| match event {
+        AttemptEvent::Started { job: of, .. } | AttemptEvent::Ended { job: of, .. } => *of == job,
+    });
+    let Some(AttemptEvent::Ended { decision, .. }) = last else { return false };
+    matches!(decision, Decision::Finish | Decision::GiveUp { .. } | Decision::Replace { .. })
 }
 
 /// The jobs of a run, oldest first.
@@ -159,7 +188,7 @@ pub fn jobs(events: Vec<JobEvent>) -> Vec<JobRecord> {
     for event in events {
         match event {
             JobEvent::Intent { time, name, role, exclude } => {
-                jobs.push(JobRecord { name, role, exclude, job: None, is_dropped: false, is_cancelled: false, time });
+                jobs.push(JobRecord { name, role, exclude, job: None, is_dropped: false, is_cancelled: false, is_elsewhere: false, time });
             }
             JobEvent::Submitted { name, job, .. } => {
                 if let Some(record) = jobs.iter_mut().find(|record| record.name == name) {
@@ -181,6 +210,7 @@ pub fn jobs(events: Vec<JobEvent>) -> Vec<JobRecord> {
                     record.exclude.clone_from(&exclude);
                 }
             }
+            JobEvent::Moved { .. } => jobs.iter_mut().for_each(|record| record.is_elsewhere = true),
         }
     }
     jobs

@@ -1,5 +1,6 @@
 //! The jobs of a run, as `cloze status` shows them.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use cloze_recipes::failure::Failure;
@@ -9,7 +10,7 @@ use super::client::Slurm;
 use super::job::{JobId, JobState, State};
 use super::journal::{self, AttemptEvent, JobRecord, Role};
 use super::paths::JobPaths;
-use super::submission::Submission;
+use super::submission::{Submission, moved_to};
 use super::verdict::Decision;
 use crate::run_folder::RunPaths;
 
@@ -59,16 +60,19 @@ pub fn view_jobs(run: &RunPaths) -> anyhow::Result<Option<JobsView>> {
     let paths = JobPaths::of(run);
     let Some(submission) = Submission::read(&paths)? else { return Ok(None) };
     let records = journal::jobs(journal::read(&paths.jobs())?);
-    let ids: Vec<JobId> = records.iter().filter_map(|record| record.job).collect();
+    let attempts: Vec<AttemptEvent> = journal::read(&paths.attempts())?;
+    let ids: Vec<JobId> = records.iter().filter_map(JobRecord::id_here).collect();
     let asked = submission.slurm().and_then(Slurm::find).and_then(|slurm| {
-        slurm.check_cluster(submission.cluster.as_deref())?;
-        slurm.states(&ids)
+        match moved_to(&slurm, &submission, &records, &attempts)? {
+            // All are over, in a cluster that nobody can ask from here.
+            Some(_) => Ok(BTreeMap::new()),
+            None => slurm.states(&ids),
+        }
     });
     let (states, unasked) = match asked {
         Ok(states) => (states, None),
-        Err(failure) => (std::collections::BTreeMap::new(), Some(failure)),
+        Err(failure) => (BTreeMap::new(), Some(failure)),
     };
-    let attempts: Vec<AttemptEvent> = journal::read(&paths.attempts())?;
     let jobs = records.into_iter().map(|record| view_job(record, |job| states.get(&job).cloned(), &attempts)).collect();
     Ok(Some(JobsView { jobs, unasked, is_cancelled: paths.cancelled().exists() }))
 }
@@ -88,7 +92,7 @@ fn view_job(record: JobRecord, state_of: impl Fn(JobId) -> Option<JobState>, eve
             AttemptEvent::Started { .. } => {}
         }
     }
-    let state = record.job.and_then(state_of);
+    let state = record.id_here().and_then(state_of);
     JobView { name: record.name, job: record.job, role: record.role, state, is_dropped: record.is_dropped, attempts }
 }
 
@@ -144,7 +148,16 @@ mod tests {
 
     fn record(name: &str, job: Option<u64>, role: Role) -> JobRecord {
         let job = job.map(JobId::whole);
-        JobRecord { name: name.to_owned(), role, exclude: Vec::new(), job, is_dropped: false, is_cancelled: false, time: 0.0 }
+        JobRecord {
+            name: name.to_owned(),
+            role,
+            exclude: Vec::new(),
+            job,
+            is_dropped: false,
+            is_cancelled: false,
+            is_elsewhere: false,
+            time: 0.0,
+        }
     }
 
     #[test]

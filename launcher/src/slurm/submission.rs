@@ -12,7 +12,7 @@ use cloze_recipes::site::{Site, SiteKind, SlurmSite};
 use cloze_recipes::study::Resources;
 use serde::{Deserialize, Serialize};
 
-use super::client::{SUBMIT_SETTLED_S, Slurm};
+use super::client::{SUBMIT_SETTLED_S, Slurm, other_cluster};
 use super::job::{JobId, JobState};
 use super::journal::{self, AttemptEvent, JobEvent, JobRecord, Role};
 use super::paths::JobPaths;
@@ -152,16 +152,34 @@ pub struct Jobs<'a> {
 
 impl<'a> Jobs<'a> {
     /// Takes the lock and settles what a submission that was cut off has left: an intent whose job exists is taken over, by its name.
-    /// Fails with kind `Mismatch` where the run has jobs in another cluster.
+    /// For a job of the run, which may have begun in a cluster of another name than the one that it was submitted to.
     pub fn open(slurm: &'a Slurm, run: &RunPaths) -> anyhow::Result<Self> {
+        let mut jobs = Self::take(slurm, run)?;
+        jobs.settle()?;
+        Ok(jobs)
+    }
+
+    /// As [`Jobs::open`], for a command on some host. Fails with kind `Mismatch` where jobs of the run that may not be over are in another
+    /// cluster than that host; where all are over, the run moves here.
+    pub fn open_here(slurm: &'a Slurm, run: &RunPaths) -> anyhow::Result<Self> {
+        let mut jobs = Self::take(slurm, run)?;
+        if let Some(submission) = Submission::read(&jobs.paths)?
+            && let Some(here) = moved_to(slurm, &submission, &jobs.records, &journal::read(&jobs.paths.attempts())?)
+                .map_err(|failure| failure.at(run.root().display()))?
+        {
+            jobs.note(&JobEvent::Moved { time: unix_time()?, cluster: here.clone() })?;
+            Submission { cluster: Some(here), ..submission }.write(&jobs.paths)?;
+        }
+        jobs.settle()?;
+        Ok(jobs)
+    }
+
+    fn take(slurm: &'a Slurm, run: &RunPaths) -> anyhow::Result<Self> {
         let paths = JobPaths::of(run);
         fs::create_dir_all(paths.root()).map_err(|error| storage("create a folder", &paths.root(), &error))?;
         let lock = take_lock(&paths.lock())?;
         let records = journal::jobs(journal::read(&paths.jobs())?);
-        check_cluster(slurm, &paths)?;
-        let mut jobs = Self { slurm, paths, records, _lock: lock };
-        jobs.settle()?;
-        Ok(jobs)
+        Ok(Self { slurm, paths, records, _lock: lock })
     }
 
     /// Its jobs, oldest first.
@@ -169,9 +187,9 @@ impl<'a> Jobs<'a> {
         &self.records
     }
 
-    /// Numbers of all its jobs.
+    /// Numbers of all its jobs in this cluster.
     pub fn ids(&self) -> Vec<JobId> {
-        self.records.iter().filter_map(|record| record.job).collect()
+        self.records.iter().filter_map(JobRecord::id_here).collect()
     }
 
     /// Its jobs that are not over, with what is known of them.
@@ -186,7 +204,7 @@ impl<'a> Jobs<'a> {
             Role::Successor { of } | Role::Replacement { of } => of == job && !record.is_cancelled,
             Role::Asked => false,
         };
-        self.records.iter().rev().filter(follows).find_map(|record| record.job)
+        self.records.iter().rev().filter(follows).find_map(JobRecord::id_here)
     }
 
     /// Submits one more job. Its script and its intent are on the disk before; a refusal is noted, so that it is not looked for.
@@ -275,10 +293,20 @@ impl<'a> Jobs<'a> {
     }
 }
 
-/// Refuses to ask one cluster for the jobs of another.
-pub(super) fn check_cluster(slurm: &Slurm, paths: &JobPaths) -> anyhow::Result<()> {
-    let known = Submission::read(paths)?.and_then(|submission| submission.cluster);
-    Ok(slurm.check_cluster(known.as_deref()).map_err(|failure| failure.at(paths.run().root().display()))?)
+/// The cluster of this host, where SLURM calls it otherwise than that of the run's jobs and all of those are over. Fails with kind
+/// `Mismatch` where one of them may not be.
+pub(super) fn moved_to(
+    slurm: &Slurm,
+    submission: &Submission,
+    records: &[JobRecord],
+    attempts: &[AttemptEvent],
+) -> Result<Option<String>, Failure> {
+    let Some(known) = &submission.cluster else { return Ok(None) };
+    let Some(here) = slurm.cluster_name().filter(|here| here != known) else { return Ok(None) };
+    match records.iter().find(|record| !record.is_over(attempts)) {
+        None => Ok(Some(here)),
+        Some(_) => Err(other_cluster(known, &here, "slurm/submission.json")),
+    }
 }
 
 /// Leaves the mark of `cloze cancel`, so that no job of the run goes on.

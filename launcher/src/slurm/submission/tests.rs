@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::super::client::fixtures::{cluster, site as slurm_site};
+use super::super::verdict::Decision;
 use super::*;
 use crate::sample;
 
@@ -93,18 +94,57 @@ fn an_intent_stays_open_while_nobody_answers() {
     assert!(journal::jobs(journal::read(&paths.jobs()).unwrap())[0].is_open());
 }
 
+/// A run whose only job was submitted to a cluster, with lines about how it went on.
+fn submitted(run: &RunPaths, cluster: Option<&str>, lines: &[JobEvent], decision: Option<Decision>) {
+    let paths = JobPaths::of(run);
+    fs::create_dir_all(paths.root()).unwrap();
+    Submission { cluster: cluster.map(str::to_owned), ..submission() }.write(&paths).unwrap();
+    let (name, job) = ("cloze-a-1".to_owned(), JobId::whole(7));
+    let intent = JobEvent::Intent { time: 1.0, name: name.clone(), role: Role::Asked, exclude: Vec::new() };
+    let taken = JobEvent::Submitted { time: 1.0, name: name.clone(), job };
+    for event in [intent, taken].iter().chain(lines) {
+        journal::append(&paths.jobs(), event).unwrap();
+    }
+    let started = AttemptEvent::Started { time: 1.0, attempt: 1, job, name, requeues: 0, nodes: Vec::new() };
+    journal::append(&paths.attempts(), &started).unwrap();
+    if let Some(decision) = decision {
+        let (reason, bad_nodes) = (String::new(), Vec::new());
+        let ended = AttemptEvent::Ended { time: 2.0, attempt: 1, job, decision, reason, elapsed_s: 1, bad_nodes, failure: None };
+        journal::append(&paths.attempts(), &ended).unwrap();
+    }
+}
+
 #[test]
-fn a_run_with_jobs_in_another_cluster_is_named() {
-    let (_folder, run) = run();
-    let paths = JobPaths::of(&run);
+fn a_run_with_jobs_in_another_cluster_is_named_until_they_are_over() {
     let (_programs, slurm) = cluster(&[("scontrol", "echo 'ClusterName = alpha'")]);
-    for (known, is_theirs) in [(None, true), (Some("alpha"), true), (Some("beta"), false)] {
-        fs::create_dir_all(paths.root()).unwrap();
-        Submission { cluster: known.map(str::to_owned), ..submission() }.write(&paths).unwrap();
-        let opened = Jobs::open(&slurm, &run).map(drop);
-        assert_eq!(opened.is_ok(), is_theirs, "{known:?}");
-        if let Err(error) = opened {
-            assert_eq!(error.downcast::<Failure>().unwrap().kind, FailureKind::Mismatch);
+    let cancelled = [JobEvent::Cancelled { time: 2.0, job: JobId::whole(7) }];
+    let dropped = [JobEvent::Dropped { time: 2.0, name: "cloze-a-1".to_owned(), reason: String::new() }];
+    let cases: [(Option<&str>, &[JobEvent], Option<Decision>, bool); 8] = [
+        (None, &[], None, true),
+        (Some("alpha"), &[], None, true),
+        (Some("beta"), &[], None, false),
+        (Some("beta"), &[], Some(Decision::Requeue), false),
+        (Some("beta"), &[], Some(Decision::Leave { code: 130 }), false),
+        (Some("beta"), &[], Some(Decision::GiveUp { code: 9 }), true),
+        (Some("beta"), &cancelled, None, true),
+        (Some("beta"), &dropped, None, true),
+    ];
+    for (known, lines, decision, may_go_on) in cases {
+        let (_folder, run) = run();
+        submitted(&run, known, lines, decision.clone());
+        // The jobs themselves may be anywhere: a federation brings them to other clusters than the one that was asked.
+        assert_eq!(Jobs::open(&slurm, &run).unwrap().ids(), [JobId::whole(7)]);
+        let opened = Jobs::open_here(&slurm, &run).map(|jobs| jobs.ids());
+        assert_eq!(opened.is_ok(), may_go_on, "{known:?} {lines:?} {decision:?}");
+        let now = Submission::read(&JobPaths::of(&run)).unwrap().unwrap().cluster;
+        match opened {
+            Ok(ids) if known == Some("beta") => assert_eq!((ids.len(), now.as_deref()), (0, Some("alpha")), "7 is a stranger's job here"),
+            Ok(ids) => assert_eq!((ids.len(), now.as_deref()), (1, known)),
+            Err(error) => {
+                let failure: Failure = error.downcast().unwrap();
+                assert_eq!((failure.kind, now.as_deref()), (FailureKind::Mismatch, Some("beta")));
+                assert!(failure.hint.unwrap().contains("set `cluster` to null in slurm/submission.json"));
+            }
         }
     }
 }
