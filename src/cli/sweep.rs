@@ -370,7 +370,7 @@ fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Result<ExitCod
     }
     let mut queued = BTreeSet::new();
     for record in &records {
-        if is_queued(&folder, &plan, record)? {
+        if is_queued(&folder, &plan, record) {
             queued.insert(record.hash.clone());
         }
     }

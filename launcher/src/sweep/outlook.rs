@@ -1,13 +1,15 @@
 //! What a sweep would do next, for whoever only looks: whether trials still wait at their rungs, and the first array of jobs.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use cloze_recipes::failure::Failure;
 use cloze_recipes::site::Site;
 use cloze_recipes::study::Study;
 
-use super::batch::{Assignment, Batch, Outcome};
+use super::batch::{Assignment, Batch};
 use super::controller::limits_of;
 use super::decide::{Action, SweepState, TrialStatus, decide};
 use super::folder::{StudyFolder, StudyInfo, SweepOptions, SweepPlan, study_hash};
@@ -54,13 +56,27 @@ pub fn newest_step(run: &Path) -> u64 {
     }
 }
 
-/// Whether a trial that is out only waits in a queue: nobody works on it, and its attempt has no outcome that waits for the controller.
-pub fn is_queued(folder: &StudyFolder, plan: &SweepPlan, record: &TrialRecord) -> Result<bool, Failure> {
-    if record.state != TrialState::Training || !plan.has_queue() {
-        return Ok(false);
+/// Whether a trial that is out only waits in a queue: nobody works on its attempt or has begun to, and it has no outcome that waits for the
+/// controller. Where it is not known when it was handed out, as in a folder that was brought from a bucket, nothing is said.
+pub fn is_queued(folder: &StudyFolder, plan: &SweepPlan, record: &TrialRecord) -> bool {
+    let Some(place) = record.place.filter(|_| record.state == TrialState::Training && plan.has_queue()) else { return false };
+    let lock = folder.trial_lock_path(&record.hash);
+    let is_worked_on = FileLock::holder(&lock).unwrap_or_else(|failure| {
+        tracing::warn!(%failure, "it is not known whether anybody works on a trial");
+        Some(String::new())
+    });
+    if is_worked_on.is_some() || folder.outcome_path(&record.hash, record.attempts).exists() {
+        return false;
     }
-    let is_worked_on = FileLock::holder(&folder.trial_lock_path(&record.hash))?.is_some();
-    Ok(!is_worked_on && Outcome::read(folder, &record.hash, record.attempts)?.is_none())
+    let Some(handed_out) = written(&folder.batch_path(place.batch)) else { return false };
+    // Locks of a shared disk may be invisible here; whoever takes this one writes it, and whoever trains writes events.
+    let has_begun = |path: &Path| written(path).is_some_and(|time| time >= handed_out);
+    !has_begun(&lock) && !has_begun(&folder.run_path(&record.name).join("events.jsonl"))
+}
+
+/// When a file was written last; `None` where that is not known.
+fn written(path: &Path) -> Option<SystemTime> {
+    fs::metadata(path).and_then(|found| found.modified()).ok()
 }
 
 /// The script of the first array of jobs that a sweep submits to a site of this version; the characters that only a submission knows are
@@ -107,12 +123,11 @@ fn first_batch(plan: &SweepPlan) -> (Batch, usize) {
 mod tests {
     use cloze_recipes::failure::FailureKind;
     use cloze_recipes::study::{Metric, Resources, Score};
-    use serde_json::json;
 
     use super::super::fixtures::{self, stage, trial};
     use super::super::folder::PlannedTrial;
     use super::super::lock::Taken;
-    use super::super::record::Rung;
+    use super::super::record::{Place, Rung};
     use super::*;
     use crate::sample;
 
@@ -193,28 +208,53 @@ exec /bin/cloze sweep work /shared/studies/demo --batch 1 --cores 6
         assert_eq!(newest_step(folder.path()), 20);
     }
 
+    /// A study folder with one trial in a queue, and the record of its second attempt.
+    fn queued(root: &Path) -> (StudyFolder, SweepPlan, TrialRecord) {
+        let folder = StudyFolder::new(root.to_owned());
+        folder.make().unwrap();
+        let plan = SweepPlan { site: Some(site("kind: slurm")), ..fixtures::plan(vec![trial("a")]) };
+        let place = Some(Place { batch: 1, element: 0 });
+        let record = TrialRecord { state: TrialState::Training, attempts: 2, place, ..TrialRecord::new(&plan.trials[0], None) };
+        (folder, plan, record)
+    }
+
     #[test]
     fn a_trial_that_nobody_works_on_is_only_queued() {
         let root = tempfile::tempdir().unwrap();
-        let folder = StudyFolder::new(root.path().to_owned());
-        folder.make().unwrap();
-        let here = fixtures::plan(vec![trial("a")]);
-        let plan = SweepPlan { site: Some(site("kind: slurm")), ..here.clone() };
-        let record = |state| TrialRecord { state, attempts: 2, ..TrialRecord::new(&plan.trials[0], None) };
-        let out = record(TrialState::Training);
-        let is_queued = |plan: &SweepPlan, record: &TrialRecord| super::is_queued(&folder, plan, record).unwrap();
-        assert!(is_queued(&plan, &out));
-        assert!(!is_queued(&here, &out), "processes of this machine wait in no queue");
-        assert!(!is_queued(&plan, &record(TrialState::Waiting)));
+        let (folder, plan, out) = queued(root.path());
+        assert!(!is_queued(&folder, &plan, &out), "nobody here knows when it was handed out");
+        fs::write(folder.batch_path(1), "{}").unwrap();
+        assert!(is_queued(&folder, &plan, &out));
+        let here = SweepPlan { site: None, ..plan.clone() };
+        assert!(!is_queued(&folder, &here, &out), "processes of this machine wait in no queue");
+        assert!(!is_queued(&folder, &plan, &TrialRecord { state: TrialState::Waiting, ..out.clone() }));
+        let outcome = folder.outcome_path("a", 2);
+        fs::write(&outcome, "damaged").unwrap();
+        assert!(!is_queued(&folder, &plan, &out), "it has ended, and its controller has not heard of it");
+        fs::remove_file(&outcome).unwrap();
         let Taken::Ours(lock) = FileLock::take(&folder.trial_lock_path("a")).unwrap() else { panic!("nobody has it") };
-        assert!(!is_queued(&plan, &out), "an element works on it");
+        assert!(!is_queued(&folder, &plan, &out), "an element works on it");
         drop(lock);
-        let outcome = json!({
-            "trial": "a", "attempt": 2, "end": "done", "step": 10, "metric": null, "evaluation": null, "failure": null, "host": "n1",
-            "finished": 1.0,
-        });
-        StudyFolder::write_json(&folder.outcome_path("a", 2), &outcome).unwrap();
-        assert!(!is_queued(&plan, &out), "it has ended, and its controller has not heard of it");
+    }
+
+    #[test]
+    fn an_attempt_that_has_begun_is_not_queued() {
+        let root = tempfile::tempdir().unwrap();
+        let (folder, plan, out) = queued(root.path());
+        let run = folder.run_path(&out.name);
+        fs::create_dir_all(&run).unwrap();
+        let set = |path: &Path, seconds| {
+            fs::write(path, "").unwrap();
+            let time = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+            fs::File::options().write(true).open(path).unwrap().set_modified(time).unwrap();
+        };
+        set(&folder.batch_path(1), 1000);
+        let (lock, events) = (folder.trial_lock_path("a"), run.join("events.jsonl"));
+        for (lock_s, events_s, expected) in [(900, 900, true), (1001, 900, false), (900, 1001, false)] {
+            set(&lock, lock_s);
+            set(&events, events_s);
+            assert_eq!(is_queued(&folder, &plan, &out), expected, "{lock_s} {events_s}");
+        }
     }
 
     #[test]
