@@ -110,6 +110,7 @@ pub(super) fn measure(check: MachineCheck<'_>) -> Result<PreflightReport> {
     let MachineCheck { nodes, agent, limits, .. } = check;
     let report = run_preflight(PreflightOptions { nodes, agent, setup, limits, progress: &mut say })?;
     say(&table(&report));
+    report.warnings.iter().for_each(|warning| say(&format!("warning: {warning}")));
     Ok(report)
 }
 

@@ -22,9 +22,9 @@ pub struct BadNode {
 /// The nodes that must not be used, in the order of the measurements.
 pub fn decide(measured: &Measurements, limits: &Preflight) -> Vec<BadNode> {
     let mut reasons: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-    let median_s = median(device_seconds(&measured.nodes));
+    let usual = Usual { device_s: median(device_seconds(&measured.nodes)), has_time: clocks_agree(&measured.nodes) };
     for node in &measured.nodes {
-        let own = own_reasons(node, median_s, limits);
+        let own = own_reasons(node, usual, limits);
         if !own.is_empty() {
             reasons.insert(&node.node, own);
         }
@@ -40,8 +40,38 @@ pub fn decide(measured: &Measurements, limits: &Preflight) -> Vec<BadNode> {
     measured.nodes.iter().filter_map(|node| bad(&node.node)).collect()
 }
 
+/// What is odd and no node's fault, as far as anybody can tell.
+pub fn warnings(measured: &Measurements) -> Vec<String> {
+    if clocks_agree(&measured.nodes) {
+        return Vec::new();
+    }
+    let with_skew = |node: &&NodeMeasurement| node.clock_skew_s.is_some();
+    let order = |a: &&NodeMeasurement, b: &&NodeMeasurement| a.clock_skew_s.unwrap_or(0.0).total_cmp(&b.clock_skew_s.unwrap_or(0.0));
+    let nodes = measured.nodes.iter().filter(with_skew);
+    let (Some(first), Some(last)) = (nodes.clone().min_by(order), nodes.max_by(order)) else { return Vec::new() };
+    let apart_s = last.clock_skew_s.unwrap_or(0.0) - first.clock_skew_s.unwrap_or(0.0);
+    let (ahead, behind) = (&last.node, &first.node);
+    vec![format!("the clock of {ahead} is {apart_s:.0} s ahead of that of {behind}, and too few others say which one is wrong")]
+}
+
+/// Whether more than half of the clocks agree with the one in the middle, so that whoever does not is wrong.
+fn clocks_agree(nodes: &[NodeMeasurement]) -> bool {
+    let skews = nodes.iter().filter_map(|node| node.clock_skew_s);
+    let num_agreeing = skews.clone().filter(|skew_s| skew_s.abs() <= MAX_CLOCK_SKEW_S).count();
+    num_agreeing * 2 > skews.count() || num_agreeing == 0
+}
+
+/// What nodes are compared with.
+#[derive(Clone, Copy)]
+struct Usual {
+    /// Time that the median device takes for a matrix product.
+    device_s: Option<f64>,
+    /// Whether the median of the clocks is known to be right.
+    has_time: bool,
+}
+
 /// What is wrong with a node by itself.
-fn own_reasons(node: &NodeMeasurement, median_s: Option<f64>, limits: &Preflight) -> Vec<String> {
+fn own_reasons(node: &NodeMeasurement, usual: Usual, limits: &Preflight) -> Vec<String> {
     if let Some(error) = &node.error {
         return vec![error.clone()];
     }
@@ -53,7 +83,7 @@ fn own_reasons(node: &NodeMeasurement, median_s: Option<f64>, limits: &Preflight
         if let Some(error) = &device.error {
             reasons.push(format!("{}: {error}", device.device));
         }
-        if let (Some(seconds), Some(median)) = (device.seconds, median_s)
+        if let (Some(seconds), Some(median)) = (device.seconds, usual.device_s)
             && seconds > limits.max_slowdown * median
         {
             let times = seconds / median;
@@ -63,9 +93,9 @@ fn own_reasons(node: &NodeMeasurement, median_s: Option<f64>, limits: &Preflight
     if let Some(error) = &node.store_error {
         reasons.push(format!("checkpoints cannot be stored from here: {error}"));
     }
-    if let Some(skew_s) = node.clock_skew_s.filter(|skew_s| skew_s.abs() > MAX_CLOCK_SKEW_S) {
+    if let Some(skew_s) = node.clock_skew_s.filter(|skew_s| usual.has_time && skew_s.abs() > MAX_CLOCK_SKEW_S) {
         let direction = if skew_s > 0.0 { "ahead of" } else { "behind" };
-        reasons.push(format!("its clock is {:.0} s {direction} the first node's", skew_s.abs()));
+        reasons.push(format!("its clock is {:.0} s {direction} the median of the nodes' clocks", skew_s.abs()));
     }
     reasons
 }
@@ -148,7 +178,7 @@ fn has(pair: &PairMeasurement, node: &str) -> bool {
 }
 
 /// The upper one of two in the middle.
-fn median(mut values: Vec<f64>) -> Option<f64> {
+pub(super) fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied()
 }
@@ -211,7 +241,7 @@ mod tests {
             (|node| node.devices[0].error = Some("wrong product".into()), "cuda:0: wrong product"),
             (|node| node.devices[0].seconds = Some(0.031), "cuda:0 takes 3.1 times as long as the median device for a matrix product"),
             (|node| node.store_error = Some("denied".into()), "checkpoints cannot be stored from here: denied"),
-            (|node| node.clock_skew_s = Some(-31.0), "its clock is 31 s behind the first node's"),
+            (|node| node.clock_skew_s = Some(-31.0), "its clock is 31 s behind the median of the nodes' clocks"),
             (|node| (node.devices[0].seconds, node.clock_skew_s) = (Some(0.029), Some(29.0)), ""),
         ];
         for (change, expected) in cases {
@@ -221,6 +251,31 @@ mod tests {
             let expected = if expected.is_empty() { String::new() } else { format!("c {expected}") };
             assert_eq!(reasons.join(", "), expected);
         }
+    }
+
+    #[test]
+    fn a_clock_is_wrong_where_most_of_the_others_agree() {
+        let cases: [(&[f64], &str, bool); 6] = [
+            (&[0.0], "", false),
+            (&[0.0, 40.0, 0.5], "b", false),
+            (&[-40.0, 0.0, 0.5], "a", false),
+            // The one of two that is asked first is no better than the other.
+            (&[-40.0, 0.0], "", true),
+            (&[-40.0, 0.0, -40.0, 0.0], "", true),
+            (&[-40.0, 0.0, 40.0], "", true),
+        ];
+        for (skews, expected, is_open) in cases {
+            let mut measured = measured(&"abcd"[..skews.len()], &[]);
+            for (node, &skew_s) in measured.nodes.iter_mut().zip(skews) {
+                node.clock_skew_s = Some(skew_s);
+            }
+            assert_eq!(bad(&measured), expected, "{skews:?}");
+            assert_eq!(warnings(&measured).len(), usize::from(is_open), "{skews:?}");
+        }
+        let mut two = measured("ab", &[]);
+        two.nodes[0].clock_skew_s = Some(-40.0);
+        let expected = "the clock of b is 40 s ahead of that of a, and too few others say which one is wrong";
+        assert_eq!(warnings(&two), [expected]);
     }
 
     #[test]

@@ -128,7 +128,7 @@ pub struct NodeMeasurement {
     pub store_s: Option<f64>,
     /// Why that failed.
     pub store_error: Option<String>,
-    /// How far its clock is ahead of the first node's, in seconds.
+    /// How far its clock is ahead of the median of the nodes' clocks, in seconds.
     pub clock_skew_s: Option<f64>,
 }
 

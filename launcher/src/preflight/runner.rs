@@ -14,7 +14,7 @@ use tokio::sync::{Mutex, Semaphore};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::decision::{BadNode, decide};
+use super::decision::{BadNode, decide, median, warnings};
 use super::link::MAX_WINDOW_MS;
 use super::protocol::{Answer, MAX_LINE_BYTES, Measurements, NodeMeasurement, PairMeasurement, Peer, Ready, Request, Setup};
 use super::schedule::rounds;
@@ -52,7 +52,7 @@ pub struct NodeOptions {
 
 /// What is to be checked.
 pub struct PreflightOptions<'a> {
-    /// The nodes; the others are compared with the first one's clock.
+    /// The nodes.
     pub nodes: Vec<NodeOptions>,
     /// The words that start an agent on a node.
     pub agent: Vec<String>,
@@ -71,6 +71,8 @@ pub struct PreflightReport {
     pub ok: bool,
     /// Nodes that must not be used.
     pub bad_nodes: Vec<BadNode>,
+    /// What is odd and no node's fault, as far as anybody can tell.
+    pub warnings: Vec<String>,
     /// What was measured of the nodes, in their order.
     pub nodes: Vec<NodeMeasurement>,
     /// What was measured between those pairs that were.
@@ -83,9 +85,9 @@ pub fn run_preflight(options: PreflightOptions<'_>) -> anyhow::Result<PreflightR
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime of the pre-flight")?;
     let limits = options.limits;
     let measured = runtime.block_on(Box::pin(Check::run(options)))?;
-    let bad_nodes = decide(&measured, &limits);
+    let (bad_nodes, warnings) = (decide(&measured, &limits), warnings(&measured));
     let Measurements { nodes, pairs } = measured;
-    Ok(PreflightReport { ok: bad_nodes.is_empty(), bad_nodes, nodes, pairs })
+    Ok(PreflightReport { ok: bad_nodes.is_empty(), bad_nodes, warnings, nodes, pairs })
 }
 
 /// The state of a check.
@@ -125,8 +127,8 @@ impl Check {
         Ok(Measurements { nodes: measured, pairs })
     }
 
-    /// How far each clock is ahead of the first one: of each, the difference to this one in the middle of question and answer. Many are
-    /// asked at the same time: by the last of a thousand that are asked one after another, this clock may have been set.
+    /// How far each clock is ahead of their median: of each, the difference to this one in the middle of question and answer. The first
+    /// node's may be the one that is wrong. Many are asked at the same time: by the last of a thousand that are asked one after another, this clock may have been set.
     async fn compare_clocks(&mut self) -> anyhow::Result<()> {
         let questions = Arc::new(Semaphore::new(MAX_QUESTIONS));
         let mut tasks: Vec<JoinHandle<Option<anyhow::Result<f64>>>> = Vec::new();
@@ -149,9 +151,9 @@ impl Check {
             }
             offsets.push(offset.and_then(Result::ok));
         }
-        let first = offsets.iter().flatten().next().copied();
+        let usual = median(offsets.iter().flatten().copied().collect());
         for (node, offset) in self.nodes.iter_mut().zip(offsets) {
-            node.measured.clock_skew_s = offset.zip(first).map(|(offset, first)| offset - first);
+            node.measured.clock_skew_s = offset.zip(usual).map(|(offset, usual)| offset - usual);
         }
         Ok(())
     }
@@ -460,7 +462,7 @@ echo '{"clock":0}'; read end"#;
         let names = ["a", "b", "c", "d", "e", "f"];
         let nodes = compared(&names, names.len());
         let skews: Vec<f64> = nodes.iter().map(|node| node.clock_skew_s.unwrap()).collect();
-        assert!(skews[0] == 0.0 && skews.iter().all(|skew| skew.abs() < CLOCK_TIMEOUT.as_secs_f64()), "{skews:?}");
+        assert!(skews.contains(&0.0) && skews.iter().all(|skew| skew.abs() < CLOCK_TIMEOUT.as_secs_f64()), "{skews:?}");
         // One more than there are is waited for in vain.
         let silent = compared(&["a"], 2);
         assert_eq!(silent[0].clock_skew_s, None);
