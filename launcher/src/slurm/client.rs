@@ -42,6 +42,17 @@ const NOT_WAITING: &str = "no longer pending";
 /// What the programs say of a job that they have forgotten, or that is over.
 const FORGOTTEN: [&str; 3] = ["Invalid job id", "already completing or completed", "Job has already finished"];
 
+/// What became of the wish to keep an array away from nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// All elements that wait know.
+    All,
+    /// None waits.
+    NothingWaits,
+    /// With all that it knows already, too few nodes would be left.
+    TooMany,
+}
+
 /// The batch system of this machine.
 #[derive(Debug)]
 pub struct Slurm {
@@ -180,19 +191,31 @@ impl Slurm {
         self.question("scontrol", arguments, ASK_DEADLINE_S).ask_well().map(drop)
     }
 
-    /// Keeps those elements of an array that wait away from these nodes too; of an array without such elements nothing becomes.
-    pub fn exclude_more_nodes(&self, array: JobId, nodes: &[String]) -> Result<(), Failure> {
+    /// Keeps those elements of an array that wait away from these nodes too, unless they were kept away from more than so many then.
+    pub fn exclude_more_nodes(&self, array: JobId, nodes: &[String], max_excluded: usize) -> Result<Told, Failure> {
         let shown = self.ask_of_jobs("scontrol", ["-o", "show", "job", &array.to_string()].map(str::to_owned).to_vec())?;
-        let Some(mut lists) = parse::excluded_nodes(&shown) else { return Ok(()) };
+        let Some(mut lists) = parse::excluded_nodes(&shown) else { return Ok(Told::NothingWaits) };
         lists.extend(nodes.iter().cloned());
+        if parse::nodes_of_lists(lists.iter().map(String::as_str)).len() > max_excluded {
+            return Ok(Told::TooMany);
+        }
         let list = lists.into_iter().collect::<Vec<_>>().join(",");
         let arguments = vec!["update".to_owned(), format!("JobId={array}"), format!("ExcNodeList={list}")];
         let question = self.question("scontrol", arguments, ASK_DEADLINE_S);
         let answer = question.ask()?;
-        if answer.is_success || answer.complaints.contains(NOT_WAITING) {
-            return Ok(());
+        if answer.is_success || is_all_of(&answer.complaints, NOT_WAITING) {
+            return Ok(Told::All);
         }
         Err(question.complaint(&answer))
+    }
+
+    /// How many nodes a job of this site can be kept away from at most, with so many left for it; those that the site itself excludes are
+    /// among them. A job starts in one partition, so the largest of those that it may start in counts.
+    pub fn max_excluded(&self, nodes_left: u32) -> Result<usize, Failure> {
+        let partitions = self.partitions()?;
+        let is_ours = |name: &str| self.site.partition.as_ref().is_none_or(|names| names.split(',').any(|ours| ours == name));
+        let largest = partitions.iter().filter(|partition| is_ours(&partition.name)).map(|partition| partition.nodes).max();
+        Ok(largest.unwrap_or(0).saturating_sub(nodes_left) as usize)
     }
 
     /// The partitions that this user sees.
@@ -305,6 +328,12 @@ pub(crate) fn other_cluster(theirs: &str, here: &str, file: &str) -> Failure {
         .hint(format!(
             "go on from a host of `{theirs}`; where that cluster is gone, or only its name has changed, set `cluster` to null in {file}"
         ))
+}
+
+/// Whether there are complaints, and all of them say this.
+fn is_all_of(complaints: &str, words: &str) -> bool {
+    let mut lines = complaints.lines().filter(|line| !line.trim().is_empty()).peekable();
+    lines.peek().is_some() && lines.all(|line| line.contains(words))
 }
 
 fn program(folder: Option<&Path>, name: &str) -> PathBuf {

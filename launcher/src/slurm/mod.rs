@@ -40,7 +40,7 @@ mod version;
 mod watch;
 
 pub use allocation::{AllocationOptions, JobOutcome, run_in_job};
-pub use client::{SUBMIT_SETTLED_S, Slurm};
+pub use client::{SUBMIT_SETTLED_S, Slurm, Told};
 pub use element::array_element;
 pub use job::{ExitStatus, JobId, JobState, State};
 pub use journal::{AttemptEvent, JobEvent, JobRecord, Role};
@@ -61,3 +61,4 @@ pub use version::{Dialect, Version};
 #[cfg(test)]
 pub(crate) use client::fixtures;
 pub(crate) use client::other_cluster;
+pub(crate) use parse::nodes_of_lists;

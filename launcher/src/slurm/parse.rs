@@ -14,6 +14,9 @@ pub(super) const ACCOUNT_FORMAT: &str = "JobID,State,ExitCode,ElapsedRaw,NodeLis
 /// What `sinfo -o` is asked for: partition, availability, time limit, nodes, cores, memory in MiB, generic resources.
 pub(super) const PARTITION_FORMAT: &str = "%R|%a|%l|%D|%c|%m|%G";
 
+/// Most nodes of one bracket in a list of nodes; the largest clusters have some ten thousand.
+const MAX_LIST_NODES: usize = 1 << 16;
+
 /// Seconds of a minute, an hour and a day.
 const MINUTE_S: u64 = 60;
 const HOUR_S: u64 = 60 * MINUTE_S;
@@ -159,6 +162,38 @@ pub(super) fn partitions(output: &str) -> Vec<Partition> {
 /// The node names of `scontrol show hostnames`.
 pub(super) fn host_names(output: &str) -> Vec<String> {
     output.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect()
+}
+
+/// The names in lists of nodes such as `n[08-10,12],m1`. At most some thousands are told, so that a wrong range does no harm.
+pub(crate) fn nodes_of_lists<'a>(lists: impl IntoIterator<Item = &'a str>) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    for list in lists {
+        let mut depth = 0_u32;
+        let is_end = |letter: char| {
+            match letter {
+                '[' => depth += 1,
+                ']' => depth = depth.saturating_sub(1),
+                _ => {}
+            }
+            letter == ',' && depth == 0
+        };
+        names.extend(list.split(is_end).filter(|part| !part.trim().is_empty()).flat_map(|part| nodes_of(part.trim())));
+    }
+    names
+}
+
+/// The names of `n[08-10,12]`, of a name alone, or of several brackets.
+fn nodes_of(pattern: &str) -> Vec<String> {
+    let Some((prefix, rest)) = pattern.split_once('[') else { return vec![pattern.to_owned()] };
+    let (ranges, rest) = rest.split_once(']').unwrap_or((rest, ""));
+    let endings = nodes_of(rest);
+    let numbers = ranges.split(',').flat_map(|range| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let bounds = first.parse::<u64>().ok().zip(last.parse::<u64>().ok());
+        let width = first.len();
+        bounds.into_iter().flat_map(move |(first, last)| (first..=last).map(move |number| format!("{number:0width$}")))
+    });
+    numbers.take(MAX_LIST_NODES).flat_map(|number| endings.iter().map(move |ending| format!("{prefix}{number}{ending}"))).collect()
 }
 
 /// Value of a key in a line of `Key=value Key=value`.

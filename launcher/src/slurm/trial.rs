@@ -14,7 +14,7 @@ use super::machines::Machines;
 use super::poll::patiently;
 use super::snapshot::Programs;
 use super::submission::Submission;
-use super::verdict::are_to_avoid;
+use super::verdict::are_to_blame;
 use super::watch::Warnings;
 
 /// What a sweep says of the run of one of its trials.
@@ -54,6 +54,37 @@ pub fn run_over_nodes(options: &AllocationOptions<'_>, trial: TrialNodes) -> any
         is_quiet: true,
     };
     let Attempted { end, bad_nodes } = attempt.go();
-    let is_theirs = are_to_avoid(&bad_nodes, machines.nodes.len());
-    Ok(TrialNodesEnd { end, bad_nodes: if is_theirs { bad_nodes } else { Vec::new() } })
+    let bad_nodes = blamed(&end, bad_nodes, machines.nodes.len());
+    Ok(TrialNodesEnd { end, bad_nodes })
+}
+
+/// Those of so many nodes that have brought this end about.
+fn blamed(end: &RunEnd, bad_nodes: Vec<String>, num_nodes: usize) -> Vec<String> {
+    match end {
+        RunEnd::Failed(failure) if are_to_blame(failure.kind, &bad_nodes, num_nodes) => bad_nodes,
+        RunEnd::Failed(_) | RunEnd::Stopped { .. } | RunEnd::Finished { .. } => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cloze_recipes::failure::{Failure, FailureKind};
+
+    use super::*;
+
+    #[test]
+    fn a_recipe_that_is_wrong_is_no_nodes_fault() {
+        let cases = [
+            (FailureKind::Environment, 2, true),
+            (FailureKind::Run, 2, true),
+            (FailureKind::Run, 1, true),
+            (FailureKind::Recipe, 2, false),
+            (FailureKind::Storage, 2, false),
+            (FailureKind::Interrupted, 2, false),
+        ];
+        for (kind, num_nodes, is_blamed) in cases {
+            let end = RunEnd::Failed(Failure::new(kind, "failed"));
+            assert_eq!(blamed(&end, vec!["n3".to_owned()], num_nodes).len(), usize::from(is_blamed), "{kind:?}");
+        }
+    }
 }

@@ -131,7 +131,7 @@ pub fn decide(now: &Circumstances) -> (Decision, Reason) {
         return (Decision::GiveUp { code: interrupted }, Reason::Cancelled);
     }
     if let AttemptEnd::Failed(kind) = now.end {
-        if are_to_avoid(&now.bad_nodes, now.num_nodes) && matches!(kind, FailureKind::Environment | FailureKind::Run) {
+        if are_to_blame(kind, &now.bad_nodes, now.num_nodes) {
             return again(now, Decision::Replace { exclude: now.bad_nodes.clone() }, Reason::BadNode);
         }
         match (kind, now.warning) {
@@ -144,10 +144,11 @@ pub fn decide(now: &Circumstances) -> (Decision, Reason) {
     stopped(now)
 }
 
-/// Whether another attempt does better without these nodes of so many. Where all of several seem bad, something is wrong that others would
+/// Whether a failure of this kind is that of these nodes of so many, so that another attempt does better without them. Where all of several seem bad, something is wrong that others would
 /// have too.
-pub fn are_to_avoid(bad_nodes: &[String], num_nodes: usize) -> bool {
-    !bad_nodes.is_empty() && (bad_nodes.len() < num_nodes || num_nodes == 1)
+pub fn are_to_blame(kind: FailureKind, bad_nodes: &[String], num_nodes: usize) -> bool {
+    let is_of_nodes = matches!(kind, FailureKind::Environment | FailureKind::Run);
+    is_of_nodes && !bad_nodes.is_empty() && (bad_nodes.len() < num_nodes || num_nodes == 1)
 }
 
 /// After an end that something outside the run has brought.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::batch::Batch;
 use super::local::Local;
-use super::queue::{LeftBehind, Queue};
+use super::queue::{Avoided, LeftBehind, Queue};
 use super::record::Place;
 
 /// A trial that is out.
@@ -77,10 +77,10 @@ impl Executor {
         }
     }
 
-    /// Starts nothing more on these nodes; says which of them are news.
-    pub fn avoid(&mut self, nodes: &[String]) -> Vec<String> {
+    /// Starts nothing more on these nodes, as far as enough others are left.
+    pub fn avoid(&mut self, nodes: &[String]) -> Avoided {
         match self {
-            Self::Local(_) => Vec::new(),
+            Self::Local(_) => Avoided::default(),
             Self::Queue(queue) => queue.avoid(nodes),
         }
     }

@@ -64,9 +64,9 @@ impl OpenStudy {
         write_recipes(&folder, &recipes)?;
         let (mut before, mut known) = (None, found.and_then(|found| found.cluster));
         if folder.info_path().is_file() {
-            (before, known) = (Some(folder.plan()?.site), known.or(folder.info()?.cluster));
+            (before, known) = (Some(folder.plan()?), known.or(folder.info()?.cluster));
         }
-        let remote = journal.remote_plan()?.map(|plan| plan.site);
+        let remote = journal.remote_plan()?;
         let opened = Self::with_records(journal, plan, now)?;
         opened.check_cluster(known.as_deref(), cluster.as_deref())?;
         opened.leave_for_plan(before, remote)?;
@@ -135,14 +135,16 @@ impl OpenStudy {
     }
 
     /// Leaves the site that folder or bucket have named for that of the plan. Fails with kind `Run` where trials are out there.
-    fn leave_for_plan(&self, folder: Option<Option<Site>>, bucket: Option<Option<Site>>) -> anyhow::Result<()> {
+    fn leave_for_plan(&self, folder: Option<SweepPlan>, bucket: Option<SweepPlan>) -> anyhow::Result<()> {
         let before = match (folder, bucket) {
             (None, None) => return Ok(()),
-            (Some(site), None) | (None, Some(site)) => site,
-            (Some(folder), Some(bucket)) => match self.choose(Sites { folder: folder.as_ref(), bucket: bucket.as_ref() }, None)?.0 {
-                Choice::Folder => folder,
-                Choice::Bucket => bucket,
-            },
+            (Some(plan), None) | (None, Some(plan)) => plan.site,
+            (Some(folder), Some(bucket)) => {
+                match self.choose(Sites { folder: folder.site.as_ref(), bucket: bucket.site.as_ref() }, None)?.0 {
+                    Choice::Folder => folder.site,
+                    Choice::Bucket => bucket.site,
+                }
+            }
         };
         check_move(&self.records, before.as_ref(), self.plan.site.as_ref()).map_err(|failure| self.at_root(failure))?;
         self.leave(before.as_ref(), self.plan.site.as_ref())

@@ -8,7 +8,6 @@ mod script;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs;
 use std::time::{Duration, Instant};
 
 use cloze_recipes::failure::Failure;
@@ -19,7 +18,9 @@ pub(super) use self::script::{elements_at_once, share_of};
 use super::batch::Batch;
 use super::executor::{Gone, Out};
 use crate::run_folder::{READABLE, write_whole};
-use crate::slurm::{JobId, JobState, SILENCE_MAX_S, SUBMIT_SETTLED_S, Silence, Slurm, State, after_silence, next_poll};
+use crate::slurm::{
+    JobId, JobState, SILENCE_MAX_S, SUBMIT_SETTLED_S, Silence, Slurm, State, Told, after_silence, next_poll, nodes_of_lists,
+};
 
 /// Most elements of one array; batch systems allow 1,001 unless told otherwise.
 pub const MAX_ELEMENTS: usize = 1000;
@@ -29,6 +30,10 @@ const POLL_MS: u64 = 500;
 
 /// Answers in a row in which a job is missing before it counts as gone: a busy batch system forgets to mention some.
 const MAX_MISSES: u32 = 3;
+
+/// Time after which no further array is told of nodes to avoid in one look, in seconds; two questions of 30 s may still be under way, and
+/// all of it is far below the 300 s of a lease.
+const KEEP_AWAY_S: u64 = 30;
 
 /// The jobs of a sweep.
 #[derive(Debug)]
@@ -48,18 +53,41 @@ pub struct Queue {
     unanswered: Option<(u32, Instant)>,
     /// Nodes that new jobs do not use, besides those of the site. A new controller begins with none, as `cloze resume` does.
     exclude: BTreeSet<String>,
+    /// Most nodes that a job may be kept away from, those of the site included; `None` before anybody has asked.
+    max_excluded: Option<usize>,
+    /// Whether it was said that a job is kept away from no more nodes.
+    has_spared: bool,
+}
+
+/// What became of the wish to start nothing more on some nodes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Avoided {
+    /// Nodes that jobs are kept away from now.
+    pub news: Vec<String>,
+    /// Nodes that they go on to use, since too few others would be left; told the first time only.
+    pub spared: Vec<String>,
 }
 
 /// The job of a batch.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Job {
     /// `None` where nobody has found it.
     id: Option<JobId>,
     /// Elements that run at the same time, at most.
     limit: u32,
     cancel: Cancel,
-    /// How many of the nodes to avoid it has been told of.
+    /// How many of the nodes to avoid its script names.
     num_avoided: usize,
+    /// How many those elements have been told of that waited then. One that begins again knows what its script says.
+    told: BTreeMap<Option<u32>, usize>,
+    /// When this controller has begun to look after it.
+    since: Instant,
+}
+
+impl Job {
+    fn new(id: Option<JobId>, limit: u32, num_avoided: usize) -> Self {
+        Self { id, limit, cancel: Cancel::No, num_avoided, told: BTreeMap::new(), since: Instant::now() }
+    }
 }
 
 /// A job that is to leave the queue and that SLURM could not be told of.
@@ -102,16 +130,50 @@ impl Queue {
             misses: BTreeMap::new(),
             unanswered: None,
             exclude: BTreeSet::new(),
+            max_excluded: None,
+            has_spared: false,
         })
     }
 
-    /// Keeps new jobs away from these nodes, and in the next look those that wait; says which of them are news.
-    pub fn avoid(&mut self, nodes: &[String]) -> Vec<String> {
-        let news: Vec<String> = nodes.iter().filter(|node| self.exclude.insert((*node).clone())).cloned().collect();
-        if !news.is_empty() {
+    /// Keeps new jobs away from these nodes, and in the next look those that wait. Enough nodes for a job are always left.
+    pub fn avoid(&mut self, nodes: &[String]) -> Avoided {
+        let mut avoided = Avoided::default();
+        for node in nodes.iter().filter(|node| !self.exclude.contains(*node)).cloned().collect::<Vec<_>>() {
+            let mut more = self.exclude.clone();
+            more.insert(node.clone());
+            let max_excluded = self.max_excluded();
+            if self.num_excluded(&more) <= max_excluded {
+                self.exclude = more;
+                avoided.news.push(node);
+            } else {
+                avoided.spared.push(node);
+            }
+        }
+        if !avoided.news.is_empty() {
             self.next_poll_at = Instant::now();
         }
-        news
+        if self.has_spared {
+            avoided.spared.clear();
+        }
+        self.has_spared |= !avoided.spared.is_empty();
+        avoided
+    }
+
+    /// Nodes that a job is kept away from, those of the site included.
+    fn num_excluded(&self, nodes: &BTreeSet<String>) -> usize {
+        let of_site = self.options.site_of_jobs().map_or(&[][..], |site| &site.exclude);
+        nodes_of_lists(of_site.iter().chain(nodes).map(String::as_str)).len()
+    }
+
+    /// Most nodes that a job may be kept away from. While nobody says how many there are, it is kept away from none.
+    fn max_excluded(&mut self) -> usize {
+        if self.max_excluded.is_none() {
+            match self.slurm.max_excluded(self.options.resources.nodes) {
+                Ok(max_excluded) => self.max_excluded = Some(max_excluded),
+                Err(failure) => tracing::warn!(%failure, "it is not known how many nodes a job can be kept away from"),
+            }
+        }
+        self.max_excluded.unwrap_or(0)
     }
 
     /// Submits a batch as one array, the first of arrays with so many elements in all, which share what room there is. Where it is not
@@ -131,7 +193,7 @@ impl Queue {
                 self.slurm.find_by_name(&self.name(batch.number)).ok().and_then(|found| Some(JobId::whole(found.last()?.job)))
             }
         };
-        self.jobs.insert(batch.number, Job { id, limit, cancel: Cancel::No, num_avoided: self.exclude.len() });
+        self.jobs.insert(batch.number, Job::new(id, limit, self.exclude.len()));
         self.free = self.free.saturating_sub(limit);
         self.next_poll_at = Instant::now() + next_poll(0, self.poll_s);
         self.unchanged_polls = 0;
@@ -177,17 +239,39 @@ impl Queue {
         if ids.is_empty() { Ok(BTreeMap::new()) } else { self.slurm.states(&ids) }
     }
 
-    /// Tells the arrays with elements that wait which nodes have turned out to be bad since. Where that is refused they may meet them,
-    /// which costs an attempt.
+    /// Tells the arrays with elements that wait which nodes have turned out to be bad since. Where that is refused, or not done in time, it
+    /// is tried again in the next look; until then they may meet them, which costs an attempt.
     fn keep_away(&mut self, states: &BTreeMap<JobId, JobState>) {
+        if self.exclude.is_empty() {
+            return;
+        }
         let nodes: Vec<String> = self.exclude.iter().cloned().collect();
-        let is_to_know = |job: &&mut Job| job.cancel == Cancel::No && job.num_avoided < nodes.len();
-        for job in self.jobs.values_mut().filter(is_to_know) {
+        let (max_excluded, deadline) = (self.max_excluded(), Instant::now() + Duration::from_secs(KEEP_AWAY_S));
+        for job in self.jobs.values_mut().filter(|job| job.cancel == Cancel::No) {
             let Some(id) = job.id else { continue };
-            job.num_avoided = nodes.len();
-            let waits = states.iter().any(|(found, job)| found.job == id.job && job.state == State::Pending);
-            if waits && let Err(failure) = self.slurm.exclude_more_nodes(id, &nodes) {
-                tracing::warn!(%failure, job = %id, nodes = nodes.join(","), "a job that waits may meet bad nodes");
+            let waits =
+                |(found, state): (&JobId, &JobState)| (found.job == id.job && state.state == State::Pending).then_some(found.element);
+            let waiting: Vec<Option<u32>> = states.iter().filter_map(waits).collect();
+            if waiting.iter().all(|element| *job.told.get(element).unwrap_or(&job.num_avoided) >= nodes.len()) {
+                continue;
+            }
+            match self.slurm.exclude_more_nodes(id, &nodes, max_excluded) {
+                Ok(Told::NothingWaits) => {}
+                Ok(told) => {
+                    if told == Told::TooMany {
+                        tracing::warn!(job = %id, nodes = nodes.join(","), "a job that waits may meet bad nodes: too few others would be left");
+                    }
+                    // Those that have begun meanwhile wait with the list of their script when they begin again.
+                    job.told = waiting.into_iter().map(|element| (element, nodes.len())).collect();
+                }
+                Err(failure) => {
+                    tracing::warn!(%failure, job = %id, nodes = nodes.join(","), "a job that waits may meet bad nodes");
+                    // Each question may take its whole time, and the lease must be renewed meanwhile.
+                    return;
+                }
+            }
+            if Instant::now() >= deadline {
+                return;
             }
         }
     }
@@ -227,11 +311,10 @@ impl Queue {
         }
     }
 
-    /// Whether the submission of a batch began so long ago that its job is in the queue or never will be.
+    /// Whether the submission of a batch began so long ago that its job is in the queue or never will be. Clocks of two hosts do not tell;
+    /// so it is this controller's that counts, since it has looked for the job first.
     fn is_settled(&self, batch: u32) -> bool {
-        let written = fs::metadata(self.options.folder.batch_path(batch)).and_then(|found| found.modified());
-        let age = written.ok().and_then(|time| time.elapsed().ok());
-        age.is_some_and(|age| age > Duration::from_secs(SUBMIT_SETTLED_S))
+        self.jobs.get(&batch).is_some_and(|job| job.since.elapsed() > Duration::from_secs(SUBMIT_SETTLED_S))
     }
 
     /// How the element of a trial has ended; `None` while it has not.
@@ -277,7 +360,7 @@ impl Queue {
 
     fn job(&mut self, batch: u32) -> &mut Job {
         let limit = elements_at_once(self.options.concurrency);
-        self.jobs.entry(batch).or_insert(Job { id: None, limit, cancel: Cancel::No, num_avoided: 0 })
+        self.jobs.entry(batch).or_insert_with(|| Job::new(None, limit, 0))
     }
 
     /// Takes the jobs of these trials off the queue, in the next look: also one that shows up later, and where nobody answers now.

@@ -113,3 +113,30 @@ fn partitions_are_checked_by_name() {
     let missing = named(Some("bgi")).misfits(&wish).unwrap();
     assert_eq!((missing[0].expected.as_deref(), missing[0].found.as_deref()), (Some("one of main, big"), Some("bgi")));
 }
+
+#[test]
+fn an_array_is_told_of_nodes_where_nothing_but_its_progress_speaks_against_it() {
+    let shown = "echo 'JobId=9 ArrayJobId=9 ArrayTaskId=1 JobState=PENDING ExcNodeList=n[5-6]'";
+    let begun = "9_0: Job is no longer pending execution";
+    let cases = [
+        (begun.to_owned(), 3, Some(Told::All)),
+        (format!("{begun}\n\n9_2: Job is no longer pending execution"), 3, Some(Told::All)),
+        (format!("{begun}\n9_1: Access/permission denied"), 3, None),
+        (String::new(), 3, None),
+        (begun.to_owned(), 2, Some(Told::TooMany)),
+    ];
+    for (complaints, max_excluded, expected) in cases {
+        let scontrol = format!("case \"$1\" in update) printf '%s\\n' '{complaints}' >&2; exit 1;; *) {shown};; esac");
+        let (_folder, slurm) = cluster(&[("scontrol", &scontrol)]);
+        let told = slurm.exclude_more_nodes(id("9"), &["n7".to_owned(), "n5".to_owned()], max_excluded);
+        assert_eq!(told.ok(), expected, "{complaints}");
+    }
+    let (_folder, begun) = cluster(&[("scontrol", "echo 'JobId=9 ArrayJobId=9 ArrayTaskId=1 JobState=RUNNING'")]);
+    assert_eq!(begun.exclude_more_nodes(id("9"), &["n7".to_owned()], 9).unwrap(), Told::NothingWaits);
+}
+
+#[test]
+fn the_nodes_of_a_partition_bound_what_is_excluded() {
+    let (_folder, slurm) = cluster(&[("sinfo", "printf 'main|up|1:00:00|4|4|4096|(null)\nbig|up|infinite|99|64|4096|gpu:8\n'")]);
+    assert_eq!([2, 4, 9].map(|nodes| slurm.max_excluded(nodes).unwrap()), [2, 0, 0]);
+}

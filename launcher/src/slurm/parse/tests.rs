@@ -122,3 +122,12 @@ fn durations() {
         assert_eq!(duration_s(text), expected, "{text}");
     }
 }
+
+#[test]
+fn lists_of_nodes_are_told_apart() {
+    let names = |lists: &[&str]| nodes_of_lists(lists.iter().copied()).into_iter().collect::<Vec<_>>().join(" ");
+    assert_eq!(names(&["n[08-10,12],m1", "m1"]), "m1 n08 n09 n10 n12");
+    assert_eq!(names(&["r[1-2]n[0-1]"]), "r1n0 r1n1 r2n0 r2n1");
+    assert_eq!(names(&["", "n5"]), "n5");
+    assert_eq!(nodes_of_lists(["n[0-99999999999]"]).len(), MAX_LIST_NODES);
+}

@@ -9,6 +9,7 @@ use super::super::batch::{End, Outcome};
 use super::super::decide::{FailedAttempt, Fate, after_failure, is_transient};
 use super::super::folder::outcome_name;
 use super::super::lease::MAX_CLOCK_SKEW_S;
+use super::super::queue::Avoided;
 use super::super::record::{Rung, TrialState};
 use super::super::work::run_facts;
 use super::{Controller, Stop, limits_of, outs_of};
@@ -68,9 +69,13 @@ impl Controller {
         if let Some(place) = record.place {
             self.executor.forget(place.batch);
         }
-        let avoided = self.executor.avoid(&outcome.bad_nodes);
-        if !avoided.is_empty() {
-            self.talk.line(&format!("no job that begins from now on uses {}, which failed {}", avoided.join(", "), record.name));
+        let Avoided { news, spared } = self.executor.avoid(&outcome.bad_nodes);
+        if !news.is_empty() {
+            self.talk.line(&format!("no job that begins from now on uses {}, which failed {}", news.join(", "), record.name));
+        }
+        if !spared.is_empty() {
+            let (nodes, name) = (spared.join(", "), &record.name);
+            self.talk.line(&format!("warning: jobs still use {nodes}, which failed {name}: without more nodes too few would be left"));
         }
         match outcome.end {
             End::Done | End::Paused => self.take_success(now, trial, outcome)?,

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use cloze_recipes::failure::FailureKind;
+use cloze_recipes::site::SiteKind;
 use cloze_recipes::study::{Metric, Score};
 
 use super::super::folder::{StudyFolder, StudyInfo};
@@ -46,6 +47,9 @@ fn script_of(queue: &Queue) -> String {
     queue.options.script(&batch(6), 4, &queue.exclude, queue.slurm.version()).unwrap()
 }
 
+/// A partition of eight nodes.
+const SINFO: (&str, &str) = ("sinfo", "echo 'main*|up|infinite|8|8|16000|(null)'");
+
 const OUT: Out<'_> = Out { trial: 0, hash: "h", place: Place { batch: 3, element: 0 } };
 
 /// The next look at the queue comes at once.
@@ -56,10 +60,10 @@ fn look(queue: &mut Queue) -> anyhow::Result<Vec<Gone>> {
 
 #[test]
 fn an_element_has_all_nodes_of_its_trial() {
-    let (_programs, slurm) = cluster(&[]);
+    let (_programs, slurm) = cluster(&[SINFO]);
     let mut queue = Queue::over(options("/shared/glue", 2, (8, 1)), slurm).unwrap();
-    assert_eq!(queue.avoid(&["n7".to_owned(), "n5".to_owned()]), ["n7", "n5"]);
-    assert_eq!(queue.avoid(&["n7".to_owned()]), Vec::<String>::new());
+    assert_eq!(queue.avoid(&["n7".to_owned(), "n5".to_owned()]).news, ["n7", "n5"]);
+    assert_eq!(queue.avoid(&["n7".to_owned()]), Avoided::default());
     let script = "\
 #!/bin/bash
 #SBATCH --job-name=cloze-glue-0123456789-a1b2-000003
@@ -159,13 +163,37 @@ echo "$@" >> "${0%/*}/cancelled""#;
 }
 
 #[test]
-fn what_waits_is_kept_away_from_nodes_that_turn_out_bad() {
-    let squeue = r#"case "$*" in *--name=*) echo "9|cloze-glue-0123456789-a1b2-000003";;
-*) printf '9_0|RUNNING|0:05|1:00|n1|None\n9_1|PENDING|0:00|1:00||Priority\n';; esac"#;
-    let scontrol = r#"case "$1" in update) echo "$@" >> "${0%/*}/told"; echo '9_0: Job is no longer pending execution' >&2; exit 1;; esac
+fn enough_nodes_are_left_for_a_job() {
+    let (_programs, slurm) = cluster(&[SINFO]);
+    let mut options = options("/shared/glue", 5, (8, 1));
+    // Two of eight are the site's own, so one more leaves the five that a job wants.
+    if let SiteKind::Slurm(site) = &mut options.site.kind {
+        site.exclude = vec!["n[1-2]".to_owned()];
+    }
+    let mut queue = Queue::over(options, slurm).unwrap();
+    let avoided = queue.avoid(&["n2".to_owned(), "n7".to_owned(), "n8".to_owned()]);
+    let expected = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+    assert_eq!((avoided.news, avoided.spared), (expected(&["n2", "n7"]), expected(&["n8"])));
+    assert_eq!(queue.avoid(&["n8".to_owned(), "n6".to_owned()]), Avoided::default(), "that is said once");
+    let (_programs, silent) = cluster(&[("sinfo", "exit 1")]);
+    let mut queue = Queue::over(super::tests::options("/shared/glue", 1, (8, 1)), silent).unwrap();
+    assert_eq!(queue.avoid(&["n7".to_owned()]).spared, ["n7"]);
+}
+
+/// One element runs and one waits, unless `begun` is there; then both run. What is told is in `told`, where `broken` does not refuse it.
+const SQUEUE: &str = r#"case "$*" in *--name=*) echo "9|cloze-glue-0123456789-a1b2-000003";; *)
+if [ -e "${0%/*}/begun" ]; then printf '9_0|PENDING|0:00|1:00||Priority\n9_1|RUNNING|0:05|1:00|n1|None\n'
+else printf '9_0|RUNNING|0:05|1:00|n1|None\n9_1|PENDING|0:00|1:00||Priority\n'; fi;; esac"#;
+const SCONTROL: &str = r#"case "$1" in update) echo "$@" >> "${0%/*}/told"
+[ -e "${0%/*}/broken" ] && echo 'Unable to contact slurm controller' >&2 && exit 1
+echo '9_0: Job is no longer pending execution' >&2; exit 1;; esac
+[ -e "${0%/*}/all-run" ] && echo "JobId=9 ArrayJobId=9 ArrayTaskId=1 JobState=RUNNING ExcNodeList=n[5,6]" && exit 0
 echo "JobId=10 ArrayJobId=9 ArrayTaskId=0 JobState=RUNNING ExcNodeList=n3"
 echo "JobId=9 ArrayJobId=9 ArrayTaskId=1 JobState=PENDING ExcNodeList=n[5,6]""#;
-    let (programs, slurm) = cluster(&[("squeue", squeue), ("sacct", "true"), ("scontrol", scontrol)]);
+
+#[test]
+fn what_waits_is_kept_away_from_nodes_that_turn_out_bad() {
+    let (programs, slurm) = cluster(&[SINFO, ("squeue", SQUEUE), ("sacct", "true"), ("scontrol", SCONTROL)]);
     let mut queue = Queue::over(options("/shared/glue", 1, (2, 1)), slurm).unwrap();
     let told = || std::fs::read_to_string(programs.path().join("told")).unwrap_or_default();
     look(&mut queue).unwrap();
@@ -180,6 +208,58 @@ echo "JobId=9 ArrayJobId=9 ArrayTaskId=1 JobState=PENDING ExcNodeList=n[5,6]""#;
     queue.avoid(&["n8".to_owned()]);
     look(&mut queue).unwrap();
     assert_eq!(told().lines().last(), Some("update JobId=9 ExcNodeList=n7,n8,n9,n[5,6]"));
+    // Another element waits again, with the list of its script.
+    std::fs::write(programs.path().join("begun"), "").unwrap();
+    look(&mut queue).unwrap();
+    look(&mut queue).unwrap();
+    assert_eq!(told().lines().count(), 3);
+}
+
+#[test]
+fn what_could_not_be_told_of_bad_nodes_is_told_later() {
+    let (programs, slurm) = cluster(&[SINFO, ("squeue", SQUEUE), ("sacct", "true"), ("scontrol", SCONTROL)]);
+    let mut queue = Queue::over(options("/shared/glue", 1, (2, 1)), slurm).unwrap();
+    let told = || std::fs::read_to_string(programs.path().join("told")).unwrap_or_default().lines().count();
+    let set = |name: &str, is_there: bool| {
+        let path = programs.path().join(name);
+        let done = if is_there { std::fs::write(path, "") } else { std::fs::remove_file(path) };
+        done.unwrap();
+    };
+    // Its last element begins just before it would be told.
+    set("all-run", true);
+    queue.avoid(&["n9".to_owned()]);
+    look(&mut queue).unwrap();
+    assert_eq!(told(), 0);
+    set("all-run", false);
+    set("broken", true);
+    look(&mut queue).unwrap();
+    look(&mut queue).unwrap();
+    assert_eq!(told(), 2, "each look tries it once");
+    set("broken", false);
+    look(&mut queue).unwrap();
+    look(&mut queue).unwrap();
+    assert_eq!(told(), 3);
+}
+
+#[test]
+fn a_batch_without_a_job_is_given_up_by_this_controllers_own_clock() {
+    let (_programs, slurm) = cluster(&[("squeue", "true"), ("sacct", "true")]);
+    let root = tempfile::tempdir().unwrap();
+    let mut queue = Queue::over(options(&root.path().display().to_string(), 1, (1, 1)), slurm).unwrap();
+    queue.options.folder.make().unwrap();
+    // Whatever the file's time says, by whatever clock.
+    let path = queue.options.folder.batch_path(3);
+    std::fs::write(&path, "{}").unwrap();
+    std::fs::File::options().write(true).open(&path).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+    for _ in 0..=MAX_MISSES {
+        assert_eq!(look(&mut queue).unwrap(), []);
+    }
+    let long_ago = Instant::now().checked_sub(Duration::from_secs(SUBMIT_SETTLED_S + 1)).unwrap();
+    queue.job(3).since = long_ago;
+    for _ in 1..MAX_MISSES {
+        assert_eq!(look(&mut queue).unwrap(), []);
+    }
+    assert_eq!(look(&mut queue).unwrap().len(), 1);
 }
 
 #[test]
