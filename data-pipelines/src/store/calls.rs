@@ -1,21 +1,25 @@
 //! Blocking calls on a store.
 
+use std::io::Read;
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::sync::{OnceLock, PoisonError};
 use std::time::Instant;
 
 use anyhow::Context;
 use bytes::Bytes;
+use cloze_recipes::failure::{Failure, FailureKind};
 use futures::TryStreamExt;
 use object_store::path::Path as ObjectPath;
 use object_store::{GetOptions, ObjectMeta, ObjectStoreExt, PutMode, PutPayload};
 use tokio::runtime::{Builder, Runtime};
 
-use super::Store;
 use super::failure::explain;
+use super::{ObjectReader, Store};
 
 /// Threads of the runtime that waits for sockets; the work itself happens elsewhere.
 const RUNTIME_THREADS: usize = 2;
+/// Whole objects are read in pieces of this many bytes, one ahead.
+const PIECE_BYTES: u64 = 8 << 20;
 
 /// What a store says about an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +37,29 @@ pub struct ObjectInfo {
 /// Runs a future on the shared small runtime and waits for it. Must not be called from inside async code.
 pub fn block_on<F: Future>(future: F) -> anyhow::Result<F::Output> {
     Ok(runtime()?.block_on(future))
+}
+
+/// Reads a whole object. Fails when it is missing or larger than `max_bytes`.
+pub fn read_all(store: &Store, key: &str, max_bytes: u64) -> anyhow::Result<Bytes> {
+    Ok(read_hashed(store, key, max_bytes)?.0)
+}
+
+/// Reads a whole object and hashes it meanwhile: its content and its BLAKE3 hash in hexadecimal digits. Fails like [`read_all`].
+pub fn read_hashed(store: &Store, key: &str, max_bytes: u64) -> anyhow::Result<(Bytes, String)> {
+    let info = head(store, key)?;
+    if info.size > max_bytes {
+        return Err(Failure::new(FailureKind::Input, "object is too large")
+            .at(store.url(key))
+            .expected(format!("at most {max_bytes} bytes"))
+            .found(format!("{} bytes", info.size))
+            .into());
+    }
+    let mut content = Vec::with_capacity(info.size as usize);
+    let mut reader = ObjectReader::new(store, &info, PIECE_BYTES)?;
+    let digest = reader.digest();
+    reader.read_to_end(&mut content).map_err(|error| ObjectReader::failure(error, &store.url(key)))?;
+    let hash = digest.lock().unwrap_or_else(PoisonError::into_inner).finalize().to_hex().to_string();
+    Ok((content.into(), hash))
 }
 
 /// Reads a part of an object; shorter where the object ends. Fails when it is missing or ends before the range begins.
@@ -144,9 +171,6 @@ fn info_of(store: &Store, meta: &ObjectMeta) -> ObjectInfo {
 mod tests {
     use std::collections::BTreeMap;
 
-    use cloze_recipes::failure::{Failure, FailureKind};
-
-    use super::super::read_all;
     use super::*;
 
     fn local(folder: &tempfile::TempDir) -> Store {
@@ -179,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_ranges_and_folders() {
+    fn sizes_ranges_folders_and_hashes() {
         let folder = tempfile::tempdir().unwrap();
         let store = local(&folder);
         put(&store, "a/one", b"12345".to_vec()).unwrap();
@@ -189,6 +213,20 @@ mod tests {
         assert_eq!(read_range(&store, "a/one", 3..30).unwrap().as_ref(), b"45");
         assert_eq!(list_below(&store, "a").unwrap().iter().map(|info| info.key.as_str()).collect::<Vec<_>>(), ["a/one"]);
         assert!(list_below(&store, "none").unwrap().is_empty());
+        let (content, hash) = read_hashed(&store, "a/one", 5).unwrap();
+        assert_eq!(hash, blake3::hash(&content).to_hex().to_string());
+    }
+
+    #[test]
+    fn missing_and_oversized_objects_are_input_failures() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = local(&folder);
+        put(&store, "a", b"123".to_vec()).unwrap();
+        for (key, max_bytes, what) in [("a", 2, "object is too large"), ("none", 9, "failed to look up object: no such file")] {
+            let failure = read_all(&store, key, max_bytes).unwrap_err().downcast::<Failure>().unwrap();
+            assert_eq!(failure.kind, FailureKind::Input);
+            assert_eq!(failure.what, what);
+        }
         assert!(list(&super::super::open("/no/such/folder", &BTreeMap::new()).unwrap()).unwrap().is_empty());
     }
 

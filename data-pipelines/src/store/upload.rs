@@ -5,9 +5,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::mpsc::{self, SyncSender, TrySendError};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
@@ -37,8 +35,6 @@ const RETRY_WAIT_MS: u64 = 200;
 const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A file is written in chunks of this many bytes, so that a slow disk is noticed between two of them.
 const CHUNK_BYTES: usize = 16 << 20;
-/// The disk is set to work whenever this many more bytes of a file are written; smaller files are flushed once, at their end.
-const FLUSH_BYTES: usize = 64 << 20;
 /// How a file that is still being written is told from others; the name begins with a dot.
 const PARTIAL_SUFFIX: &str = ".partial";
 
@@ -135,68 +131,14 @@ fn write_file(path: &Path, pieces: &[Bytes], deadline: Instant) -> Result<(), Up
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder)?;
     }
-    let file = Arc::new(File::create(path)?);
-    let flusher = Flusher::start(&file)?;
-    let written = write_chunks(&file, pieces, deadline, &flusher);
-    // A disk that hangs must not be waited for beyond the deadline; but what it has said is why the rest was not written.
-    if written.is_ok() || flusher.has_ended() {
-        flusher.finish()?;
-    }
-    written?;
-    in_time_yet(deadline)?;
-    Ok(file.sync_all()?)
-}
-
-fn write_chunks(mut file: &File, pieces: &[Bytes], deadline: Instant, flusher: &Flusher) -> Result<(), UploadError> {
-    let mut unflushed_bytes = 0;
+    let mut file = File::create(path)?;
     for chunk in pieces.iter().flat_map(|piece| piece.chunks(CHUNK_BYTES)) {
-        in_time_yet(deadline)?;
-        if unflushed_bytes >= FLUSH_BYTES {
-            unflushed_bytes = 0;
-            if !flusher.flush() {
-                return Ok(());
-            }
+        if Instant::now() >= deadline {
+            return Err(UploadError::TooSlow);
         }
         file.write_all(chunk)?;
-        unflushed_bytes += chunk.len();
     }
-    Ok(())
-}
-
-fn in_time_yet(deadline: Instant) -> Result<(), UploadError> {
-    if Instant::now() < deadline { Ok(()) } else { Err(UploadError::TooSlow) }
-}
-
-/// Sends to the disk what was written so far, while more is being written: a system keeps gigabytes back until it is asked for them.
-///
-/// Its thread ends when it is dropped or when the disk fails, which [`Self::finish`] tells.
-struct Flusher {
-    wanted: SyncSender<()>,
-    thread: JoinHandle<io::Result<()>>,
-}
-
-impl Flusher {
-    fn start(file: &Arc<File>) -> io::Result<Self> {
-        let file = Arc::clone(file);
-        let (wanted, wishes) = mpsc::sync_channel(1);
-        let flush = move || wishes.iter().try_for_each(|()| file.sync_data());
-        Ok(Self { wanted, thread: thread::Builder::new().name("cloze-flush".to_owned()).spawn(flush)? })
-    }
-
-    /// Asks for a flush without waiting for it or for one that is under way; false when one has failed.
-    fn flush(&self) -> bool {
-        !matches!(self.wanted.try_send(()), Err(TrySendError::Disconnected(())))
-    }
-
-    fn has_ended(&self) -> bool {
-        self.thread.is_finished()
-    }
-
-    /// Waits for what is under way; fails as the disk did.
-    fn finish(self) -> io::Result<()> {
-        drop(self.wanted);
-        self.thread.join().map_err(|_| io::Error::other("the thread that flushes a file panicked"))?
-    }
+    Ok(file.sync_all()?)
 }
 
 /// Gives a finished file its name. A rename is durable once the folder is, and a new folder once the one around it is.
@@ -316,6 +258,7 @@ fn told(store: &Store, key: &str, started: Instant, error: &UploadError) -> Fail
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::sync::Arc;
 
     use object_store::memory::InMemory;
 
