@@ -61,6 +61,10 @@ pub fn cancel(arguments: &CancelArguments) -> Result<ExitCode> {
     mark_cancelled(&paths)?;
     let living: Vec<_> = jobs.living()?.into_iter().map(|(id, _)| id).collect();
     jobs.cancel(&living)?;
+    for name in jobs.open_names() {
+        let line = format!("job {name}, whose submission was cut off, was not found; should it begin, it ends at once");
+        write_last_line(&mut std::io::stderr(), &line)?;
+    }
     let line = match living.as_slice() {
         [] => "no job of this run was left to cancel".to_owned(),
         ids => {

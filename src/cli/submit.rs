@@ -66,7 +66,7 @@ pub fn submit(arguments: &SubmitArguments, stdout: &mut dyn Write) -> Result<Exi
     let run = request.open_run()?;
     let paths = JobPaths::of(&run);
     let mut jobs = Jobs::open_here(&request.slurm, &run)?;
-    refuse_living(&jobs, &run)?;
+    refuse_living(&mut jobs, &run)?;
     let submission = request.submission(&paths)?;
     fs::copy(&arguments.cluster, paths.cluster()).with_context(|| format!("copy the cluster file to {}", paths.cluster().display()))?;
     unmark_cancelled(&paths)?;
@@ -81,7 +81,7 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Opt
     let paths = JobPaths::of(&run);
     let Some(before) = Submission::read(&paths)? else { return Ok(None) };
     if arguments.here {
-        refuse_living(&Jobs::open_here(&Slurm::find(before.slurm()?)?, &run)?, &run)?;
+        refuse_living(&mut Jobs::open_here(&Slurm::find(before.slurm()?)?, &run)?, &run)?;
         return Ok(None);
     }
     if arguments.workers.workers.is_some() || arguments.workers.local.is_some() || !arguments.hosts.hosts.is_empty() {
@@ -95,7 +95,7 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Opt
     let slurm = Slurm::find(before.slurm()?)?;
     refuse_misfits(&slurm, &before.resources, before.slurm()?)?;
     let mut jobs = Jobs::open_here(&slurm, &run)?;
-    refuse_living(&jobs, &run)?;
+    refuse_living(&mut jobs, &run)?;
     let submission = Submission { programs: keep_programs(&paths)?, cluster: slurm.cluster_name().or(before.cluster), ..before };
     unmark_cancelled(&paths)?;
     submission.write(&paths)?;
@@ -260,14 +260,13 @@ pub(super) fn refuse_misfits(slurm: &Slurm, resources: &Resources, site: &SlurmS
     }
 }
 
-/// A run has one job at a time, and one that waits for it.
-fn refuse_living(jobs: &Jobs<'_>, run: &RunPaths) -> Result<(), Failure> {
-    if let Some(open) = jobs.records().iter().find(|record| record.is_open()) {
-        return Err(Failure::new(FailureKind::Run, "it is not known yet whether a job of this run is in the queue")
-            .at(run.root().display())
-            .found(&open.name)
-            .hint(format!("try again {SUBMIT_SETTLED_S} s after that submission")));
+/// A run has one job at a time, and one that waits for it. What an earlier submission has left open is settled first.
+fn refuse_living(jobs: &mut Jobs<'_>, run: &RunPaths) -> Result<()> {
+    for name in jobs.open_names() {
+        let line = format!("job {name}, whose submission was cut off, is looked for, for up to {SUBMIT_SETTLED_S} s");
+        write_last_line(&mut std::io::stderr(), &line)?;
     }
+    jobs.settle()?;
     let living = jobs.living()?;
     if living.is_empty() {
         return Ok(());
@@ -277,5 +276,6 @@ fn refuse_living(jobs: &Jobs<'_>, run: &RunPaths) -> Result<(), Failure> {
     Err(Failure::new(FailureKind::Run, "this run has jobs that are not over")
         .at(folder.display())
         .found(shown.join("; "))
-        .hint(format!("`cloze status {0}` shows them, `cloze cancel {0}` cancels them", folder.display())))
+        .hint(format!("`cloze status {0}` shows them, `cloze cancel {0}` cancels them", folder.display()))
+        .into())
 }

@@ -11,7 +11,7 @@ use cloze_recipes::recipe::Recipe;
 
 use super::attempt::{Attempt, Attempted, one_line};
 use super::begin::{Arrival, Begin, Predecessor, decide_begin};
-use super::client::Slurm;
+use super::client::{SUBMIT_SETTLED_S, Slurm};
 use super::job::{JobId, JobState, State};
 use super::journal::{self, AttemptEvent, JobRecord, Role};
 use super::machines::Machines;
@@ -92,6 +92,9 @@ impl Job<'_> {
     fn arrive(&mut self) -> anyhow::Result<Option<JobOutcome>> {
         let slurm = Arc::clone(&self.slurm);
         let mut jobs = patiently(|| Jobs::open(&slurm, &self.options.paths))?;
+        if !self.paths().cancelled().exists() {
+            self.settle(&mut jobs)?;
+        }
         let mine = jobs.records().iter().find(|record| record.id_here() == Some(self.machines.job)).cloned();
         if let Some(record) = mine {
             (self.role, self.exclude) = (record.role, record.exclude);
@@ -132,6 +135,14 @@ impl Job<'_> {
             self.queue_successor(&mut jobs)?;
         }
         Ok(None)
+    }
+
+    /// The job before, or an earlier start of this one, may have been cut off while it submitted another, which this one must not meet.
+    fn settle(&self, jobs: &mut Jobs<'_>) -> anyhow::Result<()> {
+        for name in jobs.open_names() {
+            self.say(&format!("job {name}, whose submission was cut off, is looked for, for up to {SUBMIT_SETTLED_S} s"))?;
+        }
+        jobs.settle()
     }
 
     /// A job that waits for this one to fail, because a warning may not come. The run goes on without one where none is allowed.
@@ -343,7 +354,7 @@ mod tests {
 
     #[test]
     fn attempts_are_counted_since_the_run_was_asked_for_whatever_the_clocks_say() {
-        let record = |name: &str, role, time| JobRecord {
+        let record = |name: &str, role| JobRecord {
             name: name.to_owned(),
             role,
             exclude: Vec::new(),
@@ -351,15 +362,10 @@ mod tests {
             is_dropped: false,
             is_cancelled: false,
             is_elsewhere: false,
-            time,
         };
         let of = JobId::whole(7);
-        let records = [
-            record("a", Role::Asked, 100.0),
-            record("b", Role::Successor { of }, 100.0),
-            record("c", Role::Asked, 500.0),
-            record("d", Role::Successor { of }, 500.0),
-        ];
+        let records =
+            [record("a", Role::Asked), record("b", Role::Successor { of }), record("c", Role::Asked), record("d", Role::Successor { of })];
         let started =
             |name: &str, time| AttemptEvent::Started { time, attempt: 1, job: of, name: name.to_owned(), requeues: 0, nodes: Vec::new() };
         // The clock of the node of `b` is ahead, and those of the nodes of `c` and `d` are behind that of whoever asked.

@@ -151,8 +151,6 @@ pub struct JobRecord {
     pub is_cancelled: bool,
     /// It is over, in a cluster that the run has left.
     pub is_elsewhere: bool,
-    /// Unix time of its intent, in seconds.
-    pub time: f64,
 }
 
 impl JobRecord {
@@ -187,8 +185,8 @@ pub fn jobs(events: Vec<JobEvent>) -> Vec<JobRecord> {
     let mut jobs: Vec<JobRecord> = Vec::new();
     for event in events {
         match event {
-            JobEvent::Intent { time, name, role, exclude } => {
-                jobs.push(JobRecord { name, role, exclude, job: None, is_dropped: false, is_cancelled: false, is_elsewhere: false, time });
+            JobEvent::Intent { name, role, exclude, .. } => {
+                jobs.push(JobRecord { name, role, exclude, job: None, is_dropped: false, is_cancelled: false, is_elsewhere: false });
             }
             JobEvent::Submitted { name, job, .. } => {
                 if let Some(record) = jobs.iter_mut().find(|record| record.name == name) {

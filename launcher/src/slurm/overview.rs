@@ -148,16 +148,7 @@ mod tests {
 
     fn record(name: &str, job: Option<u64>, role: Role) -> JobRecord {
         let job = job.map(JobId::whole);
-        JobRecord {
-            name: name.to_owned(),
-            role,
-            exclude: Vec::new(),
-            job,
-            is_dropped: false,
-            is_cancelled: false,
-            is_elsewhere: false,
-            time: 0.0,
-        }
+        JobRecord { name: name.to_owned(), role, exclude: Vec::new(), job, is_dropped: false, is_cancelled: false, is_elsewhere: false }
     }
 
     #[test]

@@ -16,6 +16,7 @@ use super::client::{SUBMIT_SETTLED_S, Slurm, other_cluster};
 use super::job::{JobId, JobState};
 use super::journal::{self, AttemptEvent, JobEvent, JobRecord, Role};
 use super::paths::JobPaths;
+use super::poll::patiently;
 use super::script::{Dependency, JobRequest, render};
 use super::snapshot::Programs;
 use super::version::Version;
@@ -24,11 +25,15 @@ use crate::run_folder::{READABLE, RunPaths, remove_if_there, storage, write_whol
 /// Version of `submission.json`.
 const VERSION: u32 = 1;
 
-/// Longest wait for another process that submits jobs of the run, in seconds; a submission has two minutes.
-const LOCK_WAIT_S: u64 = 300;
+/// Longest wait for another process that submits jobs of the run, in seconds: it may look for a job for 180 s and then submit two, each of
+/// which has 120 s and 2 x 30 s in which it is looked for. That is 540 s, and a minute more.
+const LOCK_WAIT_S: u64 = 600;
 
 /// Interval at which its lock is tried.
 const LOCK_RETRY_MS: u64 = 50;
+
+/// Interval at which a job is looked for whose submission has no outcome, in seconds.
+const LOOK_AGAIN_S: u64 = 10;
 
 /// Characters of a run's key in the names of its jobs.
 const KEY_LENGTH: usize = 8;
@@ -151,11 +156,12 @@ pub struct Jobs<'a> {
 }
 
 impl<'a> Jobs<'a> {
-    /// Takes the lock and settles what a submission that was cut off has left: an intent whose job exists is taken over, by its name.
-    /// For a job of the run, which may have begun in a cluster of another name than the one that it was submitted to.
+    /// Takes the lock and looks for what a submission that was cut off has left: an intent whose job exists is taken over, by its name.
+    /// One whose job is not there stays open; [`Jobs::settle`] gives it up. For a job of the run, which may have begun in a cluster of
+    /// another name than the one that it was submitted to.
     pub fn open(slurm: &'a Slurm, run: &RunPaths) -> anyhow::Result<Self> {
         let mut jobs = Self::take(slurm, run)?;
-        jobs.settle()?;
+        jobs.look(Missing::MayCome)?;
         Ok(jobs)
     }
 
@@ -170,7 +176,7 @@ impl<'a> Jobs<'a> {
             jobs.note(&JobEvent::Moved { time: unix_time()?, cluster: here.clone() })?;
             Submission { cluster: Some(here), ..submission }.write(&jobs.paths)?;
         }
-        jobs.settle()?;
+        jobs.look(Missing::MayCome)?;
         Ok(jobs)
     }
 
@@ -190,6 +196,32 @@ impl<'a> Jobs<'a> {
     /// Numbers of all its jobs in this cluster.
     pub fn ids(&self) -> Vec<JobId> {
         self.records.iter().filter_map(JobRecord::id_here).collect()
+    }
+
+    /// Names of those of which nobody knows whether they were submitted.
+    pub fn open_names(&self) -> Vec<&str> {
+        self.records.iter().filter(|record| record.is_open()).map(|record| record.name.as_str()).collect()
+    }
+
+    /// Looks for the jobs whose submission has no outcome until each is there, or surely was not submitted: for [`SUBMIT_SETTLED_S`] by the
+    /// clock of this process. Whoever wrote the intents no longer submits, since this process has the lock; when that was does not matter,
+    /// and its clock may have been any other. Without an open intent it returns at once.
+    pub fn settle(&mut self) -> anyhow::Result<()> {
+        self.settle_within(Duration::from_secs(SUBMIT_SETTLED_S), Duration::from_secs(LOOK_AGAIN_S))
+    }
+
+    fn settle_within(&mut self, patience: Duration, interval: Duration) -> anyhow::Result<()> {
+        let since = Instant::now();
+        while !self.open_names().is_empty() {
+            // Only a look that begins after all that time says that there is no job.
+            let left = patience.saturating_sub(since.elapsed());
+            let missing = if left.is_zero() { Missing::WillNotCome } else { Missing::MayCome };
+            patiently(|| self.look(missing))?;
+            if !self.open_names().is_empty() {
+                sleep(interval.min(left));
+            }
+        }
+        Ok(())
     }
 
     /// Its jobs that are not over, with what is known of them.
@@ -221,7 +253,7 @@ impl<'a> Jobs<'a> {
             }
             Err(failure) => {
                 // By its deadline a submission may have gone through all the same. Where that stays unknown the intent stays open, and
-                // whoever opens the jobs next looks again.
+                // whoever submits next settles it first.
                 match self.slurm.find_by_name(&wanted.name).map(|jobs| jobs.last().copied()) {
                     Ok(Some(job)) => {
                         self.note(&JobEvent::Submitted { time: unix_time()?, name: wanted.name, job })?;
@@ -258,14 +290,13 @@ impl<'a> Jobs<'a> {
     }
 
     /// Asks for the jobs whose submission has no outcome. The attempts know the names of jobs that the batch system has forgotten.
-    fn settle(&mut self) -> anyhow::Result<()> {
-        let open: Vec<(String, f64)> =
-            self.records.iter().filter(|record| record.is_open()).map(|record| (record.name.clone(), record.time)).collect();
+    fn look(&mut self, missing: Missing) -> anyhow::Result<()> {
+        let open: Vec<String> = self.open_names().into_iter().map(str::to_owned).collect();
         if open.is_empty() {
             return Ok(());
         }
         let attempts: Vec<AttemptEvent> = journal::read(&self.paths.attempts())?;
-        for (open, since) in open {
+        for open in open {
             let begun = attempts.iter().find_map(|event| match event {
                 AttemptEvent::Started { name, job, .. } if *name == open => Some(*job),
                 _ => None,
@@ -275,11 +306,12 @@ impl<'a> Jobs<'a> {
                 None => self.slurm.find_by_name(&open)?.last().copied(),
             };
             let time = unix_time()?;
-            match found {
-                Some(job) => self.note(&JobEvent::Submitted { time, name: open, job })?,
-                // Its submission may still be on its way.
-                None if (time - since).abs() < SUBMIT_SETTLED_S as f64 => {}
-                None => self.note(&JobEvent::Dropped { time, name: open, reason: "nobody knows a job of this name".to_owned() })?,
+            match (found, missing) {
+                (Some(job), _) => self.note(&JobEvent::Submitted { time, name: open, job })?,
+                (None, Missing::MayCome) => {}
+                (None, Missing::WillNotCome) => {
+                    self.note(&JobEvent::Dropped { time, name: open, reason: "nobody knows a job of this name".to_owned() })?;
+                }
             }
         }
         Ok(())
@@ -291,6 +323,15 @@ impl<'a> Jobs<'a> {
         self.records = journal::jobs(journal::read(&self.paths.jobs())?);
         Ok(())
     }
+}
+
+/// What it means that a job is not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Missing {
+    /// Its submission may still be on its way.
+    MayCome,
+    /// It was not submitted.
+    WillNotCome,
 }
 
 /// The cluster of this host, where SLURM calls it otherwise than that of the run's jobs and all of those are over. Fails with kind

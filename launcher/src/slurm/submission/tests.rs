@@ -65,30 +65,60 @@ fn a_job_is_on_the_disk_before_it_is_submitted() {
     assert_eq!(jobs.successor_of(job), Some(successor));
 }
 
+/// A run whose submitter was cut off, by its own clock at this Unix time; the name of the job.
+fn cut_off(run: &RunPaths, time: f64) -> String {
+    let paths = JobPaths::of(run);
+    fs::create_dir_all(paths.root()).unwrap();
+    let name = submission().job_name("first", 1);
+    let intent = JobEvent::Intent { time, name: name.clone(), role: Role::Asked, exclude: Vec::new() };
+    journal::append(&paths.jobs(), &intent).unwrap();
+    name
+}
+
 #[test]
 fn an_intent_without_an_outcome_is_looked_for_by_its_name() {
-    for (queue, sacct, expected) in [("echo \"7|$(cat name)\"", "true", Some(7)), ("true", "true", None)] {
+    let (_folder, run) = run();
+    let name = cut_off(&run, 1.0);
+    let (_programs, slurm) = cluster(&[("squeue", &format!("echo '7|{name}'")), ("sacct", "true")]);
+    let jobs = Jobs::open(&slurm, &run).unwrap();
+    assert_eq!((jobs.records()[0].job, jobs.records()[0].is_open()), (Some(JobId::whole(7)), false));
+}
+
+#[test]
+fn a_submission_is_given_up_by_the_clock_of_whoever_looks_for_it() {
+    let now = unix_time().unwrap();
+    // The clock of the submitter may be right, or an hour behind or ahead.
+    for time in [now, now - 3600.0, now + 3600.0] {
         let (_folder, run) = run();
-        let paths = JobPaths::of(&run);
-        fs::create_dir_all(paths.root()).unwrap();
-        let name = submission().job_name("first", 1);
-        let intent = JobEvent::Intent { time: 1.0, name: name.clone(), role: Role::Asked, exclude: Vec::new() };
-        journal::append(&paths.jobs(), &intent).unwrap();
-        let queue = queue.replace("$(cat name)", &name);
-        let (_programs, slurm) = cluster(&[("squeue", &queue), ("sacct", sacct)]);
-        let jobs = Jobs::open(&slurm, &run).unwrap();
-        assert_eq!(jobs.records()[0].job, expected.map(JobId::whole));
-        assert_eq!((jobs.records()[0].is_dropped, jobs.records()[0].is_open()), (expected.is_none(), false));
+        let name = cut_off(&run, time);
+        // Its job is on its way, and there at the fourth question.
+        let squeue = format!(r#"echo >> "${{0%/*}}/asked"; [ "$(wc -l < "${{0%/*}}/asked")" -lt 4 ] || echo '7|{name}'"#);
+        let (programs, slurm) = cluster(&[("squeue", &squeue), ("sacct", "true")]);
+        let mut jobs = Jobs::open(&slurm, &run).unwrap();
+        assert_eq!(jobs.open_names(), [name.as_str()], "{}", time - now);
+        jobs.settle_within(Duration::from_mins(1), Duration::from_millis(1)).unwrap();
+        assert_eq!(jobs.ids(), [JobId::whole(7)], "{}", time - now);
+        assert_eq!(fs::read_to_string(programs.path().join("asked")).unwrap().lines().count(), 4);
+    }
+    for time in [now, now - 3600.0, now + 3600.0] {
+        let (_folder, run) = run();
+        cut_off(&run, time);
+        let (_programs, slurm) = cluster(&[("squeue", "true"), ("sacct", "true")]);
+        let mut jobs = Jobs::open(&slurm, &run).unwrap();
+        let since = Instant::now();
+        jobs.settle_within(Duration::from_millis(300), Duration::from_millis(50)).unwrap();
+        assert!(since.elapsed() >= Duration::from_millis(300));
+        assert!(jobs.records()[0].is_dropped && jobs.open_names().is_empty(), "{}", time - now);
+        // What is known is not waited for.
+        jobs.settle_within(Duration::from_hours(1), Duration::from_hours(1)).unwrap();
     }
 }
 
 #[test]
 fn an_intent_stays_open_while_nobody_answers() {
     let (_folder, run) = run();
+    cut_off(&run, 1.0);
     let paths = JobPaths::of(&run);
-    fs::create_dir_all(paths.root()).unwrap();
-    let intent = JobEvent::Intent { time: 1.0, name: "cloze-a-1".to_owned(), role: Role::Asked, exclude: Vec::new() };
-    journal::append(&paths.jobs(), &intent).unwrap();
     let (_programs, slurm) = cluster(&[("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")]);
     assert!(Jobs::open(&slurm, &run).is_err());
     assert!(journal::jobs(journal::read(&paths.jobs()).unwrap())[0].is_open());
