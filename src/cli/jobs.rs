@@ -8,7 +8,9 @@ use anyhow::{Context, Result};
 use clap::Args;
 use cloze_cluster::protocol::build_name;
 use cloze_launcher::RunPaths;
-use cloze_launcher::slurm::{AllocationOptions, JobPaths, Jobs, LogChoice, Slurm, Submission, mark_cancelled, run_in_job, show_logs};
+use cloze_launcher::slurm::{
+    AllocationOptions, JobPaths, Jobs, LogChoice, Slurm, Submission, mark_cancelled, run_in_job, show_logs, unfinished_jobs,
+};
 use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::run::{open_to_resume, write_last_line};
@@ -19,6 +21,9 @@ use super::run_place::find_run;
 pub struct CancelArguments {
     /// Run folder
     pub run: PathBuf,
+    /// Ask no SLURM: leave a mark, so that no job of the run begins any more, and name those that may run in a cluster out of reach
+    #[arg(long)]
+    pub mark_only: bool,
 }
 
 /// Arguments of `cloze logs`.
@@ -54,7 +59,17 @@ pub fn cancel(arguments: &CancelArguments) -> Result<ExitCode> {
             .hint("Ctrl-C in its terminal, or Stop on its dashboard, ends a run without jobs")
             .into());
     };
-    let slurm = Slurm::find(submission.slurm()?)?;
+    if arguments.mark_only {
+        return mark_only(&run, &submission);
+    }
+    let slurm = Slurm::find(submission.slurm()?).map_err(|failure| {
+        failure.hint(format!(
+            "give the same command on a host of the cluster `{}`; where there is none any more, `cloze cancel {} --mark-only` lets no job \
+             of the run begin",
+            submission.site.name,
+            run.root().display()
+        ))
+    })?;
     // This refuses where the jobs are out of reach; then the run is not marked, and goes on.
     let mut jobs = Jobs::open_here(&slurm, &run)?;
     // Before a job is cancelled: its successor must find the mark.
@@ -73,6 +88,25 @@ pub fn cancel(arguments: &CancelArguments) -> Result<ExitCode> {
         }
     };
     write_last_line(&mut std::io::stderr(), &line)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Leaves the mark and names the jobs that somebody else must cancel.
+fn mark_only(run: &RunPaths, submission: &Submission) -> Result<ExitCode> {
+    let paths = JobPaths::of(run);
+    mark_cancelled(&paths)?;
+    let place = &submission.site.name;
+    for job in unfinished_jobs(&paths)? {
+        let line = match job.job {
+            Some(id) => format!("warning: job {id} may still be in the queue of the cluster `{place}`; on a host of it: scancel {id}"),
+            None => format!(
+                "warning: job {0} may still be in the queue of the cluster `{place}`; on a host of it: scancel --name={0}",
+                job.name
+            ),
+        };
+        write_last_line(&mut std::io::stderr(), &line)?;
+    }
+    write_last_line(&mut std::io::stderr(), &format!("marked: no job of the run {} begins any more", run.root().display()))?;
     Ok(ExitCode::SUCCESS)
 }
 

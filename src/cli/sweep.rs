@@ -1,13 +1,13 @@
 //! `cloze sweep`: many runs of one recipe, from a preview to a table.
 
+mod cancel;
 mod machines;
 
 use std::collections::BTreeSet;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::thread::sleep;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
@@ -29,11 +29,12 @@ use cloze_launcher::sweep::text::{preview_text, status_table};
 use cloze_launcher::sweep::work::{WorkOptions, work as work_on};
 use cloze_launcher::words::{counted, is_or_are};
 use cloze_recipes::failure::{Failure, FailureKind};
-use cloze_recipes::site::{Site, SiteKind};
+use cloze_recipes::site::Site;
 use cloze_recipes::study::Study;
 use serde_json::json;
 
-use machines::{check_machines, cluster_name};
+use cancel::{CancelArguments, cancel};
+use machines::{check_machines, of_queue};
 
 use super::inputs::check_inputs;
 use super::reproduce::report_study;
@@ -42,12 +43,6 @@ use super::worker_process::worker_binary;
 
 /// Folder of studies that are given no folder.
 pub(super) const STUDIES_FOLDER: &str = "studies";
-
-/// Longest wait of `cloze sweep cancel` for the controller to leave, in seconds; its trials save first.
-const CANCEL_WAIT_S: u64 = 600;
-
-/// Interval at which `cloze sweep cancel` looks for the end of the controller.
-const CANCEL_POLL_MS: u64 = 200;
 
 /// Environment variable with the GPUs that a process may see.
 const GPUS_VARIABLE: &str = "CUDA_VISIBLE_DEVICES";
@@ -64,7 +59,7 @@ pub enum SweepCommand {
     /// Try failed trials again, and go on with the study
     Retry(RetryArguments),
     /// Let the trials of a study save and leave, and start no more
-    Cancel(FolderArguments),
+    Cancel(CancelArguments),
     /// Write the report of a study, and print its table
     Report(FolderArguments),
     /// Work on one element of a batch; the controller starts it
@@ -155,7 +150,7 @@ pub struct RetryArguments {
     pub quiet: bool,
 }
 
-/// Arguments of `cloze sweep cancel` and `cloze sweep report`.
+/// Arguments of `cloze sweep report`.
 #[derive(Args)]
 pub struct FolderArguments {
     /// Study folder
@@ -197,7 +192,7 @@ pub fn sweep(command: &SweepCommand, stdout: &mut dyn Write) -> Result<ExitCode>
             write_last_line(&mut std::io::stderr(), &line)?;
             finish(&drive(study, arguments.quiet)?, stdout)
         }
-        SweepCommand::Cancel(arguments) => cancel(&arguments.folder),
+        SweepCommand::Cancel(arguments) => cancel(arguments),
         SweepCommand::Report(arguments) => {
             let folder = StudyFolder::find(&arguments.folder)?;
             report_study(folder.root(), stdout)?;
@@ -273,8 +268,8 @@ fn drive(study: OpenStudy, quiet: bool) -> Result<Driven> {
 fn controller(study: OpenStudy, quiet: bool) -> Result<Controller> {
     let program = std::env::current_exe().context("find this program")?;
     let folder = study.journal.folder().clone();
-    let executor = match &study.plan.site {
-        Some(site) if !matches!(site.kind, SiteKind::Local) => {
+    let executor = match of_queue(study.plan.site.as_ref()) {
+        Some(site) => {
             let queue = Queue::new(QueueOptions {
                 info: folder.info()?,
                 // Jobs may start days later, when the programs have been built anew.
@@ -286,8 +281,12 @@ fn controller(study: OpenStudy, quiet: bool) -> Result<Controller> {
             })?;
             Executor::Queue(Box::new(queue))
         }
-        _ => Executor::Local(Local::new(folder, program, study.plan.concurrency)),
+        None => Executor::Local(Local::new(folder, program, study.plan.concurrency)),
     };
+    controller_over(study, executor, quiet)
+}
+
+fn controller_over(study: OpenStudy, executor: Executor, quiet: bool) -> Result<Controller> {
     let interactive = std::io::stderr().is_terminal();
     Controller::new(study, executor, Talk::new(Box::new(std::io::stderr()), interactive, quiet))
 }
@@ -393,29 +392,6 @@ fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Result<ExitCod
 /// Unix time, in seconds.
 fn now() -> Result<f64> {
     Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("read the time of day")?.as_secs_f64())
-}
-
-/// Asks the live controller, or does it in its place.
-fn cancel(folder: &Path) -> Result<ExitCode> {
-    let folder = StudyFolder::find(folder)?;
-    let shown = folder.root().display().to_string();
-    if let Some(holder) = FileLock::holder(&folder.lock_path())? {
-        std::fs::write(folder.cancel_path(), "").with_context(|| format!("write {}", folder.cancel_path().display()))?;
-        write_last_line(&mut std::io::stderr(), &format!("asked {holder}; its trials save and leave"))?;
-        let deadline = Instant::now() + Duration::from_secs(CANCEL_WAIT_S);
-        while FileLock::holder(&folder.lock_path())?.is_some() {
-            if Instant::now() >= deadline {
-                return Err(Failure::new(FailureKind::Run, "the controller does not leave").at(shown).found(holder).into());
-            }
-            sleep(Duration::from_millis(CANCEL_POLL_MS));
-        }
-    } else {
-        let study = OpenStudy::open(folder.root(), None, None)?;
-        study.settle_in(cluster_name(&study.plan)?.as_deref())?;
-        controller(study, false)?.cancel()?;
-    }
-    write_last_line(&mut std::io::stderr(), &format!("cancelled; go on with: cloze sweep resume {shown}"))?;
-    Ok(ExitCode::SUCCESS)
 }
 
 fn work(arguments: &WorkArguments) -> Result<ExitCode> {

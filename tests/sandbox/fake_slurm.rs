@@ -1,22 +1,35 @@
-//! Programs that answer as SLURM does where there is no cluster: one partition, and an account that may submit nothing.
+//! Programs that answer as SLURM does where there is no cluster: one partition, and an account that may submit nothing, or one whose jobs
+//! wait.
 
 use std::process::Command;
 
 use super::{World, run_command};
 
-/// The programs and what they do.
-const PROGRAMS: [(&str, &str); 4] = [
-    ("sbatch", "[ \"$1\" = --version ] && echo 'slurm-wlm 22.05.8' && exit; echo 'sbatch: error: Invalid account' >&2; exit 1"),
-    ("sinfo", "echo 'main*|up|infinite|4|8|16000|(null)'"),
-    ("squeue", "exit 0"),
-    ("scontrol", "echo 'ClusterName = fake'"),
-];
+/// What `sbatch` says of itself.
+const VERSION: &str = "[ \"$1\" = --version ] && echo 'slurm-wlm 22.05.8' && exit; ";
+/// Refuses every job.
+const REFUSES: &str = "echo 'sbatch: error: Invalid account' >&2; exit 1";
+/// Takes every job under the same number.
+const TAKES: &str = "echo 77";
+/// The other programs and what they do, where no job is known.
+const PROGRAMS: [(&str, &str); 3] =
+    [("sinfo", "echo 'main*|up|infinite|4|8|16000|(null)'"), ("scontrol", "echo 'ClusterName = fake'"), ("sacct", "exit 1")];
 
 /// Puts the programs into a world; returns the `PATH` with which they are found.
 pub fn fake_slurm(world: &World) -> String {
+    put(world, REFUSES, "exit 0")
+}
+
+/// The same with an account whose jobs are taken and wait.
+pub fn fake_slurm_with_a_queue(world: &World) -> String {
+    put(world, TAKES, "case \"$*\" in *--name=*) ;; *) echo '77_0|PENDING|0:00|1:00||Priority';; esac")
+}
+
+fn put(world: &World, sbatch: &str, squeue: &str) -> String {
     let folder = world.path("slurm-bin");
     std::fs::create_dir(&folder).expect("make a folder for programs");
-    for (name, commands) in PROGRAMS {
+    let sbatch = format!("{VERSION}{sbatch}");
+    for (name, commands) in PROGRAMS.into_iter().chain([("sbatch", sbatch.as_str()), ("squeue", squeue)]) {
         // A shell of its own writes the file: a process that another test starts at the same moment would inherit one that is open to be
         // written, and the program could not be executed.
         let write = r#"printf '#!/bin/sh\n%s\n' "$1" > "$0" && chmod 755 "$0""#;

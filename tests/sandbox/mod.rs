@@ -21,7 +21,7 @@ pub use bucket::{ACCESS_KEY, SECRET_KEY, SeaweedFs};
 pub use damage::{flip_middle_byte, truncate};
 pub use disk::SmallDisk;
 pub use event_tail::EventTail;
-pub use fake_slurm::fake_slurm;
+pub use fake_slurm::{fake_slurm, fake_slurm_with_a_queue};
 pub use fleet::Fleet;
 pub use netns::Network;
 pub use program::{Outcome, Process, run_command, send_signal, wait_until};

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::sandbox::{CLOZE, Outcome, RECIPE, Run, SlurmCluster, SlurmOptions, World, fake_slurm, run_command, wait_until};
+use crate::sandbox::{CLOZE, Outcome, RECIPE, Run, SlurmCluster, SlurmOptions, World, fake_slurm, fake_slurm_with_a_queue, run_command, wait_until};
 
 /// How long a run that goes to its end is to train, in seconds, so that something can happen on the way.
 const RUN_S: f64 = 8.0;
@@ -324,6 +324,21 @@ fn everything_that_a_run_would_meet_is_told_before_it_is_submitted() {
     outcome.expect_words(&["memory: the recipe does not fit"]);
     assert!(!world.path("run").exists(), "a run folder was made for nothing");
     assert!(submit(RECIPE, &["--dry-run"]).expect_code(0).stdout.contains("#SBATCH --partition=main\n"));
+}
+
+#[test]
+fn a_run_whose_cluster_is_lost_is_marked() {
+    let world = World::prepared();
+    let path = fake_slurm_with_a_queue(&world);
+    world.write("main.yaml", cluster_file("partition: main"));
+    run_command(world.command(&submit_arguments("main.yaml", "run", &[])).env("PATH", &path)).expect_code(0);
+    let elsewhere = |arguments: &[&str]| run_command(world.command(arguments).env("PATH", "/nowhere"));
+    let mark = world.path("run/slurm/cancelled.json");
+    elsewhere(&["cancel", "run"]).expect_code(5).expect_words(&["sbatch", "a host of the cluster `test`", "--mark-only"]);
+    assert!(!mark.exists(), "the run was marked although its jobs go on");
+    let marked = elsewhere(&["cancel", "run", "--mark-only"]).expect_code(0);
+    marked.expect_words(&["job 77 may still be in the queue of the cluster `test`", "no job of the run"]);
+    assert!(mark.is_file());
 }
 
 #[test]

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::sandbox::{CLOZE, Process, RECIPE_TEXT, SeaweedFs, World, fake_slurm, run_command, send_signal, tool, wait_until};
+use crate::sandbox::{
+    CLOZE, Process, RECIPE_TEXT, SeaweedFs, World, fake_slurm, fake_slurm_with_a_queue, run_command, send_signal, tool, wait_until,
+};
 
 /// Longest wait for something of a sweep to happen.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -346,6 +348,52 @@ fn a_cluster_file_is_checked_before_a_study_is_made_and_can_be_changed() {
     assert_eq!(plan()["site"]["kind"]["slurm"]["partition"], "main");
     let study: Value = serde_json::from_slice(&world.read(&format!("{folder}/study.json"))).unwrap();
     assert_eq!(study["cluster"], "fake");
+}
+
+#[test]
+fn a_study_whose_cluster_is_lost_is_cancelled_and_goes_on_elsewhere() {
+    let world = World::with_corpus(2000);
+    let study = Study::new(&world, "left", "");
+    let path = fake_slurm_with_a_queue(&world);
+    let (recipe, folder) = (study.recipe(), study.folder());
+    world.write("lab.yaml", "version: 1\nname: lab\nkind: slurm\n");
+    world.write("desk.yaml", "version: 1\nname: desk\nkind: local\n");
+    let controller = Process::start(world.command(&["sweep", "run", &recipe, "--cluster", "lab.yaml"]).env("PATH", &path), "");
+    wait_until("the trial is in the queue", PATIENCE, || study.count("training") == 1);
+    controller.kill();
+
+    // Where there is no SLURM nothing is changed without a word of the user.
+    let elsewhere = |arguments: &[&str]| run_command(world.command(arguments).env("PATH", "/nowhere"));
+    let refused = elsewhere(&["sweep", "cancel", &folder]).expect_code(5);
+    refused.expect_words(&[
+        "sbatch",
+        "a host of the cluster `lab`, where 1 trial is out",
+        "nothing was cancelled or changed",
+        "--mark-only",
+    ]);
+    elsewhere(&["sweep", "resume", &folder, "--cluster", "desk.yaml"]).expect_code(9).expect_words(&["trials are out elsewhere"]);
+    assert_eq!(study.count("training"), 1);
+
+    let name = {
+        let info: Value = serde_json::from_slice(&world.read(&format!("{folder}/study.json"))).unwrap();
+        format!("cloze-left-{}-{}-000001", &info["hash"].as_str().unwrap()[..10], info["key"].as_str().unwrap())
+    };
+    let cancelled = elsewhere(&["sweep", "cancel", &folder, "--mark-only"]).expect_code(0);
+    cancelled.expect_words(&[
+        "saved at step 0",
+        &format!("warning: job {name} may still be in the queue of the cluster `lab`"),
+        "cancelled",
+    ]);
+    assert_eq!(study.states(), ["waiting"]);
+    // Nothing is out any more, so nobody has to be asked.
+    elsewhere(&["sweep", "cancel", &folder]).expect_code(0);
+    // Its job begins after all, and does nothing.
+    let begun = elsewhere(&["sweep", "work", &folder, "--batch", "1", "--element", "0"]).expect_code(0);
+    begun.expect_words(&["nothing to do"]);
+    assert!(study.records().keys().all(|name| study.starts(name) == 0));
+    world.done(&["sweep", "resume", &folder, "--cluster", "desk.yaml"]).expect_words(&["1 of 1 done"]);
+    assert!(study.records().iter().all(|(name, record)| study.starts(name) == 1 && record["attempts"] == 2));
+    world.cloze(&["sweep", "cancel", &folder, "--mark-only"]).expect_code(3).expect_words(&["in no cluster"]);
 }
 
 impl Drop for Study<'_> {

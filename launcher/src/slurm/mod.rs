@@ -53,7 +53,7 @@ pub use poll::{SILENCE_MAX_S, Silence, after_silence, next_poll};
 pub use quote::{shell_word, shell_words};
 pub use script::{ArrayRange, Dependency, JobRequest, container_options, cpus_per_node, render};
 pub use snapshot::Programs;
-pub use submission::{Jobs, Submission, Wanted, mark_cancelled, unmark_cancelled};
+pub use submission::{Jobs, Submission, Wanted, mark_cancelled, unfinished_jobs, unmark_cancelled};
 pub use trial::{TrialNodes, TrialNodesEnd, run_over_nodes};
 pub use verdict::Decision;
 pub use version::{Dialect, Version};

@@ -350,6 +350,14 @@ pub(super) fn moved_to(
     }
 }
 
+/// The jobs of a run that may not be over, by all that its folder knows; nobody is asked.
+pub fn unfinished_jobs(paths: &JobPaths) -> anyhow::Result<Vec<JobRecord>> {
+    let attempts: Vec<AttemptEvent> = journal::read(&paths.attempts())?;
+    let mut records = journal::jobs(journal::read(&paths.jobs())?);
+    records.retain(|record| !record.is_over(&attempts));
+    Ok(records)
+}
+
 /// Leaves the mark of `cloze cancel`, so that no job of the run goes on.
 pub fn mark_cancelled(paths: &JobPaths) -> anyhow::Result<()> {
     let text = serde_json::to_vec(&serde_json::json!({ "time": unix_time()? })).context("serialise a mark")?;

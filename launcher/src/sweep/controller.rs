@@ -88,7 +88,9 @@ impl Controller {
     /// second ends it. An error ends the controller; what is out goes on, and the next controller takes it in.
     pub fn run(mut self) -> anyhow::Result<SweepEnd> {
         let signals = Signals::listen().context("listen to signals")?;
-        self.tell_found();
+        if self.stop == Stop::No {
+            self.tell_found();
+        }
         loop {
             let now = unix_now_s();
             self.heed(&signals);

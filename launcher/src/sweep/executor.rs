@@ -1,11 +1,12 @@
-//! Where trials run: on this machine, or as jobs of a batch system.
+//! Where trials run: on this machine, or as jobs of a batch system, which may be out of reach.
 
 use std::time::Duration;
 
 use super::batch::Batch;
 use super::local::Local;
-use super::queue::{Avoided, LeftBehind, Queue};
+use super::queue::{Avoided, Queue};
 use super::record::Place;
+use super::unreached::Unreached;
 
 /// A trial that is out.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +35,8 @@ pub enum Executor {
     Local(Local),
     /// Jobs of a batch system.
     Queue(Box<Queue>),
+    /// Jobs of a batch system that cannot be asked from here; nothing is started.
+    Unreached(Box<Unreached>),
 }
 
 impl Executor {
@@ -43,6 +46,7 @@ impl Executor {
         match self {
             Self::Local(local) => local.submit(batch),
             Self::Queue(queue) => queue.submit(batch, open_elements),
+            Self::Unreached(unreached) => unreached.submit(batch),
         }
     }
 
@@ -51,6 +55,7 @@ impl Executor {
         match self {
             Self::Local(local) => local.gone(outs),
             Self::Queue(queue) => queue.gone(outs),
+            Self::Unreached(unreached) => unreached.gone(outs),
         }
     }
 
@@ -66,21 +71,23 @@ impl Executor {
         match self {
             Self::Local(local) => local.stop(outs),
             Self::Queue(queue) => queue.cancel(outs),
+            Self::Unreached(unreached) => unreached.stop(),
         }
     }
 
-    /// Jobs that were to leave the queue and that nobody could take off it.
-    pub fn left_behind(&self) -> Vec<LeftBehind> {
+    /// What to say of jobs that were to leave the queue and that nobody could take off it.
+    pub fn left_behind(&self) -> Vec<String> {
         match self {
             Self::Local(_) => Vec::new(),
-            Self::Queue(queue) => queue.left_behind(),
+            Self::Queue(queue) => queue.left_behind().iter().map(ToString::to_string).collect(),
+            Self::Unreached(unreached) => unreached.left_behind(),
         }
     }
 
     /// Starts nothing more on these nodes, as far as enough others are left.
     pub fn avoid(&mut self, nodes: &[String]) -> Avoided {
         match self {
-            Self::Local(_) => Avoided::default(),
+            Self::Local(_) | Self::Unreached(_) => Avoided::default(),
             Self::Queue(queue) => queue.avoid(nodes),
         }
     }
@@ -102,6 +109,7 @@ impl Executor {
         match self {
             Self::Local(_) => None,
             Self::Queue(queue) => Some(queue.room(outs)),
+            Self::Unreached(_) => Some(0),
         }
     }
 
@@ -110,13 +118,14 @@ impl Executor {
         match self {
             Self::Local(_) => false,
             Self::Queue(queue) => queue.is_full(),
+            Self::Unreached(_) => true,
         }
     }
 
     /// How many trials share an element of a batch.
     pub fn pack(&self) -> usize {
         match self {
-            Self::Local(_) => 1,
+            Self::Local(_) | Self::Unreached(_) => 1,
             Self::Queue(queue) => queue.pack(),
         }
     }
@@ -124,7 +133,7 @@ impl Executor {
     /// Most elements of a batch.
     pub fn max_elements(&self) -> usize {
         match self {
-            Self::Local(_) => 1,
+            Self::Local(_) | Self::Unreached(_) => 1,
             Self::Queue(_) => super::queue::MAX_ELEMENTS,
         }
     }
@@ -132,7 +141,7 @@ impl Executor {
     /// How long to wait before the next look.
     pub fn poll_interval(&self) -> Duration {
         match self {
-            Self::Local(_) => Local::poll_interval(),
+            Self::Local(_) | Self::Unreached(_) => Local::poll_interval(),
             Self::Queue(queue) => queue.poll_interval(),
         }
     }

@@ -8,7 +8,7 @@
 //!   runs/          run folders
 //!   data/HASH/     prepared shards, one for each data hash
 //!   models/HASH/   exports of earlier stages
-//!   jobs/          batches, outcomes, logs, locks of the trials, nodes to avoid
+//!   jobs/          batches, outcomes, logs, locks of the trials, nodes to avoid, marks of batches that were given up
 //!   report/        what `cloze report` wrote
 //!   bin/           the programs that jobs run, as they were when the controller started
 //!   lock           held by the live controller
@@ -310,6 +310,11 @@ impl StudyFolder {
     /// What a batch consists of.
     pub fn batch_path(&self, number: u32) -> PathBuf {
         self.job_path(&format!("batch-{number:06}.json"))
+    }
+
+    /// A batch was given up by somebody who could not ask for its job: what of it begins later ends at once.
+    pub fn given_up_path(&self, number: u32) -> PathBuf {
+        self.job_path(&format!("batch-{number:06}.given-up"))
     }
 
     /// The folder of the outcomes.

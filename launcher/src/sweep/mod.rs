@@ -29,6 +29,7 @@ pub mod share;
 pub mod steps;
 pub mod talk;
 pub mod text;
+pub mod unreached;
 pub mod work;
 
 #[cfg(test)]

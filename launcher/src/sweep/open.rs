@@ -199,6 +199,16 @@ impl OpenStudy {
         Err(self.at_root(other_cluster(known, here, file)).into())
     }
 
+    /// How many trials are out.
+    pub fn num_out(&self) -> usize {
+        outs(&self.records).count()
+    }
+
+    /// Where its trials are out, in words.
+    pub fn place(&self) -> String {
+        place(self.plan.site.as_ref())
+    }
+
     /// Puts failed trials back: those of these names or hashes, or all. Fails with kind `Recipe` on a name of none, and on one that has
     /// not failed.
     pub fn retry(&mut self, wanted: &[String]) -> anyhow::Result<usize> {

@@ -12,9 +12,8 @@ use std::time::{Duration, Instant};
 
 use cloze_recipes::failure::Failure;
 
-use self::script::job_name;
 pub use self::script::{QueueOptions, site_of_jobs};
-pub(super) use self::script::{elements_at_once, share_of};
+pub(super) use self::script::{elements_at_once, job_name, share_of};
 use super::batch::Batch;
 use super::executor::{Gone, Out};
 use crate::run_folder::{READABLE, write_whole};

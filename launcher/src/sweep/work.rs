@@ -65,12 +65,16 @@ pub struct WorkOptions {
 }
 
 /// Works on one element; the failure is that of the first trial that has one, and a stop that was asked for. Outcomes are in the study
-/// folder either way.
+/// folder either way. Of a batch that was given up nothing is done.
 pub fn work(options: &WorkOptions) -> anyhow::Result<()> {
     let folder = StudyFolder::find(&options.folder)?;
     let plan = folder.plan()?;
     let batch = Batch::read(&folder, options.batch)?;
     let assignments = batch.element(options.element)?;
+    if folder.given_up_path(options.batch).exists() {
+        tracing::warn!(batch = options.batch, "there is nothing to do: `cloze sweep cancel --mark-only` has given the batch up");
+        return Ok(());
+    }
     let signals = Signals::listen().context("listen to signals")?;
     let stop = StopLevel::default();
     let entrance = entrance(&folder, &plan)?;

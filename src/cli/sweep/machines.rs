@@ -27,6 +27,7 @@ pub(super) fn cluster_name(plan: &SweepPlan) -> Result<Option<String>> {
     Ok(Slurm::find(site_of_jobs(&plan.resources, plan.pack, site)?)?.cluster_name())
 }
 
-fn of_queue(site: Option<&Site>) -> Option<&Site> {
+/// The site, where it has a batch system.
+pub(super) fn of_queue(site: Option<&Site>) -> Option<&Site> {
     site.filter(|site| !matches!(site.kind, SiteKind::Local))
 }

@@ -90,7 +90,7 @@ pub fn site_of_jobs<'a>(resources: &Resources, pack: u32, site: &'a Site) -> Res
 }
 
 /// The name of a batch's job. Folders that are older than the key keep the names that they had.
-pub(super) fn job_name(info: &StudyInfo, batch: u32) -> String {
+pub(in super::super) fn job_name(info: &StudyInfo, batch: u32) -> String {
     let name: String = info.name.chars().take(MAX_NAME_CHARS).collect();
     let hash: String = info.hash.chars().take(HASH_CHARS).collect();
     let key = if info.key.is_empty() { String::new() } else { format!("-{}", info.key) };
