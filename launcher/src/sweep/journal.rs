@@ -14,6 +14,7 @@ use super::folder::{StudyFolder, StudyInfo, SweepPlan, read_bounded};
 use super::lease::{Lease, MAX_CLOCK_SKEW_S};
 use super::lock::{FileLock, Taken};
 use super::record::{MAX_RECORD_BYTES, TrialRecord};
+use super::time::unix_now_s;
 use crate::run_folder::{READABLE, write_whole};
 
 /// Largest object with the recipes of all trials, in bytes; one has some three thousand.
@@ -96,19 +97,30 @@ impl Journal {
         StudyFolder::write_json(&self.folder.root().join(name), value)
     }
 
-    /// Puts a file of the study into the bucket as it is here.
-    fn put(&self, name: &str) -> anyhow::Result<()> {
-        let Some(Remote { store, .. }) = &self.remote else { return Ok(()) };
-        let bytes = read_bounded(&self.folder.root().join(name))?.context("read back a file of the study")?;
-        store::put(store, name, bytes)
-    }
-
-    /// Puts the study itself into the bucket, the part that names it last.
-    pub fn publish(&self, recipes: &BTreeMap<String, String>) -> anyhow::Result<()> {
+    /// Puts the study itself into the bucket: the part that names it last, and only where there is none. Fails with kind `Run` where another
+    /// controller has put one there meanwhile.
+    pub fn publish(&mut self, recipes: &BTreeMap<String, String>, plan: &SweepPlan, info: &StudyInfo) -> anyhow::Result<()> {
+        // A process that stood still until its lease was over must not write into the study of whoever has come after it.
+        self.renew(unix_now_s())?;
         let Some(Remote { store, .. }) = &self.remote else { return Ok(()) };
         store::put(store, RECIPES, serde_json::to_vec(recipes).context("serialise the recipes")?)?;
-        self.put(PLAN)?;
-        self.put(INFO)
+        store::put(store, PLAN, serde_json::to_vec_pretty(plan).context("serialise a plan")?)?;
+        if store::put_if_absent(store, INFO, serde_json::to_vec_pretty(info).context("serialise a study")?)? {
+            return Ok(());
+        }
+        match self.remote_info()? {
+            Some(found) if (&found.hash, &found.key) == (&info.hash, &info.key) => Ok(()),
+            _ => Err(Failure::new(FailureKind::Run, "another controller has made a study there meanwhile")
+                .at(store.url(INFO))
+                .hint("the same command again goes on with that study where it is the same, once its controller has left")
+                .into()),
+        }
+    }
+
+    /// Where the journal lies, for people.
+    pub fn shown(&self) -> String {
+        let folder = || self.folder.root().display().to_string();
+        self.remote.as_ref().map_or_else(folder, |remote| remote.store.display_url.clone())
     }
 
     /// The records that there are, by hash, and what is odd about them. Those of the bucket win.
@@ -176,8 +188,16 @@ fn lock(folder: &StudyFolder) -> Result<FileLock, Failure> {
     }
 }
 
-/// Brings a study from its bucket into a folder; one that is there already stays as it is. Returns the recipes by hash.
-pub fn restore(folder: &StudyFolder, url: &str) -> anyhow::Result<BTreeMap<String, String>> {
+/// What a bucket says of its study, besides the plan.
+pub struct Restored {
+    /// Recipes of the trials, by hash.
+    pub recipes: BTreeMap<String, String>,
+    /// The text of `study.json`, which comes last into the folder.
+    pub info: Vec<u8>,
+}
+
+/// Brings the plan of a study from its bucket into a folder, and returns the rest.
+pub fn restore(folder: &StudyFolder, url: &str) -> anyhow::Result<Restored> {
     let store = store::open(url, &BTreeMap::new())?;
     if store::size_of(&store, INFO)?.is_none() {
         return Err(Failure::new(FailureKind::Input, "this place holds no journal of a sweep")
@@ -190,11 +210,8 @@ pub fn restore(folder: &StudyFolder, url: &str) -> anyhow::Result<BTreeMap<Strin
     let recipes: BTreeMap<String, String> = serde_json::from_slice(&recipes).map_err(|error| {
         Failure::new(FailureKind::Damaged, "the recipes of a journal cannot be read").at(store.url(RECIPES)).because(error)
     })?;
-    for name in [PLAN, INFO] {
-        let bytes = store::read_all(&store, name, MAX_OBJECT_BYTES)?;
-        write_whole(&folder.root().join(name), &bytes, READABLE)?;
-    }
-    Ok(recipes)
+    write_whole(&folder.plan_path(), &store::read_all(&store, PLAN, MAX_OBJECT_BYTES)?, READABLE)?;
+    Ok(Restored { recipes, info: store::read_all(&store, INFO, MAX_OBJECT_BYTES)?.to_vec() })
 }
 
 /// The records of a study folder, without controlling it.
@@ -239,6 +256,7 @@ mod tests {
     use std::fs;
 
     use super::super::fixtures;
+    use super::super::lease::LEASE_S;
     use super::*;
 
     #[test]
@@ -254,5 +272,35 @@ mod tests {
         fs::remove_dir_all(bucket.path().join(PLAN)).unwrap();
         journal.write_plan(&fixtures::plan(Vec::new())).unwrap();
         assert_eq!(journal.remote_plan().unwrap().unwrap(), folder.plan().unwrap());
+    }
+
+    #[test]
+    fn a_study_is_made_once_whoever_stood_still_meanwhile() {
+        let [here, there, bucket] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+        let url = bucket.path().display().to_string();
+        let info = |key: &str| -> StudyInfo {
+            let text = serde_json::json!({
+                "version": 1, "name": "demo", "file": "demo.yaml", "profile": null, "overrides": [], "hash": "ab", "key": key,
+                "expected": null, "metric": {"task": null, "score": "loss"}, "keys": [], "created": 1.0,
+            });
+            serde_json::from_value(text).unwrap()
+        };
+        let open = |root: &Path, now| {
+            let folder = StudyFolder::new(root.to_owned());
+            folder.make().unwrap();
+            Journal::open(&folder, Some(&url), now).unwrap()
+        };
+        let (plan, now) = (fixtures::plan(Vec::new()), unix_now_s());
+        // The first has a lease that is over for the second.
+        let mut first = open(here.path(), now - 2.0 * LEASE_S);
+        let mut second = open(there.path(), now);
+        second.publish(&BTreeMap::new(), &plan, &info("second")).unwrap();
+        let lost: Failure = first.publish(&BTreeMap::new(), &plan, &info("first")).unwrap_err().downcast().unwrap();
+        assert_eq!((lost.kind, lost.what.as_str()), (FailureKind::Run, "another controller has taken this sweep over"));
+        // Once more is nothing new; a study under another key is another one.
+        second.publish(&BTreeMap::new(), &plan, &info("second")).unwrap();
+        let made: Failure = second.publish(&BTreeMap::new(), &plan, &info("first")).unwrap_err().downcast().unwrap();
+        assert_eq!((made.kind, made.what.as_str()), (FailureKind::Run, "another controller has made a study there meanwhile"));
+        assert_eq!(second.remote_info().unwrap().unwrap().key, "second");
     }
 }

@@ -10,9 +10,9 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::site::Site;
 use cloze_recipes::study::Study;
 
-use super::folder::{StudyFolder, StudyInfo, SweepOptions, SweepPlan, has_queue, study_hash};
+use super::folder::{StudyFolder, StudyInfo, SweepOptions, SweepPlan, has_queue, read_bounded, study_hash};
 use super::graph::Graph;
-use super::journal::{Journal, restore, write_record};
+use super::journal::{Journal, Restored, restore, write_record};
 use super::record::{TrialRecord, TrialState};
 use super::site_choice::{Choice, ChoiceReason, Sites, check_move, choose, is_of_folder, outs, place};
 use super::time::unix_now_s;
@@ -49,41 +49,36 @@ impl OpenStudy {
         let plan = SweepPlan::new(study, &graph, options);
         let hash = study_hash(&plan)?;
         let folder = StudyFolder::new(root);
-        if folder.info_path().is_file() {
-            check_hash(&hash, &folder.info()?.hash, &folder.root().display().to_string())?;
+        let (here, before) = if folder.info_path().is_file() { (Some(folder.info()?), Some(folder.plan()?)) } else { (None, None) };
+        if let Some(here) = &here {
+            check_hash(&hash, &here.hash, &folder.root().display().to_string())?;
         }
         folder.make()?;
         let now = unix_now_s();
         let journal = Journal::open(&folder, plan.journal.as_deref(), now)?;
-        let found = journal.remote_info()?;
-        if let Some(found) = &found {
-            check_hash(&hash, &found.hash, plan.journal.as_deref().unwrap_or_default())?;
-        }
+        let remote = Found::in_bucket(&journal, &hash)?;
         let recipes: BTreeMap<String, String> =
             graph.nodes.iter().map(|node| (node.trial.hash.clone(), node.trial.recipe.to_yaml())).collect();
         write_recipes(&folder, &recipes)?;
-        let (mut before, mut known) = (None, found.and_then(|found| found.cluster));
-        if folder.info_path().is_file() {
-            (before, known) = (Some(folder.plan()?), known.or(folder.info()?.cluster));
-        }
-        let remote = journal.remote_plan()?;
-        let opened = Self::with_records(journal, plan, now)?;
-        opened.check_cluster(known.as_deref(), cluster.as_deref())?;
-        opened.leave_for_plan(before, remote)?;
+        let here = here.map_or_else(|| info(study, hash, now), Ok)?;
+        let info = remote.as_ref().map_or_else(|| here.clone(), |remote| with_jobs_of(here.clone(), &remote.info));
+        let mut opened = Self::with_records(journal, plan, now)?;
+        opened.check_cluster(info.cluster.as_deref(), cluster.as_deref())?;
+        opened.leave_for_plan(before, remote.map(|remote| remote.plan))?;
+        // The bucket comes first: a folder alone would go on with a study that nobody else sees, or that somebody else makes once more. A
+        // bucket alone is a study that any host goes on with.
+        opened.journal.publish(&recipes, &opened.plan, &info)?;
         StudyFolder::write_json(&folder.plan_path(), &opened.plan)?;
         // The study comes last: a folder with it is complete.
-        if !folder.info_path().is_file() {
-            StudyFolder::write_json(&folder.info_path(), &info(study, hash, now)?)?;
-        }
-        adopt_jobs(&opened.journal)?;
-        opened.journal.publish(&recipes)?;
+        StudyFolder::write_json(&folder.info_path(), &info)?;
         opened.settle_in(cluster.as_deref())?;
         Ok(opened)
     }
 
-    /// Opens a study that is there, or brings it from its journal in a bucket; `named` is the site that whoever asks goes on at, where
-    /// there is a word of it. Fails with kind `Input` where there is none, and with `Run` where folder and bucket name two sites and it
-    /// is not known which of them has what is out.
+    /// Opens a study that is there, or brings it from its journal in a bucket, which gets it where it does not have it yet; `named` is the
+    /// site that whoever asks goes on at, where there is a word of it. Fails with kind `Input` where there is none, with `Mismatch` where
+    /// the bucket has another study, and with `Run` where folder and bucket name two sites and it is not known which of them has what is
+    /// out.
     pub fn open(root: &Path, journal: Option<&str>, named: Option<&Site>) -> anyhow::Result<Self> {
         if !root.join("study.json").is_file()
             && let Some(url) = journal
@@ -98,10 +93,18 @@ impl OpenStudy {
         }
         let now = unix_now_s();
         let journal = Journal::open(&folder, plan.journal.as_deref(), now)?;
-        let remote = if adopt_jobs(&journal)? { journal.remote_plan()? } else { None };
+        let here = folder.info()?;
+        let remote = Found::in_bucket(&journal, &here.hash)?;
         let mut opened = Self::with_records(journal, plan, now)?;
-        if let Some(remote) = remote {
-            opened.agree_on_site(remote.site, named)?;
+        match remote {
+            Some(Found { info, plan }) => {
+                let info = with_jobs_of(here.clone(), &info);
+                if info != here {
+                    StudyFolder::write_json(&folder.info_path(), &info)?;
+                }
+                opened.agree_on_site(plan.site, named)?;
+            }
+            None => opened.journal.publish(&read_recipes(&folder, &opened.plan)?, &opened.plan, &here)?,
         }
         Ok(opened)
     }
@@ -318,19 +321,28 @@ fn check_hash(wanted: &str, found: &str, place: &str) -> Result<(), Failure> {
         .hint("`--folder OTHER` starts a study of its own; `cloze sweep resume` goes on with the one that is there"))
 }
 
-/// Takes over key and cluster of the jobs from the bucket, whose records win too: the trials that are out there have those jobs. Says
-/// whether the bucket has this study.
-fn adopt_jobs(journal: &Journal) -> anyhow::Result<bool> {
-    let Some(found) = journal.remote_info()? else { return Ok(false) };
-    let info = journal.folder().info()?;
-    if info.hash != found.hash {
-        return Ok(false);
+/// A study that a bucket has.
+struct Found {
+    info: StudyInfo,
+    plan: SweepPlan,
+}
+
+impl Found {
+    /// That of a journal's bucket; `None` where there is no bucket, or nothing whole in it. Fails with kind `Mismatch` where it is not the
+    /// study of this hash.
+    fn in_bucket(journal: &Journal, hash: &str) -> anyhow::Result<Option<Self>> {
+        let Some(info) = journal.remote_info()? else { return Ok(None) };
+        check_hash(hash, &info.hash, &journal.shown())?;
+        let missing = || Failure::new(FailureKind::Damaged, "the study of a journal has no plan").at(journal.shown());
+        Ok(Some(Self { info, plan: journal.remote_plan()?.ok_or_else(missing)? }))
     }
-    let cluster = found.cluster.or_else(|| info.cluster.clone());
-    if info.key != found.key || info.cluster != cluster {
-        StudyFolder::write_json(&journal.folder().info_path(), &StudyInfo { key: found.key, cluster, ..info })?;
-    }
-    Ok(true)
+}
+
+/// A study with the key and the cluster of the jobs that the bucket knows, whose records win too: the trials that are out there have those
+/// jobs.
+fn with_jobs_of(here: StudyInfo, bucket: &StudyInfo) -> StudyInfo {
+    let cluster = bucket.cluster.clone().or(here.cluster);
+    StudyInfo { key: bucket.key.clone(), cluster, ..here }
 }
 
 fn info(study: &Study, hash: String, now: f64) -> anyhow::Result<StudyInfo> {
@@ -348,12 +360,24 @@ fn write_recipes(folder: &StudyFolder, recipes: &BTreeMap<String, String>) -> an
     Ok(())
 }
 
+/// The recipes of a study's trials, as its folder has them.
+fn read_recipes(folder: &StudyFolder, plan: &SweepPlan) -> anyhow::Result<BTreeMap<String, String>> {
+    let mut recipes = BTreeMap::new();
+    for trial in &plan.trials {
+        let path = folder.recipe_path(&trial.hash);
+        let missing = || Failure::new(FailureKind::Damaged, "the study lacks the recipe of a trial").at(path.display());
+        let yaml = read_bounded(&path)?.ok_or_else(missing)?;
+        recipes.insert(trial.hash.clone(), String::from_utf8(yaml).with_context(|| format!("read {}", path.display()))?);
+    }
+    Ok(recipes)
+}
+
 /// Brings a study from its bucket, with its places in this folder.
 fn bring(root: &Path, url: &str) -> anyhow::Result<()> {
     check_is_ours(root)?;
     let root: PathBuf = fs::canonicalize(root).with_context(|| format!("find {}", root.display()))?;
     let folder = StudyFolder::new(root);
-    let recipes = restore(&folder, url)?;
+    let Restored { recipes, info } = restore(&folder, url)?;
     let plan = folder.plan()?;
     for trial in &plan.trials {
         let path = folder.recipe_path(&trial.hash);
@@ -364,148 +388,9 @@ fn bring(root: &Path, url: &str) -> anyhow::Result<()> {
         folder.settle(&mut recipe, &trial.data_hash, plan.parent_hash(trial));
         write_whole(&path, recipe.to_yaml().as_bytes(), READABLE)?;
     }
-    Ok(())
+    // The study comes last here too.
+    write_whole(&folder.info_path(), &info, READABLE)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::batch::{Assignment, Batch};
-    use super::super::fixtures::{self, site};
-    use super::super::record::Place;
-    use super::*;
-
-    fn record(name: &str, state: TrialState) -> TrialRecord {
-        let text = serde_json::json!({
-            "hash": format!("{name}{name}{name}{name}"), "name": name, "parameters": {}, "seed": 1, "data_hash": "d", "parent": null,
-            "run": format!("runs/{name}"), "wanted": true, "state": state, "step": 0, "attempts": 1, "fruitless_attempts": 0,
-            "retry_at": null, "place": null, "rungs": [], "failure": null, "metric": null, "evaluation": null, "updated": 0.0
-        });
-        serde_json::from_value(text).unwrap()
-    }
-
-    #[test]
-    fn only_a_failed_trial_is_tried_again() {
-        let records = [record("a", TrialState::Failed), record("b", TrialState::Done), record("c", TrialState::StoppedEarly)];
-        let cases = [
-            ("a", None),
-            ("aaaa", None),
-            ("aaa", Some("aaa")),
-            ("b", Some("b, which is done")),
-            ("cccc", Some("c, which is stopped early")),
-            ("nobody", Some("nobody")),
-        ];
-        for (name, found) in cases {
-            let failure = check_retry(&records, name).err();
-            assert_eq!(failure.and_then(|failure| failure.found).as_deref(), found, "{name}");
-        }
-    }
-
-    /// A study of these trials in a folder, with its records in another one.
-    fn study(root: &Path, journal: &Path, states: &[(&str, TrialState)]) -> StudyFolder {
-        let folder = StudyFolder::new(fs::canonicalize(root).unwrap());
-        folder.make().unwrap();
-        let plan = SweepPlan {
-            journal: Some(journal.display().to_string()),
-            site: Some(site("one", "kind: slurm")),
-            ..fixtures::plan(states.iter().map(|(hash, _)| fixtures::trial(hash)).collect())
-        };
-        StudyFolder::write_json(&folder.plan_path(), &plan).unwrap();
-        let info = serde_json::json!({
-            "version": 1, "name": "demo", "file": "demo.yaml", "profile": null, "overrides": [], "hash": "ab", "key": "k",
-            "expected": null, "metric": plan.metric, "keys": [], "created": 1.0,
-        });
-        StudyFolder::write_json(&folder.info_path(), &info).unwrap();
-        for (trial, (_, state)) in plan.trials.iter().zip(states) {
-            write_record(&folder, &TrialRecord { state: *state, ..TrialRecord::new(trial, None) }).unwrap();
-        }
-        folder
-    }
-
-    #[test]
-    fn the_bucket_knows_where_a_study_has_moved() {
-        let [here, there, bucket] = [(); 3].map(|()| tempfile::tempdir().unwrap());
-        let states = [("a", TrialState::Done)];
-        for root in [&here, &there] {
-            study(root.path(), bucket.path(), &states);
-        }
-        let mut moved = OpenStudy::open(here.path(), None, None).unwrap();
-        moved.journal.publish(&BTreeMap::new()).unwrap();
-        moved.move_to(site("other", "kind: slurm")).unwrap();
-        moved.settle_in(Some("beta")).unwrap();
-        moved.journal.close().unwrap();
-        // Another machine, whose folder is from before the move.
-        let opened = OpenStudy::open(there.path(), None, None).unwrap();
-        assert_eq!(opened.plan.site.as_ref().map(|site| site.name.as_str()), Some("other"));
-        let folder = opened.journal.folder();
-        assert_eq!(folder.plan().unwrap(), opened.plan);
-        assert_eq!(folder.info().unwrap().cluster.as_deref(), Some("beta"));
-    }
-
-    #[test]
-    fn clusters_are_told_apart_by_what_slurm_calls_them() {
-        for (state, may_move) in [(TrialState::Training, false), (TrialState::Done, true)] {
-            let [root, bucket] = [(); 2].map(|()| tempfile::tempdir().unwrap());
-            study(root.path(), bucket.path(), &[("a", state)]);
-            let opened = OpenStudy::open(root.path(), None, None).unwrap();
-            // A folder of before the name says nothing.
-            opened.settle_in(Some("alpha")).unwrap();
-            opened.settle_in(Some("alpha")).unwrap();
-            // It may not say so now.
-            opened.settle_in(None).unwrap();
-            assert_eq!(opened.check_in(Some("beta")).is_ok(), may_move, "{state:?}");
-            let result = opened.settle_in(Some("beta"));
-            assert_eq!(result.is_ok(), may_move, "{state:?}");
-            let cluster = opened.journal.folder().info().unwrap().cluster;
-            assert_eq!(cluster.as_deref(), Some(if may_move { "beta" } else { "alpha" }));
-            if let Err(error) = result {
-                let failure: Failure = error.downcast().unwrap();
-                assert_eq!(failure.kind, FailureKind::Mismatch);
-                assert!(failure.expected.unwrap().contains("`alpha`") && failure.found.unwrap().contains("`beta`"));
-                assert!(failure.hint.unwrap().contains("set `cluster` to null in study.json"), "a cluster that is gone locks nobody out");
-            }
-        }
-    }
-
-    #[test]
-    fn what_this_folder_has_handed_out_is_not_given_to_another_site() {
-        let site_name = |opened: &OpenStudy| opened.plan.site.as_ref().map(|site| site.name.clone()).unwrap();
-        for (is_ours, named, expected) in [(true, None, Some("other")), (false, None, None), (false, Some("one"), Some("one"))] {
-            let [root, bucket] = [(); 2].map(|()| tempfile::tempdir().unwrap());
-            let folder = study(root.path(), bucket.path(), &[("a", TrialState::Training)]);
-            let mut record = TrialRecord { state: TrialState::Training, ..TrialRecord::new(&fixtures::trial("a"), None) };
-            (record.attempts, record.place) = (1, Some(Place { batch: 1, element: 0 }));
-            write_record(&folder, &record).unwrap();
-            if is_ours {
-                let batch = Batch { number: 1, elements: vec![vec![Assignment { trial: "a".to_owned(), attempt: 1, until_step: None }]] };
-                StudyFolder::write_json(&folder.batch_path(1), &batch).unwrap();
-            }
-            OpenStudy::open(root.path(), None, None).unwrap().journal.publish(&BTreeMap::new()).unwrap();
-            // As a build that did not tell the bucket of a move left it.
-            let plan = SweepPlan { site: Some(site("other", "kind: slurm")), ..folder.plan().unwrap() };
-            StudyFolder::write_json(&folder.plan_path(), &plan).unwrap();
-            let named = named.map(|name| site(name, "kind: slurm"));
-            let opened = OpenStudy::open(root.path(), None, named.as_ref());
-            assert_eq!(opened.as_ref().ok().map(site_name).as_deref(), expected, "{is_ours} {named:?}");
-            let Ok(opened) = opened else { continue };
-            assert_eq!(opened.odd.len(), 1);
-            let told = opened.journal.remote_plan().unwrap().unwrap();
-            assert_eq!((told.site, folder.plan().unwrap().site), (opened.plan.site.clone(), opened.plan.site.clone()));
-        }
-    }
-
-    #[test]
-    fn a_study_that_leaves_a_queue_leaves_its_workers_behind() {
-        for (now, is_kept) in [("kind: local", false), ("kind: slurm", true)] {
-            let [root, bucket] = [(); 2].map(|()| tempfile::tempdir().unwrap());
-            let folder = study(root.path(), bucket.path(), &[("a", TrialState::Waiting)]);
-            let run = folder.run_path("demo-a");
-            fs::create_dir_all(&run).unwrap();
-            for name in ["run.json", "control.json"] {
-                fs::write(run.join(name), "{}").unwrap();
-            }
-            let mut opened = OpenStudy::open(root.path(), None, None).unwrap();
-            opened.move_to(site("one", now)).unwrap();
-            assert_eq!(run.join("control.json").exists(), is_kept, "{now}");
-        }
-    }
-}
+mod tests;
