@@ -1,9 +1,7 @@
 //! Programs that answer as SLURM does where there is no cluster: one partition, and an account that may submit nothing, or one whose jobs
 //! wait.
 
-use std::process::Command;
-
-use super::{World, run_command};
+use super::World;
 
 /// What `sbatch` says of itself.
 const VERSION: &str = "[ \"$1\" = --version ] && echo 'slurm-wlm 22.05.8' && exit; ";
@@ -30,10 +28,7 @@ fn put(world: &World, sbatch: &str, squeue: &str) -> String {
     std::fs::create_dir(&folder).expect("make a folder for programs");
     let sbatch = format!("{VERSION}{sbatch}");
     for (name, commands) in PROGRAMS.into_iter().chain([("sbatch", sbatch.as_str()), ("squeue", squeue)]) {
-        // A shell of its own writes the file: a process that another test starts at the same moment would inherit one that is open to be
-        // written, and the program could not be executed.
-        let write = r#"printf '#!/bin/sh\n%s\n' "$1" > "$0" && chmod 755 "$0""#;
-        run_command(Command::new("/bin/sh").args(["-c", write]).arg(folder.join(name)).arg(commands)).expect_code(0);
+        world.write_program(&format!("slurm-bin/{name}"), commands);
     }
     format!("{}:{}", folder.display(), std::env::var("PATH").unwrap_or_default())
 }

@@ -86,6 +86,22 @@ impl World {
         fs::write(self.path(name), content).expect("write a file of the world");
     }
 
+    /// Writes a program of these lines of shell. A shell of its own writes the file: a process that another test starts at the same moment
+    /// would inherit one that is open to be written, and the program could not be executed.
+    pub fn write_program(&self, name: &str, commands: &str) -> PathBuf {
+        let path = self.path(name);
+        let write = r#"printf '#!/bin/sh\n%s\n' "$1" > "$0" && chmod 755 "$0""#;
+        run_command(Command::new("/bin/sh").args(["-c", write]).arg(&path).arg(commands)).expect_code(0);
+        path
+    }
+
+    /// A worker program that ends with this code where it is started on this node, and works on all others.
+    pub fn worker_broken_on(&self, node: &str, code: i32) -> PathBuf {
+        let complaint = "echo 'libtorch_cpu.so: cannot open shared object file' >&2";
+        let commands = format!(r#"if [ "$(uname -n)" = {node} ]; then {complaint}; exit {code}; fi; exec {WORKER} "$@""#);
+        self.write_program("broken-worker", &commands)
+    }
+
     /// Reads a file of this world.
     #[track_caller]
     pub fn read(&self, name: &str) -> Vec<u8> {

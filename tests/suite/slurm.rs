@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::sandbox::{CLOZE, Outcome, RECIPE, Run, SlurmCluster, SlurmOptions, World, fake_slurm, fake_slurm_with_a_queue, run_command, wait_until};
+use crate::sandbox::{
+    CLOZE, Outcome, RECIPE, Run, SlurmCluster, SlurmOptions, World, fake_slurm, fake_slurm_with_a_queue, run_command, wait_until,
+};
 
 /// How long a run that goes to its end is to train, in seconds, so that something can happen on the way.
 const RUN_S: f64 = 8.0;
@@ -283,6 +285,34 @@ fn stay_cancelled(site: &Site) {
     site.wait_for_step(&run, before + 1);
     site.cloze(&["cancel", &run_path]).expect_code(0);
     site.expect_no_job(&run);
+}
+
+/// The node lives and SLURM sees nothing wrong with it, but no worker starts there, as where a library is missing.
+#[test]
+fn a_node_where_no_worker_starts_is_left_out_of_the_next_job() {
+    let options = SlurmOptions { num_nodes: 3, gpus_per_node: 0, ..SlurmOptions::default() };
+    let Some(site) = Site::start("a node where no worker starts", options) else { return };
+    let cluster_file = "version: 1\nname: test\nkind: slurm\nslurm: {partition: main, max_jobs: 5}\npreflight: {enabled: false}\n";
+    site.world.write("unchecked.yaml", cluster_file);
+    let worker = site.world.worker_broken_on("n2", 127);
+    let mut command = site.world.command_by(site.cluster.command(CLOZE), &submit_arguments("unchecked.yaml", "broken", &[]));
+    let job = job_of(&run_command(command.env("CLOZE_WORKER", worker)).expect_code(0));
+    let run = site.world.run("broken");
+    site.cluster.wait_for_change("the first attempt has ended", || !attempts(&run, "ended").is_empty());
+    let (started, ended) = (attempts(&run, "started"), attempts(&run, "ended"));
+    assert_eq!(started[0]["nodes"], serde_json::json!(["n1", "n2"]), "the controller is not on the node that is broken");
+    assert_eq!((&ended[0]["bad_nodes"], &ended[0]["failure"]["kind"]), (&serde_json::json!(["n2"]), &"environment".into()), "{ended:?}");
+    assert_eq!(ended[0]["decision"], serde_json::json!({"replace": {"exclude": ["n2"]}}));
+
+    site.cluster.wait_for_change("the run is finished", || !run.events_named("run_finished").is_empty());
+    site.expect_no_job(&run);
+    let started = attempts(&run, "started");
+    assert_eq!((started.len(), &started[1]["nodes"]), (2, &serde_json::json!(["n1", "n3"])), "{started:?}");
+    let replacement = started[1]["job"].as_str().map_or_else(|| started[1]["job"].to_string(), str::to_owned);
+    assert_ne!(replacement, job.to_string(), "another job takes its place");
+    let script = fs::read_to_string(run.path.join(format!("slurm/{}.sh", started[1]["name"].as_str().expect("a job has a name")))).unwrap();
+    assert!(script.contains("#SBATCH --exclude=n2\n"), "{script}");
+    assert_eq!(site.cluster.node_state("n2"), "IDLE", "the node lives");
 }
 
 #[test]

@@ -181,6 +181,32 @@ sweep: {seeds: [1], metric: {score: loss}}
     assert_eq!(hosts(&world, "lost", &name), ["n1", "n2", "n3"].map(str::to_owned).into(), "the third node took the place of {lost}");
 }
 
+/// The node lives, but every worker that starts there ends at once, so all restarts of the run are used up.
+#[test]
+fn a_trial_leaves_a_node_out_where_no_worker_stays_alive() {
+    let options = SlurmOptions { num_nodes: 3, gpus_per_node: 0, ..SlurmOptions::default() };
+    let Some(cluster) = SlurmCluster::start("a trial on a node where no worker stays alive", options) else { return };
+    let world = World::with_corpus(2000);
+    let around = "\
+resources: {nodes: 2, workers_per_node: 1, cpus_per_worker: 2, time_limit_minutes: 10}
+sweep: {seeds: [1], metric: {score: loss}}
+";
+    world.write("broken.yaml", RECIPE_TEXT.replace("name: small", "name: broken") + around);
+    let cluster_file = "version: 1\nname: tests\nkind: slurm\nslurm: {partition: main, poll_s: 1}\npreflight: {enabled: false}\n";
+    world.write("cluster.yaml", cluster_file);
+    let worker = world.worker_broken_on("n2", 1);
+    let arguments = ["sweep", "run", "broken.yaml", "--cluster", "cluster.yaml"];
+    let outcome = run_command(world.command_by(cluster.command(crate::sandbox::CLOZE), &arguments).env("CLOZE_WORKER", worker));
+    outcome.expect_code(0).expect_words(&["no job that begins from now on uses n2", "tried again", "1 of 1 done"]);
+    let (name, record) = records(&world, "broken").pop_first().expect("the trial has a record");
+    assert_eq!((record["state"].as_str(), record["attempts"].as_u64()), (Some("done"), Some(2)));
+    assert_eq!(steps(&world, "broken", &name), (1..=40).collect::<Vec<u64>>());
+    assert!(!hosts(&world, "broken", &name).contains("n2"), "{:?}", hosts(&world, "broken", &name));
+    let script = |batch: u32| String::from_utf8(world.read(&format!("studies/broken/jobs/batch-{batch:06}.sh"))).expect("a script is text");
+    assert!(!script(1).contains("--exclude") && script(2).contains("#SBATCH --exclude=n2\n"), "{}", script(2));
+    assert_eq!(cluster.node_state("n2"), "IDLE", "the node lives");
+}
+
 /// Without accounting nobody knows how a job has ended once SLURM has forgotten it. The controller stands still meanwhile, so that it has not
 /// heard of the end before.
 #[test]
