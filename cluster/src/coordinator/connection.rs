@@ -92,14 +92,21 @@ pub(super) struct Door {
     pub inputs: mpsc::Sender<Input>,
 }
 
-/// A connection before its first frame.
-enum Line {
-    Plain(TcpStream),
-    // Boxed because it is some kilobytes long.
-    Secured(Box<TlsStream<TcpStream>>),
+/// How whoever connected speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Speech {
+    Clear,
+    Tls,
 }
 
-/// What is known of a connection while it is served.
+/// A connection of which it is known how its side speaks, before its first frame.
+enum OpenedStream {
+    Clear(TcpStream),
+    // Boxed because it is some kilobytes long.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// What is known of a connection that has not joined yet.
 struct Visit {
     connection: u64,
     /// Bounds the connections that have not joined yet.
@@ -110,22 +117,22 @@ struct Visit {
 }
 
 /// Serves one accepted connection until it ends; `permit` bounds the connections that have not joined yet.
-pub(super) async fn serve(stream: TcpStream, connection: u64, permit: OwnedSemaphorePermit, door: Arc<Door>) {
+pub(super) async fn serve_connection(stream: TcpStream, connection: u64, permit: OwnedSemaphorePermit, door: Arc<Door>) {
     // Small messages must not wait for each other; without the option they are late, not lost.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot switch off Nagle's algorithm");
     }
     let join_by = Instant::now() + Duration::from_secs(JOIN_MESSAGE_TIMEOUT_S);
-    let line = timeout_at(join_by, open(stream, door.security.as_ref())).await;
+    let opened = timeout_at(join_by, open(stream, door.security.as_ref())).await;
     let visit = Visit { connection, permit, door, join_by };
-    match line {
-        Ok(Ok(Line::Plain(stream))) => {
+    match opened {
+        Ok(Ok(OpenedStream::Clear(stream))) => {
             let (reader, writer) = stream.into_split();
-            visit.serve(reader, writer, false).await;
+            visit.join_and_forward(reader, writer, Speech::Clear).await;
         }
-        Ok(Ok(Line::Secured(stream))) => {
+        Ok(Ok(OpenedStream::Tls(stream))) => {
             let (reader, writer) = tokio::io::split(*stream);
-            visit.serve(reader, writer, true).await;
+            visit.join_and_forward(reader, writer, Speech::Tls).await;
         }
         Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "a connection was refused"),
         Err(_elapsed) => warn_of_late_join(),
@@ -133,22 +140,23 @@ pub(super) async fn serve(stream: TcpStream, connection: u64, permit: OwnedSemap
 }
 
 /// Secures a connection that begins as TLS does. One that begins otherwise stays as it is, to be refused in words that its side understands.
-async fn open(stream: TcpStream, security: Option<&TlsAcceptor>) -> anyhow::Result<Line> {
-    let Some(acceptor) = security else { return Ok(Line::Plain(stream)) };
+async fn open(stream: TcpStream, security: Option<&TlsAcceptor>) -> anyhow::Result<OpenedStream> {
+    let Some(acceptor) = security else { return Ok(OpenedStream::Clear(stream)) };
     let mut first = [0];
     if stream.peek(&mut first).await? == 0 {
         anyhow::bail!("the connection closed before it joined")
     }
     if first[0] != TLS_HANDSHAKE {
-        return Ok(Line::Plain(stream));
+        return Ok(OpenedStream::Clear(stream));
     }
-    Ok(Line::Secured(Box::new(acceptor.accept(stream).await.context("agree on TLS")?)))
+    Ok(OpenedStream::Tls(Box::new(acceptor.accept(stream).await.context("agree on TLS")?)))
 }
 
 impl Visit {
-    async fn serve<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(self, mut reader: R, mut writer: W, is_secured: bool) {
+    /// Lets a worker in or refuses it, then forwards both ways until either side ends the connection.
+    async fn join_and_forward<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(self, mut reader: R, mut writer: W, speech: Speech) {
         let Self { connection, permit, door, join_by } = self;
-        let join = match timeout_at(join_by, read_join(&mut reader, &door, is_secured)).await {
+        let join = match timeout_at(join_by, read_join(&mut reader, &door, speech)).await {
             Ok(Ok(join)) => join,
             Ok(Err(error)) => return refuse(&mut writer, error).await,
             Err(_elapsed) => return warn_of_late_join(),
@@ -172,7 +180,7 @@ fn warn_of_late_join() {
     tracing::warn!(timeout_s = JOIN_MESSAGE_TIMEOUT_S, "a connection did not join in time");
 }
 
-async fn read_join<R: AsyncRead + Unpin>(reader: &mut R, door: &Door, is_secured: bool) -> anyhow::Result<JoinRequest> {
+async fn read_join<R: AsyncRead + Unpin>(reader: &mut R, door: &Door, speech: Speech) -> anyhow::Result<JoinRequest> {
     let body = match protocol::read_frame_within(reader, MAX_JOIN_BYTES).await {
         Ok(Some(body)) => body,
         Ok(None) => anyhow::bail!("the connection closed before it joined"),
@@ -184,7 +192,7 @@ async fn read_join<R: AsyncRead + Unpin>(reader: &mut R, door: &Door, is_secured
         Err(error) => return Err(error.into()),
     };
     // The token is not looked at: it was sent in clear.
-    if door.security.is_some() && !is_secured {
+    if door.security.is_some() && speech == Speech::Clear {
         return Err(speaks_otherwise("this coordinator speaks TLS only").into());
     }
     admission::admit(&door.identity, &body)

@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument as _;
 
-use super::connection::{Door, MAX_UNAUTHENTICATED_CONNECTIONS, serve};
+use super::connection::{Door, MAX_UNAUTHENTICATED_CONNECTIONS, serve_connection};
 
 /// Wait before accepting again after the operating system refused, for instance for want of file descriptors.
 const ACCEPT_RETRY_MS: u64 = 100;
@@ -57,7 +57,8 @@ impl Reception {
     fn receive(&mut self, stream: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
         self.num_accepted += 1;
         let span = tracing::info_span!("coordinator connection", number = self.num_accepted, %peer);
-        self.connections.spawn(serve(stream, self.num_accepted, permit, Arc::clone(&self.door)).instrument(span));
+        let served = serve_connection(stream, self.num_accepted, permit, Arc::clone(&self.door));
+        self.connections.spawn(served.instrument(span));
     }
 }
 

@@ -64,9 +64,9 @@ impl Credentials {
     }
 }
 
-/// What the user of `cloze join` said of the coordinator.
+/// What `cloze join` is told of the coordinator, by its user and by the recipe.
 #[derive(Debug, Default)]
-pub(super) struct Named {
+pub(super) struct StatedContact {
     /// `host:port`.
     pub coordinator: Option<String>,
     /// The run's token.
@@ -78,8 +78,8 @@ pub(super) struct Named {
 }
 
 /// Address, token and key of the coordinator, once it can be reached there.
-pub(super) async fn reach(paths: &RunPaths, named: &Named) -> anyhow::Result<Contact> {
-    let contact = find(paths, named)?;
+pub(super) async fn reach(paths: &RunPaths, stated: &StatedContact) -> anyhow::Result<Contact> {
+    let contact = find(paths, stated)?;
     let connected = match timeout(Duration::from_secs(CONNECT_TIMEOUT_S), TcpStream::connect(&contact.coordinator)).await {
         Ok(connected) => connected.map(drop).map_err(|error| error.to_string()),
         Err(_) => Err(format!("no answer within {CONNECT_TIMEOUT_S} s")),
@@ -95,18 +95,18 @@ pub(super) async fn reach(paths: &RunPaths, named: &Named) -> anyhow::Result<Con
 }
 
 /// What was not said is read from control.json.
-fn find(paths: &RunPaths, named: &Named) -> anyhow::Result<Contact> {
-    if named.key.is_some() && !named.tls {
+fn find(paths: &RunPaths, stated: &StatedContact) -> anyhow::Result<Contact> {
+    if stated.key.is_some() && !stated.tls {
         return Err(Failure::new(FailureKind::Mismatch, "this run speaks in clear, and CLOZE_COORDINATOR_KEY is set")
             .at(paths.root().display())
             .hint("unset it: it is the key of another run")
             .into());
     }
-    let place = named.coordinator.as_ref().zip(named.token.as_ref());
+    let place = stated.coordinator.as_ref().zip(stated.token.as_ref());
     if let Some((coordinator, token)) = place
-        && (named.key.is_some() || !named.tls)
+        && (stated.key.is_some() || !stated.tls)
     {
-        return Ok(Contact { coordinator: coordinator.clone(), token: token.clone(), key: named.key });
+        return Ok(Contact { coordinator: coordinator.clone(), token: token.clone(), key: stated.key });
     }
     let file = match ControlFile::read(paths) {
         Ok(Some(file)) => file,
@@ -116,11 +116,11 @@ fn find(paths: &RunPaths, named: &Named) -> anyhow::Result<Contact> {
         Ok(None) => return Err(uncontrolled(paths).into()),
         Err(error) => return Err(error),
     };
-    let known = Credentials::of(&file, named.tls)?.contact(file.address)?;
+    let known = Credentials::of(&file, stated.tls)?.contact(file.address)?;
     Ok(Contact {
-        coordinator: named.coordinator.clone().unwrap_or(known.coordinator),
-        token: named.token.clone().unwrap_or(known.token),
-        key: named.key.or(known.key),
+        coordinator: stated.coordinator.clone().unwrap_or(known.coordinator),
+        token: stated.token.clone().unwrap_or(known.token),
+        key: stated.key.or(known.key),
     })
 }
 
@@ -158,22 +158,24 @@ mod tests {
             written(&paths, &credentials);
             let known = credentials.contact(address()).unwrap();
             assert_eq!(known.key.is_some(), tls);
-            assert_eq!(find(&paths, &Named { tls, ..Named::default() }).unwrap(), known);
+            assert_eq!(find(&paths, &StatedContact { tls, ..StatedContact::default() }).unwrap(), known);
             let elsewhere = Some("elsewhere:1".to_owned());
-            let told = find(&paths, &Named { coordinator: elsewhere.clone(), token: Some(Secret::new("t")), key: None, tls }).unwrap();
+            let told =
+                find(&paths, &StatedContact { coordinator: elsewhere.clone(), token: Some(Secret::new("t")), key: None, tls }).unwrap();
             assert_eq!(told, Contact { coordinator: "elsewhere:1".to_owned(), token: Secret::new("t"), key: known.key });
         }
         // With everything said, no file is needed.
         ControlFile::remove(&paths).unwrap();
         let key = Some(RunKey::random().unwrap().pinned().unwrap());
-        let named = Named { coordinator: Some("a:1".to_owned()), token: Some(Secret::new("t")), key, tls: true };
-        assert_eq!(find(&paths, &named).unwrap().key, key);
-        let keyless = find(&paths, &Named { key: None, ..named }).unwrap_err().downcast::<Failure>().unwrap();
+        let stated = StatedContact { coordinator: Some("a:1".to_owned()), token: Some(Secret::new("t")), key, tls: true };
+        assert_eq!(find(&paths, &stated).unwrap().key, key);
+        let keyless = find(&paths, &StatedContact { key: None, ..stated }).unwrap_err().downcast::<Failure>().unwrap();
         assert_eq!(keyless.kind, FailureKind::Mismatch, "a run with TLS is never joined without a key");
         assert!(keyless.hint.unwrap().contains("CLOZE_COORDINATOR_KEY"));
-        let foreign = find(&paths, &Named { key, tls: false, ..Named::default() }).unwrap_err().downcast::<Failure>().unwrap();
+        let foreign =
+            find(&paths, &StatedContact { key, tls: false, ..StatedContact::default() }).unwrap_err().downcast::<Failure>().unwrap();
         assert_eq!(foreign.what, "this run speaks in clear, and CLOZE_COORDINATOR_KEY is set");
-        let nobody = find(&paths, &Named::default()).unwrap_err().downcast::<Failure>().unwrap();
+        let nobody = find(&paths, &StatedContact::default()).unwrap_err().downcast::<Failure>().unwrap();
         assert_eq!(nobody.what, "this run has no controller");
     }
 
@@ -183,7 +185,7 @@ mod tests {
         let paths = RunPaths::new(folder.path().to_owned());
         for tls in [false, true] {
             written(&paths, &Credentials::fresh(!tls).unwrap());
-            let failure = find(&paths, &Named { tls, ..Named::default() }).unwrap_err().downcast::<Failure>().unwrap();
+            let failure = find(&paths, &StatedContact { tls, ..StatedContact::default() }).unwrap_err().downcast::<Failure>().unwrap();
             assert_eq!(failure.kind, FailureKind::Damaged);
             assert_eq!(failure.found.as_deref(), Some(if tls { "no `tls`" } else { "a `tls`" }));
         }

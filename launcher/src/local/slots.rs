@@ -12,7 +12,7 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
-use super::contact::{Contact, Named, reach};
+use super::contact::{Contact, StatedContact, reach};
 use super::crew::{Crew, LEAVE_TIMEOUT_S, Replacement};
 use super::event_tail::EventTail;
 use super::process::{Exit, WorkerCommand};
@@ -76,7 +76,7 @@ pub fn serve_slots(options: SlotsOptions) -> anyhow::Result<()> {
 struct Outpost<'a> {
     crew: Crew,
     tail: EventTail,
-    named: Named,
+    stated: StatedContact,
     recipe: Recipe,
     limits: RestartLimits,
     signals: &'a Signals,
@@ -97,8 +97,8 @@ impl<'a> Outpost<'a> {
     /// Waits for the coordinator and starts the workers.
     async fn open(options: SlotsOptions, signals: &'a Signals) -> anyhow::Result<Self> {
         let SlotsOptions { paths, recipe, slots, coordinator, token, coordinator_key, join_timeout, worker_binary, output } = options;
-        let named = Named { coordinator, token, key: coordinator_key, tls: recipe.cluster.tls };
-        let contact = find_coordinator(&paths, &named, join_timeout, signals).await?;
+        let stated = StatedContact { coordinator, token, key: coordinator_key, tls: recipe.cluster.tls };
+        let contact = find_coordinator(&paths, &stated, join_timeout, signals).await?;
         let mut tail = EventTail::new(paths.events());
         let workers = slots_of_run(&mut tail, &paths)?;
         if let Some(slot) = slots.iter().find(|&&slot| slot >= workers) {
@@ -113,7 +113,7 @@ impl<'a> Outpost<'a> {
         let mut outpost = Self {
             crew,
             tail,
-            named,
+            stated,
             recipe,
             limits,
             signals,
@@ -239,7 +239,7 @@ impl<'a> Outpost<'a> {
     /// Starts a replacement as soon as the coordinator can be reached. One that is away has as long to come back as the workers grant it.
     async fn replace(&mut self, replacement: Replacement, now: Instant) -> anyhow::Result<()> {
         let (worker, attempt, budget_left) = (replacement.worker, replacement.attempt, replacement.budget_left);
-        match reach(&self.crew.command().paths, &self.named).await {
+        match reach(&self.crew.command().paths, &self.stated).await {
             Ok(contact) => {
                 self.away_since = None;
                 self.crew.redirect(contact);
@@ -320,10 +320,10 @@ async fn take_slots(options: &mut SlotsOptions, signals: &Signals) -> anyhow::Re
 }
 
 /// Waits until the coordinator can be reached.
-async fn find_coordinator(paths: &RunPaths, named: &Named, patience: Duration, signals: &Signals) -> anyhow::Result<Contact> {
+async fn find_coordinator(paths: &RunPaths, stated: &StatedContact, patience: Duration, signals: &Signals) -> anyhow::Result<Contact> {
     let deadline = Instant::now() + patience;
     loop {
-        match reach(paths, named).await {
+        match reach(paths, stated).await {
             Ok(found) => return Ok(found),
             Err(error) if Instant::now() >= deadline => return Err(error),
             Err(error) => tracing::debug!(error = format!("{error:#}"), "the coordinator is not there yet"),
