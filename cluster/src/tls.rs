@@ -239,10 +239,15 @@ mod tests {
     #[test]
     fn what_is_no_key_is_refused_and_not_repeated() {
         for text in ["", "9d61", &SEED[1..], &SEED.replace('9', "g"), &format!("+{}", &SEED[1..]), &format!("{SEED}0"), &"ü".repeat(32)] {
-            let error = RunKey(Secret::new(text)).server_config().unwrap_err();
-            let failure = error.downcast::<Failure>().unwrap();
-            assert_eq!((failure.kind, failure.found), (FailureKind::Damaged, None), "{text}");
-            assert!(text.parse::<PinnedKey>().is_err(), "{text}");
+            let private = RunKey(Secret::new(text)).server_config().unwrap_err().downcast::<Failure>().unwrap();
+            assert_eq!((private.kind, &private.found), (FailureKind::Damaged, &None), "{text}");
+            // Somebody may have taken the private half, or the token, for the public one.
+            let public = text.parse::<PinnedKey>().unwrap_err();
+            let length = format!("{} characters", text.chars().count());
+            assert_eq!((public.kind, public.found.as_deref()), (FailureKind::Recipe, Some(length.as_str())), "{text}");
+            for failure in [private, public] {
+                assert!(text.is_empty() || !format!("{failure:?}").contains(text), "{failure:?}");
+            }
         }
     }
 }
