@@ -1,23 +1,21 @@
 //! The coordinator under load: one real coordinator in a process of its own, and thousands of workers that this process pretends to be.
 //!
-//! A pretended worker has a real connection and says what a real one says: it joins, is ready, and sends a heartbeat a second; the
-//! leader reports steps. With every heartbeat goes a question that the coordinator's loop itself answers, so the time to the answer is
-//! the time that a heartbeat waits until it counts.
+//! A pretended worker has a real connection, in clear or by TLS, and says what a real one says: it joins, is ready, and sends a heartbeat
+//! a second; the leader reports steps. With every heartbeat goes a question that the coordinator's loop itself answers, so the time to the
+//! answer is the time that a heartbeat waits until it counts.
 //!
 //! | task               | name (tracing span) | on error                  | on stop                         |
 //! |--------------------|---------------------|---------------------------|---------------------------------|
 //! | a pretended worker | `pretended worker`  | the measurement fails     | closes its connection and ends  |
 //! | the coordinator    | its own process     | its connections close     | ends when its input closes      |
 
+mod child;
 mod process;
 mod server;
 mod worker;
 
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader, Write as _};
-use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,12 +25,14 @@ use serde::Serialize;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsConnector;
 use tracing::Instrument as _;
 
+use self::child::{CoordinatorProcess, Target};
 pub use self::process::{Placement, prepared_command};
+use self::server::Secrets;
 pub use self::server::serve;
 use self::worker::{Answers, Crowd, Progress, Stage, pretend};
-use crate::secret::Secret;
 
 /// Most workers of a load test; their descriptors and loopback addresses are planned for this many.
 pub const MAX_WORKERS: u32 = 50_000;
@@ -42,9 +42,6 @@ const CONNECTS_IN_FLIGHT: usize = 512;
 
 /// Longest time until every worker has joined and was told to start.
 const GATHER_TIMEOUT_S: u64 = 180;
-
-/// Longest time until the coordinator's process says where it listens.
-const LISTEN_TIMEOUT_S: u64 = 20;
 
 /// Longest time until the workers have closed their connections after the measurement.
 const LEAVE_TIMEOUT_S: u64 = 30;
@@ -60,6 +57,8 @@ const RUNTIME_THREADS: usize = 2;
 pub struct LoadOptions {
     /// Number of workers.
     pub workers: u32,
+    /// Whether they speak TLS with the coordinator.
+    pub tls: bool,
     /// How long heartbeats are measured once all have started.
     pub measured: Duration,
     /// Program that calls [`serve`] with the standard streams when it is started with `arguments`.
@@ -75,6 +74,8 @@ pub struct LoadOptions {
 pub struct LoadReport {
     /// Number of workers.
     pub workers: u32,
+    /// Whether they spoke TLS with the coordinator.
+    pub tls: bool,
     /// Core to which the coordinator was bound; null where it could run on any.
     pub coordinator_cpu: Option<usize>,
     /// Seconds from the first connection until every worker was welcome.
@@ -115,84 +116,8 @@ pub fn measure(options: &LoadOptions) -> anyhow::Result<LoadReport> {
         return Err(failure.expected(format!("1 to {MAX_WORKERS}")).found(options.workers).into());
     }
     process::check_descriptors(options.workers)?;
-    let token = Secret::random()?;
-    let coordinator = CoordinatorProcess::start(options, &token)?;
-    drive(&Target { address: coordinator.address, process_id: coordinator.child.id(), token }, options)
-}
-
-/// The coordinator to be measured.
-struct Target {
-    address: SocketAddr,
-    process_id: u32,
-    token: Secret,
-}
-
-/// The coordinator's process. It ends when its standard input closes, and is killed where it does not.
-struct CoordinatorProcess {
-    child: Child,
-    input: Option<ChildStdin>,
-    address: SocketAddr,
-}
-
-impl CoordinatorProcess {
-    fn start(options: &LoadOptions, token: &Secret) -> anyhow::Result<Self> {
-        let mut command = match options.coordinator_cpu {
-            Some(cpu) => {
-                let mut command = Command::new(process::PINNING_PROGRAM);
-                command.arg("-c").arg(cpu.to_string()).arg(&options.program);
-                command
-            }
-            None => Command::new(&options.program),
-        };
-        command.args(&options.arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().map_err(|error| {
-            Failure::new(FailureKind::Environment, "the coordinator's process cannot be started")
-                .at(options.program.display())
-                .because(error)
-        })?;
-        match Self::greet(&mut child, token) {
-            Ok((input, address)) => Ok(Self { child, input: Some(input), address }),
-            Err(error) => {
-                end(&mut child);
-                Err(error)
-            }
-        }
-    }
-
-    /// Tells the process the token, and waits for its address.
-    fn greet(child: &mut Child, token: &Secret) -> anyhow::Result<(ChildStdin, SocketAddr)> {
-        let (Some(mut input), Some(output)) = (child.stdin.take(), child.stdout.take()) else { bail!("the process has no pipes") };
-        writeln!(input, "{}", token.expose()).context("tell the coordinator's process the token")?;
-        let (sender, line) = std::sync::mpsc::channel();
-        let read = move || {
-            let mut line = String::new();
-            let read = BufReader::new(output).read_line(&mut line).map(|_bytes| line);
-            // Nobody waits any more once the time for it is over.
-            let _ = sender.send(read);
-        };
-        std::thread::Builder::new().name("coordinator address".to_owned()).spawn(read).context("start a thread")?;
-        let line = line.recv_timeout(Duration::from_secs(LISTEN_TIMEOUT_S)).context("wait for the coordinator's address")?;
-        let line = line.context("read the coordinator's address")?;
-        if line.is_empty() {
-            bail!("the coordinator's process ended before it listened; what it said stands above");
-        }
-        let address = line.trim().parse().with_context(|| format!("understand the coordinator's address {:?}", line.trim()))?;
-        Ok((input, address))
-    }
-}
-
-impl Drop for CoordinatorProcess {
-    fn drop(&mut self) {
-        drop(self.input.take());
-        end(&mut self.child);
-    }
-}
-
-/// Ends a process at once; it has nothing that would have to be saved.
-fn end(child: &mut Child) {
-    if let Err(error) = child.kill().and_then(|()| child.wait()) {
-        tracing::warn!(%error, "the coordinator's process could not be ended");
-    }
+    let coordinator = CoordinatorProcess::start(options, Secrets::random(options.tls)?)?;
+    drive(coordinator.target(), options)
 }
 
 /// Lets workers join a coordinator and measures it.
@@ -207,7 +132,8 @@ async fn drive_async(target: &Target, options: &LoadOptions) -> anyhow::Result<L
     let (stage, watched) = watch::channel(Stage::Gathering);
     let crowd = Arc::new(Crowd {
         address: target.address,
-        token: target.token.clone(),
+        token: target.secrets.token.clone(),
+        security: security(target)?,
         num_workers: options.workers,
         connecting: Semaphore::new(CONNECTS_IN_FLIGHT),
         progress,
@@ -246,6 +172,7 @@ async fn drive_async(target: &Target, options: &LoadOptions) -> anyhow::Result<L
     let latency_ms = |share: f64| f64::from(quantile(&latencies_us, share)) / 1000.0;
     Ok(LoadReport {
         workers: options.workers,
+        tls: target.secrets.key.is_some(),
         coordinator_cpu: options.coordinator_cpu,
         joined_s: joined.as_secs_f64(),
         started_s: started.as_secs_f64(),
@@ -261,6 +188,12 @@ async fn drive_async(target: &Target, options: &LoadOptions) -> anyhow::Result<L
         processor_start_s,
         processor_share: processor_s / measured_s,
     })
+}
+
+/// Secures the workers' connections where the coordinator has a key.
+fn security(target: &Target) -> anyhow::Result<Option<TlsConnector>> {
+    let Some(key) = &target.secrets.key else { return Ok(None) };
+    Ok(Some(TlsConnector::from(key.pinned()?.client_config()?)))
 }
 
 fn too_slow(workers: u32) -> Failure {
@@ -307,7 +240,11 @@ fn quantile(sorted: &[u32], share: f64) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead as _, BufReader};
+
     use super::*;
+    use crate::secret::Secret;
+    use crate::tls::RunKey;
 
     #[test]
     fn quantiles_are_values_that_occur() {
@@ -318,51 +255,54 @@ mod tests {
         assert_eq!(quantile(&[7], 0.5), 7);
     }
 
-    #[test]
-    fn workers_join_start_and_are_answered() {
-        // The coordinator runs on a thread here and in a process of its own otherwise; it talks through pipes either way.
+    /// Measures a coordinator with some secrets under workers that bring others. It runs on a thread here and in a process of its own
+    /// otherwise; it is told and tells through pipes either way.
+    fn measured(workers: u32, held: &Secrets, brought: Secrets) -> anyhow::Result<LoadReport> {
         let (input, mut to_server) = std::io::pipe().unwrap();
         let (from_server, mut output) = std::io::pipe().unwrap();
-        let server = std::thread::spawn(move || serve(64, BufReader::new(input), &mut output));
-        writeln!(to_server, "secret").unwrap();
+        let server = std::thread::spawn(move || serve(workers, BufReader::new(input), &mut output));
+        held.write(&mut to_server).unwrap();
         let mut line = String::new();
         BufReader::new(from_server).read_line(&mut line).unwrap();
-        let target = Target { address: line.trim().parse().unwrap(), process_id: std::process::id(), token: Secret::new("secret") };
+        let target = Target { address: line.trim().parse().unwrap(), process_id: std::process::id(), secrets: brought };
         let options = LoadOptions {
-            workers: 64,
+            workers,
+            tls: target.secrets.key.is_some(),
             measured: Duration::from_millis(2_500),
             program: PathBuf::new(),
             arguments: Vec::new(),
             coordinator_cpu: None,
         };
-        let report = drive(&target, &options).unwrap();
-        assert_eq!(report.workers, 64);
-        assert!(report.answers > 0, "each worker asks once a second: {report:?}");
-        assert!(report.joined_s <= report.started_s);
-        assert!(report.latency_p50_ms <= report.latency_p99_ms && report.latency_p99_ms <= report.latency_max_ms);
+        let report = drive(&target, &options);
         drop(to_server);
         server.join().unwrap().unwrap();
+        report
     }
 
     #[test]
-    fn a_worker_with_a_wrong_token_fails_the_measurement() {
-        let (input, mut to_server) = std::io::pipe().unwrap();
-        let (from_server, mut output) = std::io::pipe().unwrap();
-        let server = std::thread::spawn(move || serve(2, BufReader::new(input), &mut output));
-        writeln!(to_server, "secret").unwrap();
-        let mut line = String::new();
-        BufReader::new(from_server).read_line(&mut line).unwrap();
-        let target = Target { address: line.trim().parse().unwrap(), process_id: std::process::id(), token: Secret::new("other") };
-        let options = LoadOptions {
-            workers: 2,
-            measured: Duration::from_secs(1),
-            program: PathBuf::new(),
-            arguments: Vec::new(),
-            coordinator_cpu: None,
-        };
-        let failure = drive(&target, &options).unwrap_err().downcast::<Failure>().unwrap();
-        assert_eq!(failure.what, "the coordinator does not know this token");
-        drop(to_server);
-        server.join().unwrap().unwrap();
+    fn workers_join_start_and_are_answered() {
+        for tls in [false, true] {
+            let secrets = Secrets::random(tls).unwrap();
+            let report = measured(64, &secrets, secrets.clone()).unwrap();
+            assert_eq!((report.workers, report.tls), (64, tls));
+            assert!(report.answers > 0, "each worker asks once a second: {report:?}");
+            assert!(report.joined_s <= report.started_s);
+            assert!(report.latency_p50_ms <= report.latency_p99_ms && report.latency_p99_ms <= report.latency_max_ms);
+        }
+    }
+
+    #[test]
+    fn a_worker_with_a_wrong_token_or_key_fails_the_measurement() {
+        for tls in [false, true] {
+            let held = Secrets::random(tls).unwrap();
+            let brought = Secrets { token: Secret::new("other"), ..held.clone() };
+            let failure = measured(2, &held, brought).unwrap_err().downcast::<Failure>().unwrap();
+            assert_eq!(failure.what, "the coordinator does not know this token");
+        }
+        let held = Secrets::random(true).unwrap();
+        let shown = held.key.as_ref().unwrap().pinned().unwrap().to_string();
+        let brought = Secrets { key: Some(RunKey::random().unwrap()), ..held.clone() };
+        let error = format!("{:#}", measured(2, &held, brought).unwrap_err());
+        assert!(error.contains("agree on TLS as worker") && error.contains(&shown), "{error}");
     }
 }

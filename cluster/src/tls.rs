@@ -30,6 +30,9 @@ const PRIVATE_HEAD: [u8; 16] = *b"\x30\x2e\x02\x01\x00\x30\x05\x06\x03\x2b\x65\x
 /// The same for a public key as TLS carries it, a `SubjectPublicKeyInfo` (RFC 8410, section 4).
 const PUBLIC_HEAD: [u8; 12] = *b"\x30\x2a\x30\x05\x06\x03\x2b\x65\x70\x03\x21\x00";
 
+/// Name of the coordinator where TLS wants one; it is neither sent nor checked, for the key is.
+const COORDINATOR: &str = "coordinator";
+
 /// The private key of a run's coordinator: 64 hexadecimal digits. It never leaves the controller's files; `Debug` hides it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -133,6 +136,11 @@ impl fmt::Debug for PinnedKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "PinnedKey({self})")
     }
+}
+
+/// The coordinator's name on a worker's side of a connection.
+pub(crate) fn coordinator_name() -> anyhow::Result<ServerName<'static>> {
+    ServerName::try_from(COORDINATOR).context("name the coordinator")
 }
 
 /// The coordinator showed another key than the one that was wanted.

@@ -27,6 +27,9 @@ pub struct LoadArguments {
     /// Seconds in which heartbeats are measured
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(2..=3600))]
     pub seconds: u64,
+    /// Secure the connections by TLS, as `cluster.tls` does
+    #[arg(long)]
+    pub tls: bool,
     /// Print one line of JSON
     #[arg(long)]
     pub json: bool,
@@ -71,8 +74,10 @@ fn prepare(arguments: &LoadArguments) -> Result<ExitCode> {
     let placement = Placement::of_this_machine()?;
     let mut own = own_arguments(arguments.workers, "workers");
     own.extend(["--seconds".into(), arguments.seconds.to_string().into()]);
-    if arguments.json {
-        own.push("--json".into());
+    for (flag, is_set) in [("--tls", arguments.tls), ("--json", arguments.json)] {
+        if is_set {
+            own.push(flag.into());
+        }
     }
     if let Some(placement) = &placement {
         own.extend(["--coordinator-cpu".into(), placement.coordinator.to_string().into()]);
@@ -85,6 +90,7 @@ fn prepare(arguments: &LoadArguments) -> Result<ExitCode> {
 fn options(arguments: &LoadArguments) -> Result<LoadOptions> {
     Ok(LoadOptions {
         workers: arguments.workers,
+        tls: arguments.tls,
         measured: Duration::from_secs(arguments.seconds),
         program: std::env::current_exe().context("find this program")?,
         arguments: own_arguments(arguments.workers, "coordinator"),
@@ -105,6 +111,7 @@ fn table(report: &LoadReport) -> String {
     let core = report.coordinator_cpu.map_or_else(|| "any".to_owned(), |cpu| cpu.to_string());
     let mebibytes = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1_u32 << 20));
     let rows = [
+        ("connections", if report.tls { "by TLS" } else { "in clear" }.to_owned()),
         ("core of the coordinator", core),
         ("all joined after", format!("{:.2} s", report.joined_s)),
         ("all told to start after", format!("{:.2} s", report.started_s)),
@@ -135,6 +142,7 @@ mod tests {
     fn report() -> LoadReport {
         LoadReport {
             workers: 10_000,
+            tls: true,
             coordinator_cpu: Some(0),
             joined_s: 4.25,
             started_s: 6.5,
@@ -156,6 +164,7 @@ mod tests {
     fn a_report_reads_well() {
         let text = table(&report());
         for (name, value) in [
+            ("connections", "by TLS"),
             ("all joined after", "4.25 s"),
             ("answer took, 99th percentile", "2.50 ms"),
             ("memory with all workers", "210.0 MiB"),
@@ -164,6 +173,7 @@ mod tests {
         ] {
             assert!(text.lines().any(|line| line.contains(name) && line.contains(value)), "{name}: {text}");
         }
+        assert!(table(&LoadReport { tls: false, ..report() }).contains("in clear"));
     }
 
     #[test]

@@ -12,17 +12,13 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use cloze_recipes::failure::{Failure, FailureKind};
-use rustls::pki_types::ServerName;
 use rustls::{CertificateError, ClientConnection, Error};
 
 use super::lock;
-use crate::tls::{PinnedKey, WrongKey};
+use crate::tls::{PinnedKey, WrongKey, coordinator_name};
 
 /// Bytes that are taken from the socket at once: a TLS record holds as many.
 const SEALED_BYTES: usize = 16 << 10;
-
-/// Name of the other side where TLS wants one; it is neither sent nor checked, for the key is.
-const COORDINATOR: &str = "coordinator";
 
 /// What the coordinator says.
 pub(super) enum Reading {
@@ -49,8 +45,7 @@ pub(super) fn plain(socket: Incoming) -> anyhow::Result<(Reading, Writing)> {
 /// Secures a connection and shares it out. Nothing of the worker's is sent before the coordinator has proved that it holds the key; fails
 /// with kind `Mismatch` when it cannot.
 pub(super) fn secure(mut socket: Incoming, key: &PinnedKey) -> anyhow::Result<(Reading, Writing)> {
-    let name = ServerName::try_from(COORDINATOR).context("name the coordinator")?;
-    let mut connection = ClientConnection::new(key.client_config()?, name).context("begin TLS with the coordinator")?;
+    let mut connection = ClientConnection::new(key.client_config()?, coordinator_name()?).context("begin TLS with the coordinator")?;
     while connection.is_handshaking() {
         connection.complete_io(&mut socket).map_err(|error| handshake_failure(error, key))?;
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use cloze_recipes::failure::{Failure, FailureKind};
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tracing::Instrument as _;
 
@@ -13,6 +14,7 @@ use super::worker::{BUILD, RECIPE_HASH};
 use crate::coordinator::{Control, Coordinator, CoordinatorOptions, RunEnd};
 use crate::membership::HangLimits;
 use crate::secret::Secret;
+use crate::tls::RunKey;
 
 /// Threads of the runtime, as many as the launcher's.
 const RUNTIME_THREADS: usize = 2;
@@ -33,14 +35,42 @@ const EVENT_MESSAGES: usize = 1024;
 /// What ends the coordinator; told to nobody but the workers that are still there.
 const OVER: &str = "the load test is over";
 
-/// Runs a coordinator for so many workers: reads the token as the first line of `input`, writes its address as the only line of
+/// What the coordinator's process is told. It arrives through the standard input, as arguments show in a list of processes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Secrets {
+    /// The run's token.
+    pub token: Secret,
+    /// The coordinator's private key; `None` speaks in clear.
+    pub key: Option<RunKey>,
+}
+
+impl Secrets {
+    /// Draws them for a run with or without TLS.
+    pub(super) fn random(tls: bool) -> anyhow::Result<Self> {
+        let key = if tls { Some(RunKey::random()?) } else { None };
+        Ok(Self { token: Secret::random()?, key })
+    }
+
+    /// Writes them as one line, which [`serve`] reads.
+    pub(super) fn write(&self, output: &mut dyn Write) -> anyhow::Result<()> {
+        let line = serde_json::to_string(self).context("encode the secrets")?;
+        writeln!(output, "{line}").context("write the secrets")
+    }
+
+    fn read(input: &mut dyn BufRead) -> anyhow::Result<Self> {
+        let mut line = String::new();
+        input.read_line(&mut line).context("read the secrets")?;
+        serde_json::from_str(&line).context("understand the secrets")
+    }
+}
+
+/// Runs a coordinator for so many workers: reads its secrets as the first line of `input`, writes its address as the only line of
 /// `output`, and ends when `input` does. Blocks.
 ///
 /// Fails as a coordinator does when it cannot listen, and with the run's failure when the run fails before that.
 pub fn serve(workers: u32, mut input: impl BufRead + Send + 'static, output: &mut dyn Write) -> anyhow::Result<()> {
-    let mut token = String::new();
-    input.read_line(&mut token).context("read the token")?;
-    let options = options(workers, Secret::new(token.trim()));
+    let options = options(workers, Secrets::read(&mut input)?);
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(RUNTIME_THREADS).thread_name("coordinator").enable_all().build();
     let end = runtime.context("start the coordinator's runtime")?.block_on(async {
@@ -73,12 +103,13 @@ fn end_with_input(mut input: impl BufRead + Send + 'static, control: mpsc::Sende
     Ok(())
 }
 
-fn options(workers: u32, token: Secret) -> CoordinatorOptions {
+fn options(workers: u32, secrets: Secrets) -> CoordinatorOptions {
+    let Secrets { token, key } = secrets;
     let hang = Duration::from_secs(HANG_S);
     CoordinatorOptions {
         bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         token,
-        key: None,
+        key,
         recipe_hash: RECIPE_HASH.to_owned(),
         build: BUILD.to_owned(),
         workers,

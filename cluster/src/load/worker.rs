@@ -7,16 +7,17 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use cloze_recipes::failure::{Failure, FailureKind};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader};
 use tokio::net::{TcpSocket, TcpStream};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
+use tokio_rustls::TlsConnector;
 
 use crate::protocol::{
     self, CoordinatorMessage, JoinRequest, MAX_FRAME_BYTES, PROTOCOL_VERSION, Phase, StepReport, Unreported, WorkerMessage,
 };
 use crate::secret::Secret;
+use crate::tls::coordinator_name;
 
 /// Recipe and build that both sides of a load test state.
 pub(super) const RECIPE_HASH: &str = "load";
@@ -43,6 +44,8 @@ pub(super) struct Crowd {
     pub address: SocketAddr,
     /// The token.
     pub token: Secret,
+    /// Secures their connections; `None` speaks in clear.
+    pub security: Option<TlsConnector>,
     /// How many they are.
     pub num_workers: u32,
     /// Bounds the connections that are not welcome yet.
@@ -128,7 +131,30 @@ async fn over(stage: &mut watch::Receiver<Stage>) {
 
 async fn live(worker: u32, crowd: &Crowd) -> anyhow::Result<()> {
     let permit = crowd.connecting.acquire().await.context("wait to connect")?;
-    let (mut reader, mut writer) = join(worker, crowd).await?;
+    let stream = connect(worker, crowd.address).await.with_context(|| format!("connect worker {worker} to {}", crowd.address))?;
+    stream.set_nodelay(true).context("switch off Nagle's algorithm")?;
+    match &crowd.security {
+        None => {
+            let (reader, writer) = stream.into_split();
+            work(worker, crowd, permit, (reader, writer)).await
+        }
+        Some(connector) => {
+            let secured =
+                connector.connect(coordinator_name()?, stream).await.with_context(|| format!("agree on TLS as worker {worker}"))?;
+            let (reader, writer) = tokio::io::split(secured);
+            work(worker, crowd, permit, (reader, writer)).await
+        }
+    }
+}
+
+/// Joins over a connection, then says and hears what a worker does.
+async fn work<R, W>(worker: u32, crowd: &Crowd, permit: SemaphorePermit<'_>, (reader, mut writer): (R, W)) -> anyhow::Result<()>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let mut reader = BufReader::with_capacity(READ_BYTES, reader);
+    join(worker, crowd, &mut reader, &mut writer).await?;
     drop(permit);
     crowd.progress.send(Progress::Joined).await.context("report a worker that has joined")?;
     protocol::write_message(&mut writer, &WorkerMessage::Ready { generation: 0, state_step: None }).await.context("say ready")?;
@@ -137,12 +163,12 @@ async fn live(worker: u32, crowd: &Crowd) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Connects and joins.
-async fn join(worker: u32, crowd: &Crowd) -> anyhow::Result<(BufReader<OwnedReadHalf>, OwnedWriteHalf)> {
-    let stream = connect(worker, crowd.address).await.with_context(|| format!("connect worker {worker} to {}", crowd.address))?;
-    stream.set_nodelay(true).context("switch off Nagle's algorithm")?;
-    let (reader, mut writer) = stream.into_split();
-    let mut reader = BufReader::with_capacity(READ_BYTES, reader);
+/// Asks for a seat and waits for it.
+async fn join<R, W>(worker: u32, crowd: &Crowd, reader: &mut R, writer: &mut W) -> anyhow::Result<()>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
     let request = JoinRequest {
         protocol_version: PROTOCOL_VERSION,
         token: crowd.token.clone(),
@@ -155,9 +181,9 @@ async fn join(worker: u32, crowd: &Crowd) -> anyhow::Result<(BufReader<OwnedRead
         collective_address: format!("10.{}.{}.{}:29500", worker >> 16, (worker >> 8) & 255, worker & 255),
         held: None,
     };
-    protocol::write_message(&mut writer, &WorkerMessage::Join(request)).await.with_context(|| format!("join as worker {worker}"))?;
-    match next_word(&mut reader).await? {
-        Word::Said(CoordinatorMessage::Welcome { .. }) => Ok((reader, writer)),
+    protocol::write_message(writer, &WorkerMessage::Join(request)).await.with_context(|| format!("join as worker {worker}"))?;
+    match next_word(reader).await? {
+        Word::Said(CoordinatorMessage::Welcome { .. }) => Ok(()),
         other => Err(other.unexpected(worker)),
     }
 }
@@ -175,7 +201,7 @@ async fn connect(worker: u32, address: SocketAddr) -> std::io::Result<TcpStream>
 }
 
 /// Hears what the coordinator says until the connection ends.
-async fn listen(reader: &mut BufReader<OwnedReadHalf>, worker: u32, crowd: &Crowd, seat: &Seat) -> anyhow::Result<()> {
+async fn listen<R: AsyncRead + Unpin>(reader: &mut R, worker: u32, crowd: &Crowd, seat: &Seat) -> anyhow::Result<()> {
     loop {
         match next_word(reader).await? {
             Word::Start { generation, rank } => {
@@ -196,7 +222,7 @@ async fn listen(reader: &mut BufReader<OwnedReadHalf>, worker: u32, crowd: &Crow
 }
 
 /// Sends a heartbeat a second with a question; the leader also reports a step.
-async fn speak(writer: &mut OwnedWriteHalf, worker: u32, crowd: &Crowd, seat: &Seat) -> anyhow::Result<()> {
+async fn speak<W: AsyncWrite + Unpin>(writer: &mut W, worker: u32, crowd: &Crowd, seat: &Seat) -> anyhow::Result<()> {
     let period = Duration::from_secs(HEARTBEAT_S);
     // Spread over the period, as the workers of a real run are.
     let mut ticks = interval_at(Instant::now() + period * worker / crowd.num_workers, period);
@@ -217,7 +243,12 @@ async fn speak(writer: &mut OwnedWriteHalf, worker: u32, crowd: &Crowd, seat: &S
         } else if *crowd.stage.borrow() == Stage::Measuring {
             crowd.answers.late.fetch_add(1, Ordering::Relaxed);
         }
-        writer.write_all(&bytes).await.with_context(|| format!("send a heartbeat of worker {worker}"))?;
+        // TLS holds back what the socket does not take at once, until it is flushed.
+        let sent = async {
+            writer.write_all(&bytes).await?;
+            writer.flush().await
+        };
+        sent.await.with_context(|| format!("send a heartbeat of worker {worker}"))?;
     }
 }
 
