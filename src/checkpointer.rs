@@ -105,6 +105,14 @@ impl Checkpointer {
         step <= self.newest_known_step
     }
 
+    /// Takes memory for copies of this share in the background: the first copy would otherwise last longer than the later ones.
+    pub fn prepare(&self, parts: &[SharePart]) {
+        let sizes: Vec<usize> = parts.iter().map(|part| part.tensor.numel() * size_of::<f32>()).collect();
+        if let Err(error) = self.copies.prepare(&sizes) {
+            tracing::warn!(%error, "memory for copies cannot be prepared; the first checkpoint takes it itself");
+        }
+    }
+
     /// Starts a save; the one before must be over.
     pub fn start(&mut self, order: SaveOrder) -> Result<()> {
         ensure!(self.writing.is_none(), "a checkpoint is still being written");
@@ -218,6 +226,7 @@ impl Checkpointer {
 
 impl Drop for Checkpointer {
     fn drop(&mut self) {
+        self.copies.trim();
         self.wait_for_copy();
         if let Err(error) = self.take_result() {
             tracing::warn!(error = format!("{error:#}"), "the last checkpoint of a worker could not be saved");

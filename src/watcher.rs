@@ -62,6 +62,7 @@ impl<'a> RunWatcher<'a> {
         checkpointer: &'a mut Checkpointer,
         unreported: &'a mut Unreported,
     ) -> Result<Self> {
+        checkpointer.prepare(&trainer.share()?);
         let is_leader = is_leader(trainer.collective.as_ref());
         let companions = if is_leader { folder::companion_files(trainer.model.config(), &worker.tokenizer)? } else { Vec::new() };
         let audit = if worker.recipe.train.audit_samples { Some(Audit::open(&audit_path(worker), facts.generation)?) } else { None };

@@ -25,6 +25,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(45);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Interval at which a server that is starting is asked again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+/// What the server leaves in `/tmp` whatever it is told, by the ports of its parts.
+const SOCKETS: [&str; 6] = ["s3", "s3-grpc", "master-grpc", "volume-grpc", "filer", "filer-grpc"];
 /// Ports of the server: master, volume, filer and S3, each with one for gRPC.
 const NUM_PORTS: usize = 8;
 /// Most entries of one folder.
@@ -39,6 +41,7 @@ pub struct SeaweedFs {
     process: Child,
     s3_port: u16,
     filer_port: u16,
+    ports: [u16; NUM_PORTS],
     _folder: TempDir,
 }
 
@@ -140,7 +143,7 @@ impl SeaweedFs {
             command.arg(format!("-s3.config={}", write_identities(folder.path()).display()));
         }
         let process = command.spawn().expect("start the server");
-        let server = Self { process, s3_port, filer_port, _folder: folder };
+        let server = Self { process, s3_port, filer_port, ports, _folder: folder };
         let is_ready = server.repeat_until_created("POST", &format!("/buckets/{BUCKET}/"), b"") && server.s3_listens();
         is_ready.then_some(server)
     }
@@ -173,6 +176,9 @@ impl Drop for SeaweedFs {
         // It may have ended by itself; either way it is gone after this.
         drop(self.process.kill());
         drop(self.process.wait());
+        for (part, port) in SOCKETS.iter().flat_map(|part| self.ports.map(|port| (part, port))) {
+            drop(fs::remove_file(format!("/tmp/seaweedfs-{part}-{port}.sock")));
+        }
     }
 }
 
@@ -197,6 +203,7 @@ fn command(weed: &Path, folder: &Path, ports: [u16; NUM_PORTS]) -> Command {
     let log = File::create(folder.join("log")).expect("make the server's log");
     let [s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc] = ports;
     let mut command = Command::new(weed);
+    command.arg(format!("-logdir={}", folder.display()));
     command.arg("server").arg(format!("-dir={}", data.display())).args(["-ip=127.0.0.1", "-ip.bind=127.0.0.1"]);
     command.args(["-master.telemetry=false", "-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"]);
     command.args(["-master.volumeSizeLimitMB=64", "-volume.max=40", "-volume.preStopSeconds=0"]);
