@@ -206,14 +206,14 @@ mod tests {
         let in_use = copy(&copies, 1, 64);
         drop(copy(&copies, 1, 128));
         copies.prepare(&[64, 128, 128, 256]).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_mins(1);
         while copies.pool().is_preparing && Instant::now() < deadline {
             thread::yield_now();
         }
         let mut sizes = held(&copies);
         sizes.sort_unstable();
         assert_eq!(sizes, [128, 128, 256], "neither what is in use nor what is free is taken twice");
-        let prepared: Vec<*const u8> = copies.pool().free.iter().map(|memory| memory.as_ptr()).collect();
+        let prepared: Vec<*const u8> = copies.pool().free.iter().map(Vec::as_ptr).collect();
         let taken = [copy(&copies, 3, 256), copy(&copies, 3, 128), copy(&copies, 3, 128)];
         assert!(taken.iter().all(|copy| prepared.contains(&copy.as_ptr())));
         assert!(held(&copies).is_empty());
