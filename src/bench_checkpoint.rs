@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
+use cloze_data::store;
 use cloze_recipes::failure::{Failure, FailureKind};
 use serde_json::json;
 use zerocopy::IntoBytes;
@@ -22,9 +23,14 @@ pub struct CheckpointBenchOptions {
     pub place: String,
     /// Parameters of the pretended model.
     pub num_parameters: usize,
+    /// How often the state is stored and loaded, each time at a new place.
+    pub rounds: u32,
 }
 
-/// Prints one JSON line: seconds to copy the state, to store it (durable, hashed, with its manifest), and to load it (every hash compared).
+/// Prints one JSON line per round: seconds to copy the state, which is done once, to store it (durable, hashed, with its manifest), and to
+/// load it (every hash compared). What was stored is removed after each round.
+///
+/// The first round also pays for memory that the system has not given out before, the page cache's included; a run pays for it once.
 pub fn run(options: &CheckpointBenchOptions, output: &mut dyn Write) -> Result<()> {
     check_is_empty(&options.place)?;
     let length = options.num_parameters / TENSORS_PER_GROUP;
@@ -33,22 +39,35 @@ pub fn run(options: &CheckpointBenchOptions, output: &mut dyn Write) -> Result<(
     let started = Instant::now();
     let share = copy(&tensors);
     let copy_s = started.elapsed().as_secs_f64();
-    let bytes = (3 * TENSORS_PER_GROUP * length * 4) as f64;
-    let store = CheckpointStore::open(&options.place, &BTreeMap::new(), StorePolicy::default())?;
+    drop(tensors);
+    let gb = (3 * TENSORS_PER_GROUP * length * 4) as f64 / 1e9;
+    for round in 1..=options.rounds {
+        let place = format!("{}/round-{round}", options.place.trim_end_matches('/'));
+        let (saved_s, load_s) = store_and_load(&place, &share)?;
+        let line = json!({
+            "tool": "cloze", "round": round, "gb": gb, "copy_s": copy_s, "saved_s": saved_s, "save_gb_s": gb / saved_s, "load_s": load_s,
+        });
+        writeln!(output, "{line}").context("print the figures")?;
+    }
+    Ok(())
+}
+
+/// Seconds to store a state, and to load it.
+fn store_and_load(place: &str, share: &Share) -> Result<(f64, f64)> {
+    let checkpoints = CheckpointStore::open(place, &BTreeMap::new(), StorePolicy::default())?;
     let started = Instant::now();
-    let files = store.save_share(1, &share)?;
-    store.commit(&state(), files)?;
+    let files = checkpoints.save_share(1, share)?;
+    checkpoints.commit(&state(), files)?;
     let saved_s = started.elapsed().as_secs_f64();
-    drop((share, tensors, store));
-    let store = CheckpointStore::open(&options.place, &BTreeMap::new(), StorePolicy::default())?;
+    // Another store, which remembers nothing of the first.
+    let checkpoints = CheckpointStore::open(place, &BTreeMap::new(), StorePolicy::default())?;
     let started = Instant::now();
-    let loaded = store.latest_good()?.context("find the checkpoint that was just written")?;
+    let loaded = checkpoints.latest_good()?.context("find the checkpoint that was just written")?;
     let load_s = started.elapsed().as_secs_f64();
     drop(loaded);
-    let line = json!({
-        "tool": "cloze", "gb": bytes / 1e9, "copy_s": copy_s, "saved_s": saved_s, "save_gb_s": bytes / 1e9 / saved_s, "load_s": load_s,
-    });
-    writeln!(output, "{line}").context("print the figures")
+    let written = store::open(place, &BTreeMap::new())?;
+    store::list(&written)?.iter().try_for_each(|object| store::delete(&written, &object.key))?;
+    Ok((saved_s, load_s))
 }
 
 /// A checkpoint that is there would be pruned or mixed with this one.

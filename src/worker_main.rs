@@ -79,6 +79,8 @@ enum Command {
         place: String,
         #[arg(long, default_value_t = 100_000_000)]
         params: usize,
+        #[arg(long, default_value_t = 1)]
+        rounds: u32,
     },
     /// Look at, verify, compare, prune and export checkpoints.
     Checkpoints {
@@ -271,8 +273,8 @@ fn run(command: Command) -> Result<()> {
             let extras = ForwardExtras { gradients: a.gradients, steps: a.steps, learning_rate: a.learning_rate };
             forward::forward(files, placement(&a.placement, torch_folder.as_deref(), false)?, extras)
         }
-        Command::BenchCheckpoint { place, params } => {
-            bench_checkpoint::run(&CheckpointBenchOptions { place, num_parameters: params }, &mut stdout)
+        Command::BenchCheckpoint { place, params, rounds } => {
+            bench_checkpoint::run(&CheckpointBenchOptions { place, num_parameters: params, rounds }, &mut stdout)
         }
         Command::Preflight(PreflightArguments { device, devices, bfloat16 }) => {
             preflight::preflight(&PreflightOptions { device, num_devices: devices, bfloat16, torch_folder }, &mut stdout)

@@ -377,6 +377,11 @@ impl Roster {
         matches!(self.seats.get(worker as usize), Some(Some(seat)) if !seat.outbox.is_closed())
     }
 
+    /// Whether this process is the one that sits in the worker's slot.
+    fn is_process(&self, worker: u32, process_id: u32) -> bool {
+        matches!(self.seats.get(worker as usize), Some(Some(seat)) if seat.process_id == process_id)
+    }
+
     /// Slots of the members of the generation that runs, by rank; empty between generations.
     fn members(&self) -> &[u32] {
         match &self.state.stage {

@@ -103,6 +103,8 @@ pub enum Control {
     WorkerExited {
         /// Its slot.
         worker: u32,
+        /// Its process id. The slot may have another process by now: orders and words of workers come in by two ways.
+        process_id: u32,
         /// Exit code or signal, such as `SIGKILL` or `exit code 1`.
         status: String,
     },

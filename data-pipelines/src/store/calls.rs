@@ -1,25 +1,21 @@
 //! Blocking calls on a store.
 
-use std::io::Read;
 use std::ops::Range;
-use std::sync::{OnceLock, PoisonError};
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use anyhow::Context;
 use bytes::Bytes;
-use cloze_recipes::failure::{Failure, FailureKind};
 use futures::TryStreamExt;
 use object_store::path::Path as ObjectPath;
 use object_store::{GetOptions, ObjectMeta, ObjectStoreExt, PutMode, PutPayload};
 use tokio::runtime::{Builder, Runtime};
 
+use super::Store;
 use super::failure::explain;
-use super::{ObjectReader, Store};
 
 /// Threads of the runtime that waits for sockets; the work itself happens elsewhere.
 const RUNTIME_THREADS: usize = 2;
-/// Whole objects are read in pieces of this many bytes, one ahead.
-const PIECE_BYTES: u64 = 8 << 20;
 
 /// What a store says about an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,29 +33,6 @@ pub struct ObjectInfo {
 /// Runs a future on the shared small runtime and waits for it. Must not be called from inside async code.
 pub fn block_on<F: Future>(future: F) -> anyhow::Result<F::Output> {
     Ok(runtime()?.block_on(future))
-}
-
-/// Reads a whole object. Fails when it is missing or larger than `max_bytes`.
-pub fn read_all(store: &Store, key: &str, max_bytes: u64) -> anyhow::Result<Bytes> {
-    Ok(read_hashed(store, key, max_bytes)?.0)
-}
-
-/// Reads a whole object and hashes it meanwhile: its content and its BLAKE3 hash in hexadecimal digits. Fails like [`read_all`].
-pub fn read_hashed(store: &Store, key: &str, max_bytes: u64) -> anyhow::Result<(Bytes, String)> {
-    let info = head(store, key)?;
-    if info.size > max_bytes {
-        return Err(Failure::new(FailureKind::Input, "object is too large")
-            .at(store.url(key))
-            .expected(format!("at most {max_bytes} bytes"))
-            .found(format!("{} bytes", info.size))
-            .into());
-    }
-    let mut content = Vec::with_capacity(info.size as usize);
-    let mut reader = ObjectReader::new(store, &info, PIECE_BYTES)?;
-    let digest = reader.digest();
-    reader.read_to_end(&mut content).map_err(|error| ObjectReader::failure(error, &store.url(key)))?;
-    let hash = digest.lock().unwrap_or_else(PoisonError::into_inner).finalize().to_hex().to_string();
-    Ok((content.into(), hash))
 }
 
 /// Reads a part of an object; shorter where the object ends. Fails when it is missing or ends before the range begins.
@@ -171,6 +144,9 @@ fn info_of(store: &Store, meta: &ObjectMeta) -> ObjectInfo {
 mod tests {
     use std::collections::BTreeMap;
 
+    use cloze_recipes::failure::{Failure, FailureKind};
+
+    use super::super::{read_all, read_hashed};
     use super::*;
 
     fn local(folder: &tempfile::TempDir) -> Store {

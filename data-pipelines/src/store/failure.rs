@@ -23,6 +23,15 @@ pub fn explain(store: &Store, operation: &str, key: &str, started: Instant, erro
         .hint(hint)
 }
 
+/// What a user is told when a store delivers less of an object than it has announced.
+pub(super) fn shorter_than_said(url: &str, expected_bytes: usize, found_bytes: usize) -> Failure {
+    Failure::new(FailureKind::Storage, "object is shorter than the store said")
+        .at(url)
+        .expected(format!("{expected_bytes} bytes"))
+        .found(format!("{found_bytes} bytes"))
+        .hint("let its writer finish, then run the same command again")
+}
+
 fn classify(store: &Store, error: &object_store::Error) -> (FailureKind, &'static str, &'static str) {
     use object_store::Error as StoreError;
     let disk_full = causes(error).any(|cause| {

@@ -10,10 +10,12 @@ mod location;
 mod probe;
 mod reader;
 mod upload;
+mod whole;
 
-pub use calls::{ObjectInfo, block_on, delete, head, list, list_below, put, put_if_absent, read_all, read_hashed, read_range, size_of};
+pub use calls::{ObjectInfo, block_on, delete, head, list, list_below, put, put_if_absent, read_range, size_of};
 pub use failure::explain;
 pub use location::{Store, open};
 pub use probe::{ConditionalPut, probe_conditional_put};
 pub use reader::ObjectReader;
 pub use upload::{Written, put_pieces, remove_leftovers};
+pub use whole::{read_all, read_hashed};

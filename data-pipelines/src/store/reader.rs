@@ -12,7 +12,7 @@ use object_store::path::Path as ObjectPath;
 use tokio::task::JoinHandle;
 
 use super::calls::runtime;
-use super::failure::explain;
+use super::failure::{explain, shorter_than_said};
 use super::{ObjectInfo, Store};
 
 /// Reads one object from start to end; holds at most two ranges. An object that changes meanwhile is an error.
@@ -82,12 +82,7 @@ impl ObjectReader {
         let answer = runtime()?.block_on(request.answer).context("wait for an object store request")?;
         let bytes = answer.map_err(|error| explain(&self.store, "read object", &self.info.key, request.started, &error))?;
         if bytes.len() as u64 != request.num_bytes {
-            return Err(Failure::new(FailureKind::Storage, "object is shorter than the store said")
-                .at(self.store.url(&self.info.key))
-                .expected(format!("{} bytes", request.num_bytes))
-                .found(format!("{} bytes", bytes.len()))
-                .hint("let its writer finish, then run the same command again")
-                .into());
+            return Err(shorter_than_said(&self.store.url(&self.info.key), request.num_bytes as usize, bytes.len()).into());
         }
         self.ahead = self.request()?;
         self.digest.lock().unwrap_or_else(PoisonError::into_inner).update(&bytes);

@@ -274,7 +274,7 @@ impl<'a> Supervisor<'a> {
         if !finished {
             let (process_id, status, tail) = (exit.process_id, exit.status.clone(), exit.tail.clone());
             self.reporters.write(Event::WorkerExited { worker, process_id, status: status.clone(), tail })?;
-            tell(control, Control::WorkerExited { worker, status })?;
+            tell(control, Control::WorkerExited { worker, process_id, status })?;
         }
         match decision {
             ExitDecision::Expected if finished && exit.code.is_some_and(|code| code != 0) => {

@@ -163,6 +163,20 @@ fn a_stuck_worker_loses_its_seat_for_good() {
 }
 
 #[test]
+fn an_exit_that_is_heard_of_late_is_not_the_replacements() {
+    let (mut roster, _inboxes) = roster(2);
+    settle(&mut roster, at(0));
+    roster.closed(1, 1, at(1), "connection closed");
+    settle(&mut roster, at(1));
+    let _inbox = join_as(&mut roster, 2, JoinRequest { process_id: 5, ..request(1) }, at(2));
+    roster.control(Control::WorkerExited { worker: 1, process_id: request(1).process_id, status: "SIGKILL".to_owned() });
+    assert_eq!(settle(&mut roster, at(2)), Vec::new());
+    roster.control(Control::WorkerExited { worker: 1, process_id: 5, status: "SIGKILL".to_owned() });
+    let events = settle(&mut roster, at(2));
+    assert!(matches!(&events[..], [Event::WorkerLost { worker: 1, reason, .. }] if reason == "process ended with SIGKILL"), "{events:?}");
+}
+
+#[test]
 fn a_pause_of_the_coordinator_is_nobodys_fault() {
     let (mut roster, _inboxes) = roster(1);
     settle(&mut roster, at(0));

@@ -59,14 +59,7 @@ impl Roster {
                 }
                 self.tell_members(&members, &CoordinatorMessage::Save { reason });
             }
-            Control::WorkerExited { worker, status } => {
-                let cause = format!("process ended with {status}");
-                match self.state.workers.get_mut(worker as usize) {
-                    Some(Worker::Present(_)) => self.lose(worker, FailureClass::ConnectionClosed, &cause),
-                    Some(Worker::Absent(absence)) => absence.cause = cause,
-                    Some(Worker::Finished { .. }) | None => {}
-                }
-            }
+            Control::WorkerExited { worker, process_id, status } => self.exited(worker, process_id, &status),
             Control::NoReplacement { worker } => {
                 if let Some(Worker::Absent(absence)) = self.state.workers.get_mut(worker as usize) {
                     absence.is_awaited = false;
@@ -75,6 +68,17 @@ impl Roster {
             Control::GiveUp { failure } => {
                 self.state.failure.get_or_insert(failure);
             }
+        }
+    }
+
+    fn exited(&mut self, worker: u32, process_id: u32, status: &str) {
+        let cause = format!("process ended with {status}");
+        let sits_there = self.is_process(worker, process_id);
+        match self.state.workers.get_mut(worker as usize) {
+            Some(Worker::Present(_)) if sits_there => self.lose(worker, FailureClass::ConnectionClosed, &cause),
+            Some(Worker::Absent(absence)) => absence.cause = cause,
+            // Its replacement sits there already.
+            Some(Worker::Present(_) | Worker::Finished { .. }) | None => {}
         }
     }
 

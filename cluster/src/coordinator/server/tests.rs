@@ -236,7 +236,9 @@ async fn a_lost_worker_is_replaced(key: Option<RunKey>) {
     assert_eq!(abort, (1, format!("worker 1 (rank 1) on {host} lost: connection closed")));
     survivor.ready(1, Some(8)).unwrap();
 
-    sandbox.control.send(Control::WorkerExited { worker: 1, status: "SIGKILL".to_owned() }).await.unwrap();
+    // The exit of a process that the replacement is not: this program pretends to be all workers. It may be heard of after the replacement.
+    let process_id = std::process::id() + 1;
+    sandbox.control.send(Control::WorkerExited { worker: 1, process_id, status: "SIGKILL".to_owned() }).await.unwrap();
     let replacement = sandbox.join(1).await;
     let (first, second) = (started(&survivor).await, started(&replacement).await);
     assert_eq!((first.0, second.0), (2, 2));
