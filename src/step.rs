@@ -59,6 +59,8 @@ impl State {
 
 /// Everything that a step changes, and what it is computed from.
 pub struct Trainer<'a> {
+    /// The other workers. It stands first, so that it is dropped first: nobody may write into memory that is given back.
+    pub collective: Box<dyn Collective>,
     /// The recipe of the run.
     pub recipe: &'a Recipe,
     /// Parameters and gradients.
@@ -67,8 +69,6 @@ pub struct Trainer<'a> {
     pub optimizer: AdamW,
     /// Learning rate.
     pub schedule: Schedule,
-    /// The other workers.
-    pub collective: Box<dyn Collective>,
     /// How the state is exchanged with them.
     pub sharding: Sharding,
 }
@@ -98,12 +98,14 @@ impl<'a> Trainer<'a> {
             place.1
         );
         let sharding = Sharding { buffers: Buffers::new(parameters)?, is_whole: true, steps_taken: 0, overlap: Overlap::default() };
-        Ok(Self { recipe, model, optimizer, schedule, collective, sharding })
+        Ok(Self { collective, recipe, model, optimizer, schedule, sharding })
     }
 
     /// The state, for the next generation.
     pub fn into_state(self) -> State {
-        State { model: self.model, optimizer: self.optimizer }
+        let Self { collective, model, optimizer, .. } = self;
+        drop(collective);
+        State { model, optimizer }
     }
 
     /// What this worker writes into a checkpoint; the parts of all workers together are the state.

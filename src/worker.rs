@@ -22,11 +22,11 @@ use tch::Device;
 use crate::checkpoint::{CheckpointStore, StorePolicy};
 use crate::checkpointer::Checkpointer;
 use crate::collective::CollectiveError;
-use crate::collective::api::{CollectiveCause, Operation};
+use crate::collective::api::CollectiveCause;
 use crate::drill::{Drill, Drills};
 use crate::generation::{self, Assignment, Belongings};
 use crate::restore::Held;
-use crate::torch::memory;
+use crate::torch::{cuda, memory};
 use crate::train::{EndReason, NotFinite};
 use crate::watcher::GenerationOver;
 
@@ -115,12 +115,22 @@ pub fn is_want_of_memory(text: &str) -> bool {
     ["can't allocate memory", "not enough memory", "out of memory"].iter().any(|words| text.contains(words))
 }
 
+/// Whether libtorch's words, or those of the collective operations, mean that a GPU or its driver failed.
+fn is_device_failure(text: &str) -> bool {
+    ["CUDA error", "CUDNN_STATUS_", "CUBLAS_STATUS_", "the CUDA driver failed"].iter().any(|words| text.contains(words))
+}
+
+/// What a worker's error means for the run. An environment that a device cannot be opened in is nobody's accident.
 fn class_of(error: &anyhow::Error) -> FailureClass {
-    let text = match error.downcast_ref::<Failure>() {
-        Some(failure) => failure.to_string(),
-        None => format!("{error:#}"),
+    let (text, is_environment) = match error.downcast_ref::<Failure>() {
+        Some(failure) => (failure.to_string(), failure.kind == FailureKind::Environment),
+        None => (format!("{error:#}"), false),
     };
-    if is_want_of_memory(&text) { FailureClass::OutOfMemory } else { FailureClass::Other }
+    match text.as_str() {
+        text if is_want_of_memory(text) => FailureClass::OutOfMemory,
+        text if is_device_failure(text) && !is_environment => FailureClass::Device,
+        _ => FailureClass::Other,
+    }
 }
 
 /// The address of this host on the network that leads to the coordinator, which is where peers reach it too.
@@ -179,6 +189,9 @@ fn prepare(options: WorkerOptions, recipe: Recipe, listener: TcpListener, client
     // The slots of one host follow each other, so that their remainders differ.
     let device_index = (slot % local_workers.max(1)) as usize;
     let device = crate::device::open(recipe.train.device, device_index, torch_folder.as_deref())?;
+    if recipe.train.deterministic && device.is_cuda() {
+        cuda::use_deterministic_algorithms()?;
+    }
     crate::device::set_threads(recipe.train.threads, cores, local_workers);
     let dataset = Arc::new(Dataset::open(&recipe.data.output)?);
     let (tokenizer, anchor_id) = Tokenizer::load_with_anchor(&recipe.model.tokenizer, &recipe.model.anchor_token)?;
@@ -231,12 +244,16 @@ fn serve(worker: &Arc<Worker>, belongings: &mut Belongings) -> Result<()> {
 /// A broken collective and a loss that is not finite are told and survived; anything else ends the worker.
 fn survive(worker: &Worker, generation: u64, error: anyhow::Error) -> Result<()> {
     if let Some(broken) = error.downcast_ref::<CollectiveError>() {
-        if let (Operation::Connect, CollectiveCause::Device(cause)) = (broken.operation, &broken.cause) {
+        if let CollectiveCause::Unavailable(cause) = &broken.cause {
             // No other generation would find what this machine lacks.
             return Err(Failure::new(FailureKind::Environment, "the GPUs of the workers cannot be connected")
                 .because(cause)
                 .hint("NCCL comes with PyTorch's CUDA wheels; name their environment in CLOZE_TORCH, or set `train.device: cpu`")
                 .into());
+        }
+        if matches!(broken.cause, CollectiveCause::Device(_)) {
+            // The state on the device is lost with it, and a new process may find the device in order.
+            return Err(error);
         }
         tracing::info!(generation, reason = %broken, "generation broken");
         return worker.client.send(&WorkerMessage::Broken { generation, reason: broken.to_string() });
@@ -267,5 +284,31 @@ pub fn as_failure(error: &anyhow::Error) -> Failure {
             tracing::error!(error = text, "the worker failed");
             Failure::new(FailureKind::Run, text.lines().next().unwrap_or_default())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::collective::api::Operation;
+
+    #[test]
+    fn the_class_of_a_failure_follows_its_words() {
+        let environment = Failure::new(FailureKind::Environment, "the GPU cannot be used").because("CUDA error: no device");
+        let full = Failure::new(FailureKind::Run, "step 7 failed").because("CUDA error: out of memory");
+        for (error, class) in [
+            (anyhow::anyhow!("CUDA out of memory. Tried to allocate 2 GiB").context("step 7"), FailureClass::OutOfMemory),
+            (full.into(), FailureClass::OutOfMemory),
+            (anyhow::anyhow!("CUDA error: uncorrectable ECC error encountered").context("step 7"), FailureClass::Device),
+            (anyhow::anyhow!("cuBLAS: CUBLAS_STATUS_EXECUTION_FAILED"), FailureClass::Device),
+            (environment.into(), FailureClass::Other),
+            (anyhow::anyhow!("the shards are damaged"), FailureClass::Other),
+        ] {
+            assert_eq!(class_of(&error), class, "{error:#}");
+        }
+        let cause = CollectiveCause::Device("the CUDA driver failed to run an operation: CUDA_ERROR_ILLEGAL_ADDRESS".to_owned());
+        let (operation, rank, generation, step) = (Operation::AllReduce, 1, 2, 3);
+        let broken = CollectiveError { operation, rank, peer: None, generation, step, cause };
+        assert_eq!(class_of(&broken.into()), FailureClass::Device);
     }
 }

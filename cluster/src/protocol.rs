@@ -326,6 +326,8 @@ pub enum FailureClass {
     NotFinite,
     /// The memory of the host or of a GPU ran out.
     OutOfMemory,
+    /// The GPU or its driver failed.
+    Device,
     /// A collective operation failed while all workers lived.
     Collective,
     /// The worker's host is used no more.

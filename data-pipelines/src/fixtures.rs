@@ -210,6 +210,7 @@ fn train() -> TrainRecipe {
         log_every_steps: 1,
         shard: Shard::None,
         audit_samples: false,
+        deterministic: false,
     }
 }
 

@@ -149,5 +149,6 @@ fn train() -> TrainRecipe {
         log_every_steps: 10,
         shard: Shard::None,
         audit_samples: false,
+        deterministic: false,
     }
 }

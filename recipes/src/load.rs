@@ -226,12 +226,13 @@ evaluation: []
     }
 
     /// Keys that came after the hash of recipes: the value that leaves everything as it was, and another one.
-    const LATER_KEYS: [(&str, &str, &str); 5] = [
+    const LATER_KEYS: [(&str, &str, &str); 6] = [
         ("data.only", "[]", "[a]"),
         ("data.max_tasks", "null", "3"),
         ("data.fraction", "1.0", "0.5"),
         ("data.mixing_cap", "null", "5"),
         ("cluster.tls", "false", "true"),
+        ("train.deterministic", "false", "true"),
     ];
 
     #[test]

@@ -303,6 +303,9 @@ pub struct TrainRaw {
     /// Every worker writes down which samples it trained on in which step, in `audit/` of the run folder.
     #[serde(default)]
     pub audit_samples: bool,
+    /// GPUs compute with kernels that give the same bits every time, or end with an error where there is none. CPUs do so anyway.
+    #[serde(default)]
+    pub deterministic: bool,
 }
 
 /// Learning rate over the steps: warm-up, then a shape.

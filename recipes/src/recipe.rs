@@ -217,6 +217,9 @@ pub struct TrainRecipe {
     pub shard: Shard,
     /// Every worker writes down which samples it trained on in which step, in `audit/` of the run folder.
     pub audit_samples: bool,
+    /// GPUs compute with kernels that give the same bits every time. Left out of the rendered recipe where it is off.
+    #[serde(skip_serializing_if = "is_off")]
+    pub deterministic: bool,
 }
 
 /// What the workers divide among themselves; each level includes the ones before (`ZeRO` stages 1 to 3).

@@ -194,7 +194,13 @@ pub enum CollectiveCause {
         /// Where the values are; 0 where none were given.
         address: u64,
     },
-    /// The GPU, its driver or its communication library failed.
+    /// This machine has no driver or no communication library that could be used.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The communication library failed, as it does where a peer has gone.
+    #[error("{0}")]
+    Library(String),
+    /// The GPU or its driver failed. What the process keeps on the device may be of no use any more.
     #[error("{0}")]
     Device(String),
     /// The operating system failed a call.

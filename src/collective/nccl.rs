@@ -242,7 +242,8 @@ impl Collective for Nccl {
 }
 
 impl Drop for Nccl {
-    /// Lets the watchdog end the communicator, and leaves it alone where NCCL does not come back.
+    /// Lets the watchdog end the communicator. Where NCCL does not come back after a fault, the process ends: an operation that was under
+    /// way may still write into the state, and only a new process can be sure of its own. After the last step nobody needs to be.
     fn drop(&mut self) {
         self.shared.lock().is_closing = true;
         self.shared.news.notify_all();
@@ -252,6 +253,10 @@ impl Drop for Nccl {
         match self.watchdog.take() {
             // A panic of the watchdog has already been printed, and there is nobody left to tell.
             Some(watchdog) if has_ended => drop(watchdog.join()),
+            _ if self.shared.fault().is_some() => {
+                tracing::error!(timeout_ms = self.shared.timeout.as_millis() as u64, "NCCL does not end after a fault; this process ends");
+                std::process::abort()
+            }
             _ => tracing::warn!(timeout_ms = self.shared.timeout.as_millis() as u64, "NCCL does not end; its memory stays taken"),
         }
     }

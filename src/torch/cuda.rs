@@ -42,6 +42,16 @@ pub fn open(index: usize, torch_folder: Option<&Path>) -> Result<Device, Failure
     Ok(Device::Cuda(index))
 }
 
+/// Lets operations give the same bits every time; those that cannot fail from now on. For the whole process. cuBLAS needs a setting of the
+/// environment besides, which the launcher gives every worker.
+///
+/// # Errors
+/// What libtorch says against it.
+pub fn use_deterministic_algorithms() -> anyhow::Result<()> {
+    // SAFETY: no pointers are passed.
+    sys::checked("choose deterministic algorithms", unsafe { sys::cloze_use_deterministic_algorithms() })
+}
+
 /// Waits until all work of a device is done; for timings.
 ///
 /// # Errors

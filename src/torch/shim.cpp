@@ -430,6 +430,16 @@ int cloze_cuda_open(const char* libtorch_cuda_path) {
     return 1;
 }
 
+int cloze_use_deterministic_algorithms() {
+    return status_of([] {
+        at::Context& context = at::globalContext();
+        context.setDeterministicAlgorithms(/*on=*/true, /*warn_only=*/false);
+        // That memory is filled before it is written is for programs that read it too early.
+        context.setDeterministicFillUninitializedMemory(false);
+        context.setBenchmarkCuDNN(false);
+    });
+}
+
 Tensor* cloze_copy_aside(const Tensor* host, int64_t device) {
     return tensor_or_null([&] {
         const c10::Device where(c10::kCUDA, static_cast<c10::DeviceIndex>(device));

@@ -67,6 +67,8 @@ void cloze_keep_freed_memory();
 
 // CUDA, reached through libc10's virtual interface, so that nothing here links CUDA. Returns 0, or 1 with cloze_error().
 int cloze_cuda_open(const char* libtorch_cuda_path);
+// From now on operations have the same result every time, or fail where they cannot; for the whole process.
+int cloze_use_deterministic_algorithms();
 // Copies a host tensor to a CUDA device through pinned memory, on a stream of its own: the copy overlaps with what the current stream computes,
 // and later work of the current stream waits for it.
 at::Tensor* cloze_copy_aside(const at::Tensor* host, int64_t device);

@@ -144,6 +144,9 @@ unsafe extern "C" {
     /// that it needs cannot be loaded.
     pub fn cloze_cuda_open(libtorch_cuda_path: *const c_char) -> c_int;
 
+    /// Makes operations of this process repeatable, bit by bit; those that cannot be fail from now on. Returns 0, or 1.
+    pub fn cloze_use_deterministic_algorithms() -> c_int;
+
     /// A new event behind all work that the current stream of CUDA device number `device` was given so far, to be freed by
     /// `cloze_event_free`; null on an error.
     pub fn cloze_event_record(device: i64) -> *mut c_void;

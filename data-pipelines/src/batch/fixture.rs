@@ -106,5 +106,6 @@ pub(crate) fn train_recipe() -> TrainRecipe {
         log_every_steps: 1,
         shard: Shard::None,
         audit_samples: false,
+        deterministic: false,
     }
 }

@@ -8,12 +8,13 @@ use crate::view::ledger::class_name;
 use crate::view::{RunState, RunView, WorkerState};
 
 /// Every class of failures, so that each has its series from the beginning.
-const CLASSES: [FailureClass; 8] = [
+const CLASSES: [FailureClass; 9] = [
     FailureClass::ConnectionClosed,
     FailureClass::MissedHeartbeat,
     FailureClass::Hung,
     FailureClass::NotFinite,
     FailureClass::OutOfMemory,
+    FailureClass::Device,
     FailureClass::Collective,
     FailureClass::Excluded,
     FailureClass::Other,

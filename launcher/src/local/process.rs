@@ -27,6 +27,10 @@ const WATCH_MS: u64 = 100;
 /// Orders that wait for one process: a freeze, a dump and a kill at most come together.
 const MAX_ORDERS: usize = 8;
 
+/// How much memory cuBLAS works in, which it reads when it starts: eight buffers of 4 MiB. Only so is what it computes repeatable.
+const CUBLAS_VARIABLE: &str = "CUBLAS_WORKSPACE_CONFIG";
+const CUBLAS_WORKSPACE: &str = ":4096:8";
+
 /// What all worker processes of one program have in common.
 #[derive(Clone, Debug)]
 pub(super) struct WorkerCommand {
@@ -111,6 +115,7 @@ impl WorkerProcess {
             // A key of this program's own environment is another one's.
             .env_remove(COORDINATOR_KEY_VARIABLE)
             .envs(command.contact.key.map(|key| (COORDINATOR_KEY_VARIABLE, key.to_string())))
+            .envs(std::env::var_os(CUBLAS_VARIABLE).is_none().then_some((CUBLAS_VARIABLE, CUBLAS_WORKSPACE)))
             // Ctrl-C in the terminal must reach the launcher only, which asks the workers to save first; and a worker must outlive a launcher
             // that was killed.
             .process_group(0)
@@ -256,14 +261,14 @@ mod tests {
     #[tokio::test]
     async fn output_goes_straight_to_the_log() {
         let folder = tempfile::tempdir().unwrap();
-        let command = command(folder.path(), "echo \"$@\"; echo $CLOZE_TOKEN $CLOZE_COORDINATOR_KEY >&2; exit 7");
+        let command = command(folder.path(), "echo \"$@\"; echo $CLOZE_TOKEN $CLOZE_COORDINATOR_KEY $CUBLAS_WORKSPACE_CONFIG >&2; exit 7");
         let (process, _orders) = WorkerProcess::start(&command, 1, &["nan@3".to_owned()]).unwrap();
         let process_id = process.process_id();
         let exit = process.wait().await;
         assert_eq!((exit.worker, exit.process_id, exit.code, exit.status.as_str()), (1, process_id, Some(7), "exit code 7"));
         let run = folder.path().display();
         let line = format!("train --coordinator 127.0.0.1:1 --run {run} --worker 1 --local-workers 2 --drill nan@3");
-        assert_eq!(exit.tail, format!("{line}\ntoken"));
+        assert_eq!(exit.tail, format!("{line}\ntoken :4096:8"));
         assert!(exit.dump.is_none());
         let log = fs::read_to_string(command.paths.log(1)).unwrap();
         assert!(log.contains(&format!("== worker 1, process {process_id} ==\n")), "{log}");

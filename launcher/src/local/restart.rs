@@ -124,6 +124,7 @@ fn is_cured_by_a_new_process(class: Option<FailureClass>) -> bool {
                 | FailureClass::Hung
                 | FailureClass::NotFinite
                 | FailureClass::OutOfMemory
+                | FailureClass::Device
                 | FailureClass::Collective
         )
     )
@@ -196,6 +197,7 @@ mod tests {
             ("a bucket that is away", early(Some(6), 0, 0), restart(200, 1), ExitReason::EndedEarly),
             ("a lost coordinator", early(Some(9), 0, 0), restart(200, 1), ExitReason::EndedEarly),
             ("no memory on its device", lost(FailureClass::OutOfMemory, Some(5)), restart(200, 1), ExitReason::EndedEarly),
+            ("a GPU that failed", lost(FailureClass::Device, Some(5)), restart(200, 1), ExitReason::EndedEarly),
             ("killed because it hung", lost(FailureClass::Hung, None), restart(200, 1), ExitReason::EndedEarly),
             ("refused for its host", lost(FailureClass::Excluded, Some(5)), ExitDecision::LeaveEmpty, ExitReason::HostExcluded),
             ("a bad host", ExitFacts { excluded: true, ..early(None, 0, 0) }, ExitDecision::LeaveEmpty, ExitReason::HostExcluded),

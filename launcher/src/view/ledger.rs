@@ -159,9 +159,11 @@ impl Ledger {
                 }
             }
             Event::WorkerRestarted { worker, .. } => self.decide(Decision::Replaced, |record| record.worker == Some(*worker)),
-            Event::WorkerJoined { worker, host, .. } => {
+            Event::WorkerJoined { worker, host, rejoined } => {
                 self.hosts.insert(*worker, host.clone());
-                self.decide(Decision::JoinedAgain, |record| record.worker == Some(*worker));
+                // Of processes that `cloze join` starts, no other event tells.
+                let decision = if *rejoined { Decision::JoinedAgain } else { Decision::Replaced };
+                self.decide(decision, |record| record.worker == Some(*worker));
             }
             Event::HostExcluded { host, .. } => self.decide(Decision::HostExcluded, |record| record.host.as_ref() == Some(host)),
             Event::GenerationStarted { generation, workers, .. } => self.generation_started(*generation, workers),
@@ -352,6 +354,7 @@ pub fn class_name(class: FailureClass) -> &'static str {
         FailureClass::Hung => "hung",
         FailureClass::NotFinite => "not_finite",
         FailureClass::OutOfMemory => "out_of_memory",
+        FailureClass::Device => "device",
         FailureClass::Collective => "collective",
         FailureClass::Excluded => "excluded",
         FailureClass::Other => "other",

@@ -37,6 +37,7 @@ pub(super) fn check(context: &mut Context<'_>, raw: &TrainRaw) -> TrainRecipe {
         log_every_steps: raw.log_every_steps,
         shard: raw.shard,
         audit_samples: raw.audit_samples,
+        deterministic: raw.deterministic,
     }
 }
 

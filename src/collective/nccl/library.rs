@@ -209,7 +209,7 @@ pub fn libraries() -> Result<&'static Libraries, CollectiveCause> {
         let nccl = opened(&NCCL_NAMES, NcclFunctions::open)?;
         Ok(Libraries { nccl, cuda })
     });
-    outcome.as_ref().map_err(|text| CollectiveCause::Device(text.clone()))
+    outcome.as_ref().map_err(|text| CollectiveCause::Unavailable(text.clone()))
 }
 
 /// The first library that opens; the error is that of the first name, which is the usual one.
@@ -235,7 +235,7 @@ impl Libraries {
         let texts = unsafe { [(self.nccl.ncclGetErrorString)(status), (self.nccl.ncclGetLastError)(communicator)] };
         // SAFETY: a text of NCCL ends with a NUL byte.
         let texts = texts.map(|text| if text.is_null() { Cow::Borrowed("") } else { unsafe { CStr::from_ptr(text) }.to_string_lossy() });
-        Err(CollectiveCause::Device(format!("NCCL failed: {}; {}", texts[0], texts[1].lines().next().unwrap_or_default())))
+        Err(CollectiveCause::Library(format!("NCCL failed: {}; {}", texts[0], texts[1].lines().next().unwrap_or_default())))
     }
 }
 

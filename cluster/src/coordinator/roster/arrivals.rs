@@ -89,8 +89,8 @@ impl Roster {
 
     /// Counts a failure against a host, and closes the host's seats when there were too many.
     fn blame(&mut self, host: &str, class: FailureClass) {
-        use FailureClass::{ConnectionClosed, Hung, MissedHeartbeat, OutOfMemory};
-        if self.limits.exclude_host_after == 0 || !matches!(class, ConnectionClosed | MissedHeartbeat | Hung | OutOfMemory) {
+        use FailureClass::{ConnectionClosed, Device, Hung, MissedHeartbeat, OutOfMemory};
+        if self.limits.exclude_host_after == 0 || !matches!(class, ConnectionClosed | MissedHeartbeat | Hung | OutOfMemory | Device) {
             return;
         }
         let Some(record) = self.state.hosts.get_mut(host) else { return };

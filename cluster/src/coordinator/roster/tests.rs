@@ -163,6 +163,18 @@ fn a_stuck_worker_loses_its_seat_for_good() {
 }
 
 #[test]
+fn a_worker_whose_gpu_fails_is_lost_and_the_run_is_not() {
+    let (mut roster, mut inboxes) = roster_of(2, Limits { exclude_host_after: 2, ..limits() });
+    settle(&mut roster, at(0));
+    let class = FailureClass::Device;
+    say(&mut roster, 1, at(1), WorkerMessage::Failed { failure: failure("CUDA error"), class, generation: 1, step: 3, culprit: true });
+    let events = settle(&mut roster, at(1));
+    assert!(matches!(&events[0], Event::WorkerLost { worker: 1, class: FailureClass::Device, .. }), "{events:?}");
+    assert!(matches!(heard(&mut inboxes[0]).last(), Some(CoordinatorMessage::Abort { generation: 1, .. })));
+    assert_eq!(roster.state.hosts["node-1"].failures, 1, "the host answers for its devices");
+}
+
+#[test]
 fn an_exit_that_is_heard_of_late_is_not_the_replacements() {
     let (mut roster, _inboxes) = roster(2);
     settle(&mut roster, at(0));
@@ -170,10 +182,14 @@ fn an_exit_that_is_heard_of_late_is_not_the_replacements() {
     settle(&mut roster, at(1));
     let _inbox = join_as(&mut roster, 2, JoinRequest { process_id: 5, ..request(1) }, at(2));
     roster.control(Control::WorkerExited { worker: 1, process_id: request(1).process_id, status: "SIGKILL".to_owned() });
-    assert_eq!(settle(&mut roster, at(2)), Vec::new());
+    let lost = |events: &[Event]| -> Vec<String> {
+        let reasons =
+            events.iter().filter_map(|event| if let Event::WorkerLost { reason, .. } = event { Some(reason.clone()) } else { None });
+        reasons.collect()
+    };
+    assert!(lost(&settle(&mut roster, at(2))).is_empty());
     roster.control(Control::WorkerExited { worker: 1, process_id: 5, status: "SIGKILL".to_owned() });
-    let events = settle(&mut roster, at(2));
-    assert!(matches!(&events[..], [Event::WorkerLost { worker: 1, reason, .. }] if reason == "process ended with SIGKILL"), "{events:?}");
+    assert_eq!(lost(&settle(&mut roster, at(2))), ["process ended with SIGKILL"]);
 }
 
 #[test]

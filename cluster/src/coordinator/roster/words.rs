@@ -183,6 +183,8 @@ impl Roster {
                 // The process ends by itself; its successor begins with all memory free.
                 self.lose(worker, FailureClass::OutOfMemory, &what);
             }
+            // The process ends by itself; another may find the device in order, or the host is excluded in the end.
+            FailureClass::Device => self.lose(worker, FailureClass::Device, &setback.failure.what),
             FailureClass::NotFinite if counts => self.state.setbacks.push(setback),
             FailureClass::NotFinite => tracing::debug!(worker, generation, step, "late word of a loss that is not finite"),
             FailureClass::ConnectionClosed

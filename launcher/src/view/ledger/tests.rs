@@ -76,6 +76,7 @@ fn decisions() {
     let smaller = || vec![generation(2, &[0]), recovered(2, 1, CLOSED)];
     let cases = [
         ("replaced", vec![restarted(), joined(false)], whole(), Some(Decision::Replaced)),
+        ("replaced by `cloze join`", vec![joined(false)], whole(), Some(Decision::Replaced)),
         ("came back", vec![joined(true)], whole(), Some(Decision::JoinedAgain)),
         ("fewer", vec![], smaller(), Some(Decision::WentOnWithFewer)),
         ("excluded", vec![excluded], smaller(), Some(Decision::HostExcluded)),
