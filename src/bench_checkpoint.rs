@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -65,19 +64,25 @@ fn store_and_load(place: &str, share: &Share) -> Result<(f64, f64)> {
     let loaded = checkpoints.latest_good()?.context("find the checkpoint that was just written")?;
     let load_s = started.elapsed().as_secs_f64();
     drop(loaded);
-    let written = store::open(place, &BTreeMap::new())?;
-    store::list(&written)?.iter().try_for_each(|object| store::delete(&written, &object.key))?;
+    remove(place)?;
     Ok((saved_s, load_s))
 }
 
-/// A checkpoint that is there would be pruned or mixed with this one.
-fn check_is_empty(place: &str) -> Result<(), Failure> {
-    let path = Path::new(place);
-    let is_free = place.contains("://") || std::fs::read_dir(path).map_or(true, |mut entries| entries.next().is_none());
-    if is_free {
-        return Ok(());
+/// A checkpoint that is there would be pruned or mixed with this one, and removed.
+fn check_is_empty(place: &str) -> Result<()> {
+    let objects = store::list(&store::open(place, &BTreeMap::new())?)?;
+    let Some(first) = objects.first() else { return Ok(()) };
+    Err(Failure::new(FailureKind::Input, "the place to write to is not empty").at(place).found(&first.key).hint("name a new one").into())
+}
+
+/// Removes what one round has stored, where nothing was before it.
+fn remove(place: &str) -> Result<()> {
+    let written = store::open(place, &BTreeMap::new())?;
+    store::list(&written)?.iter().try_for_each(|object| store::delete(&written, &object.key))?;
+    if written.is_local() {
+        std::fs::remove_dir_all(written.url("")).context("remove the folders of a round")?;
     }
-    Err(Failure::new(FailureKind::Input, "the folder to write to is not empty").at(place).hint("name a new one"))
+    Ok(())
 }
 
 fn copy(tensors: &[Vec<f32>]) -> Share {

@@ -112,12 +112,22 @@ fn panicked(panic: &(dyn Any + Send)) -> anyhow::Error {
 
 /// Whether libtorch's words mean that memory, of the host or of a GPU, ran out.
 pub fn is_want_of_memory(text: &str) -> bool {
-    ["can't allocate memory", "not enough memory", "out of memory"].iter().any(|words| text.contains(words))
+    let words = ["can't allocate memory", "not enough memory", "out of memory", "CUDA_ERROR_OUT_OF_MEMORY", "_STATUS_ALLOC_FAILED"];
+    words.iter().any(|words| text.contains(words))
 }
 
-/// Whether libtorch's words, or those of the collective operations, mean that a GPU or its driver failed.
+/// Whether libtorch's words mean that a GPU or its driver failed, and not that it was asked for what it cannot do.
 fn is_device_failure(text: &str) -> bool {
-    ["CUDA error", "CUDNN_STATUS_", "CUBLAS_STATUS_", "the CUDA driver failed"].iter().any(|words| text.contains(words))
+    const FAILED: [&str; 3] = ["CUDA error", "CUDNN_STATUS_", "CUBLAS_STATUS_"];
+    const REFUSED: [&str; 6] = [
+        "device-side assert",
+        "no kernel image",
+        "invalid argument",
+        "_STATUS_NOT_SUPPORTED",
+        "_STATUS_BAD_PARAM",
+        "_STATUS_INVALID_VALUE",
+    ];
+    FAILED.iter().any(|words| text.contains(words)) && !REFUSED.iter().any(|words| text.contains(words))
 }
 
 /// What a worker's error means for the run. An environment that a device cannot be opened in is nobody's accident.
@@ -126,8 +136,10 @@ fn class_of(error: &anyhow::Error) -> FailureClass {
         Some(failure) => (failure.to_string(), failure.kind == FailureKind::Environment),
         None => (format!("{error:#}"), false),
     };
+    let collective = error.downcast_ref::<CollectiveError>().map(|broken| &broken.cause);
     match text.as_str() {
         text if is_want_of_memory(text) => FailureClass::OutOfMemory,
+        _ if matches!(collective, Some(CollectiveCause::Device(_))) => FailureClass::Device,
         text if is_device_failure(text) && !is_environment => FailureClass::Device,
         _ => FailureClass::Other,
     }
@@ -301,6 +313,8 @@ mod tests {
             (full.into(), FailureClass::OutOfMemory),
             (anyhow::anyhow!("CUDA error: uncorrectable ECC error encountered").context("step 7"), FailureClass::Device),
             (anyhow::anyhow!("cuBLAS: CUBLAS_STATUS_EXECUTION_FAILED"), FailureClass::Device),
+            (anyhow::anyhow!("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED"), FailureClass::OutOfMemory),
+            (anyhow::anyhow!("CUDA error: device-side assert triggered"), FailureClass::Other),
             (environment.into(), FailureClass::Other),
             (anyhow::anyhow!("the shards are damaged"), FailureClass::Other),
         ] {

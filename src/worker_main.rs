@@ -79,7 +79,7 @@ enum Command {
         place: String,
         #[arg(long, default_value_t = 100_000_000)]
         params: usize,
-        #[arg(long, default_value_t = 1)]
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
         rounds: u32,
     },
     /// Look at, verify, compare, prune and export checkpoints.

@@ -15,7 +15,8 @@ use super::manifest::{Flaw, MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, Manifes
 use super::pieces::{decode_pieces, merge};
 use super::store::{CheckpointStore, Listed, Loaded};
 
-/// Files of a checkpoint that are read side by side: enough to fill a fast link, and few enough for a small machine.
+/// Files of a checkpoint that are read side by side, each in up to four parts of 8 MiB: enough to fill a fast link, and few enough for a
+/// small machine.
 const FILES_IN_FLIGHT: usize = 4;
 
 /// Why a checkpoint was not loaded: it is damaged, or the store failed and nothing is known about it.

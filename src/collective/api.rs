@@ -194,7 +194,7 @@ pub enum CollectiveCause {
         /// Where the values are; 0 where none were given.
         address: u64,
     },
-    /// This machine has no driver or no communication library that could be used.
+    /// This machine has no driver or no communication library that could be used in this way.
     #[error("{0}")]
     Unavailable(String),
     /// The communication library failed, as it does where a peer has gone.

@@ -129,6 +129,7 @@ impl Nccl {
             let computed = context.record(context.compute)?;
             context.wait(context.stream, &computed)?;
             let started = context.record(context.stream)?;
+            self.shared.lock().is_issued = true;
             self.shared.lock_communicator().issue(data.address, context.stream, issue)?;
             self.shared.settle(None)?;
             let ended = context.record(context.stream)?;
@@ -242,8 +243,8 @@ impl Collective for Nccl {
 }
 
 impl Drop for Nccl {
-    /// Lets the watchdog end the communicator. Where NCCL does not come back after a fault, the process ends: an operation that was under
-    /// way may still write into the state, and only a new process can be sure of its own. After the last step nobody needs to be.
+    /// Lets the watchdog end the communicator. Where NCCL does not come back and an operation was under way, the process ends: that operation
+    /// may still write into the state, and only a new process can be sure of its own.
     fn drop(&mut self) {
         self.shared.lock().is_closing = true;
         self.shared.news.notify_all();
@@ -253,8 +254,8 @@ impl Drop for Nccl {
         match self.watchdog.take() {
             // A panic of the watchdog has already been printed, and there is nobody left to tell.
             Some(watchdog) if has_ended => drop(watchdog.join()),
-            _ if self.shared.fault().is_some() => {
-                tracing::error!(timeout_ms = self.shared.timeout.as_millis() as u64, "NCCL does not end after a fault; this process ends");
+            _ if self.shared.lock().is_issued => {
+                tracing::error!(timeout_ms = self.shared.timeout.as_millis() as u64, "NCCL does not end an operation; this process ends");
                 std::process::abort()
             }
             _ => tracing::warn!(timeout_ms = self.shared.timeout.as_millis() as u64, "NCCL does not end; its memory stays taken"),
@@ -289,6 +290,8 @@ struct Watch {
     running_since: Option<Instant>,
     /// Since when somebody waits for the queue; moves on with every operation that ends.
     joined_since: Option<Instant>,
+    /// Whether NCCL may be at work on memory that is not its own.
+    is_issued: bool,
     is_closing: bool,
     is_closed: bool,
 }
@@ -378,6 +381,7 @@ impl Shared {
                 Err(cause) => break Fault { operation: Some(operation), peer: None, cause },
                 Ok((true, _)) => {
                     watch.queue.pop_front();
+                    watch.is_issued = !watch.queue.is_empty();
                     watch.running_since = None;
                     watch.joined_since = watch.joined_since.map(|_| now);
                     continue;

@@ -6,7 +6,7 @@ mod arrivals;
 mod recovery;
 mod words;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use cloze_recipes::failure::{Failure, FailureKind};
@@ -46,6 +46,10 @@ pub(super) struct Roster {
     seats: Vec<Option<Seat>>,
     /// Process ids, by slot, of workers that lost their seat because they were stuck; they may not come back.
     stuck: BTreeMap<u32, u32>,
+    /// Process ids and collective addresses, by slot, of the workers that last joined.
+    last_joined: BTreeMap<u32, (u32, String)>,
+    /// Slots whose worker was lost with its GPU, until a process there is ready.
+    failing_devices: BTreeSet<u32>,
     /// Rank by slot in the newest generation.
     ranks: Vec<Option<u32>>,
     /// Collective addresses by rank in the newest generation.
@@ -88,6 +92,8 @@ impl Roster {
             limits,
             seats: (0..num_workers).map(|_| None).collect(),
             stuck: BTreeMap::new(),
+            last_joined: BTreeMap::new(),
+            failing_devices: BTreeSet::new(),
             ranks: vec![None; num_workers as usize],
             addresses: Vec::new(),
             kept_for_leader: Vec::new(),

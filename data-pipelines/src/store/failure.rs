@@ -23,13 +23,20 @@ pub fn explain(store: &Store, operation: &str, key: &str, started: Instant, erro
         .hint(hint)
 }
 
+const WRITTEN_MEANWHILE_HINT: &str = "let its writer finish, then run the same command again";
+
+/// What a user is told when an object is not the one any more that was looked up.
+pub(super) fn changed_meanwhile(url: &str) -> Failure {
+    Failure::new(FailureKind::Storage, "failed to read object: the object changed meanwhile").at(url).hint(WRITTEN_MEANWHILE_HINT)
+}
+
 /// What a user is told when a store delivers less of an object than it has announced.
 pub(super) fn shorter_than_said(url: &str, expected_bytes: usize, found_bytes: usize) -> Failure {
     Failure::new(FailureKind::Storage, "object is shorter than the store said")
         .at(url)
         .expected(format!("{expected_bytes} bytes"))
         .found(format!("{found_bytes} bytes"))
-        .hint("let its writer finish, then run the same command again")
+        .hint(WRITTEN_MEANWHILE_HINT)
 }
 
 fn classify(store: &Store, error: &object_store::Error) -> (FailureKind, &'static str, &'static str) {
@@ -55,7 +62,7 @@ fn classify(store: &Store, error: &object_store::Error) -> (FailureKind, &'stati
         StoreError::NotFound { .. } => (FailureKind::Input, "no such bucket or object", "check the bucket, the prefix and the endpoint"),
         StoreError::PermissionDenied { .. } | StoreError::Unauthenticated { .. } => (FailureKind::Storage, "access refused", refused_hint),
         StoreError::Precondition { .. } | StoreError::NotModified { .. } => {
-            (FailureKind::Storage, "the object changed meanwhile", "let its writer finish, then run the same command again")
+            (FailureKind::Storage, "the object changed meanwhile", WRITTEN_MEANWHILE_HINT)
         }
         StoreError::AlreadyExists { .. } => {
             (FailureKind::Storage, "the object exists already", "is another program writing to the same place?")

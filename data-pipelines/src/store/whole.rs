@@ -1,6 +1,7 @@
 //! Whole objects in memory: read in parts, several at a time, each hashed by whoever read it. One stream from a bucket is slow, and one
 //! thread reads and hashes slower than a local disk delivers.
 
+use std::io;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
@@ -12,7 +13,7 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use object_store::GetOptions;
 
 use super::calls::{block_on, head};
-use super::failure::{explain, shorter_than_said};
+use super::failure::{changed_meanwhile, explain, shorter_than_said};
 use super::{ObjectInfo, Store};
 
 /// Bytes of a part. A power of two, so that every part is a subtree of the hash's tree.
@@ -55,11 +56,10 @@ fn read_parts(store: &Store, info: &ObjectInfo, part_bytes: usize) -> anyhow::Re
     thread::scope(|scope| {
         let read = || read_next_parts(store, info, &parts);
         let named = || thread::Builder::new().name("object-reader".to_owned());
-        let readers: Vec<_> = (0..num_readers).map(|_| named().spawn_scoped(scope, read)).collect();
-        readers.into_iter().try_for_each(|reader| {
-            let reader = reader.context("start a thread to read an object")?;
-            reader.join().unwrap_or_else(|_panic| Err(anyhow!("reading a part of {} panicked", store.url(&info.key))))
-        })
+        let readers: io::Result<Vec<_>> = (0..num_readers).map(|_| named().spawn_scoped(scope, read)).collect();
+        let readers = readers.inspect_err(|_| leave_the_rest(&parts)).context("start a thread to read an object")?;
+        let panicked = |_| Err(anyhow!("reading a part of {} panicked", store.url(&info.key)));
+        readers.into_iter().try_for_each(|reader| reader.join().unwrap_or_else(panicked))
     })?;
     let (left, right) = halves(&values);
     let hash = merge_subtrees_root(&subtree(left), &subtree(right), Mode::Hash);
@@ -78,12 +78,16 @@ fn read_next_parts<'a>(store: &Store, info: &ObjectInfo, parts: &Mutex<impl Iter
     let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
     while let Some(Part { start, content, value }) = next() {
         if let Err(error) = fetch(store, info, start, content) {
-            parts.lock().unwrap_or_else(PoisonError::into_inner).by_ref().for_each(drop);
+            leave_the_rest(parts);
             return Err(error);
         }
         *value = blake3::Hasher::new().set_input_offset(start).update(content).finalize_non_root();
     }
     Ok(())
+}
+
+fn leave_the_rest<'a>(parts: &Mutex<impl Iterator<Item = Part<'a>>>) {
+    parts.lock().unwrap_or_else(PoisonError::into_inner).by_ref().for_each(drop);
 }
 
 /// Fills `content` from the object's bytes that begin at `start`.
@@ -95,8 +99,14 @@ fn fetch(store: &Store, info: &ObjectInfo, start: u64, content: &mut [u8]) -> an
     let options = GetOptions::new().with_range(Some(range)).with_if_match(info.etag.clone());
     let path = store.path(&info.key)?;
     let started = Instant::now();
-    let answer = block_on(async { store.object_store.get_opts(&path, options).await?.bytes().await })?;
-    let bytes = answer.map_err(|error| explain(store, "read object", &info.key, started, &error))?;
+    let answer = block_on(async {
+        let answer = store.object_store.get_opts(&path, options).await?;
+        // Some stores have no entity tags, or take the condition and ignore it.
+        let is_same = (answer.meta.size, answer.meta.last_modified.timestamp_micros()) == (info.size, info.last_modified_us);
+        Ok(if is_same { Some(answer.bytes().await?) } else { None })
+    })?;
+    let answer = answer.map_err(|error| explain(store, "read object", &info.key, started, &error))?;
+    let Some(bytes) = answer else { return Err(changed_meanwhile(&store.url(&info.key)).into()) };
     if bytes.len() != content.len() {
         return Err(shorter_than_said(&store.url(&info.key), content.len(), bytes.len()).into());
     }

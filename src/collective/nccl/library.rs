@@ -235,7 +235,13 @@ impl Libraries {
         let texts = unsafe { [(self.nccl.ncclGetErrorString)(status), (self.nccl.ncclGetLastError)(communicator)] };
         // SAFETY: a text of NCCL ends with a NUL byte.
         let texts = texts.map(|text| if text.is_null() { Cow::Borrowed("") } else { unsafe { CStr::from_ptr(text) }.to_string_lossy() });
-        Err(CollectiveCause::Library(format!("NCCL failed: {}; {}", texts[0], texts[1].lines().next().unwrap_or_default())))
+        let text = format!("NCCL failed: {}; {}", texts[0], texts[1].lines().next().unwrap_or_default());
+        Err(match status {
+            Status::ncclUnhandledCudaError => CollectiveCause::Device(text),
+            // The arguments are those of this program: what is wrong with them is where it runs, such as two ranks on one GPU.
+            Status::ncclInvalidArgument | Status::ncclInvalidUsage => CollectiveCause::Unavailable(text),
+            _ => CollectiveCause::Library(text),
+        })
     }
 }
 

@@ -32,6 +32,9 @@ impl Roster {
             self.state.generation = self.state.generation.max(join.held.map_or(0, |held| held.generation));
         }
         let JoinRequest { process_id, host, collective_address, held, .. } = join;
+        let process = (process_id, collective_address.clone());
+        let rejoined = held.is_some() || self.last_joined.get(&worker) == Some(&process);
+        self.last_joined.insert(worker, process);
         self.seats[slot] = Some(Seat { connection, process_id, collective_address, outbox });
         self.stuck.remove(&worker);
         self.state.workers[slot] = Worker::Present(Presence {
@@ -42,7 +45,7 @@ impl Roster {
             activity: Activity { phase: Phase::Joining, waiting: false, progress: 0, since: now },
         });
         self.state.hosts.entry(host.clone()).or_default();
-        self.events.push(Event::WorkerJoined { worker, host, rejoined: held.is_some() });
+        self.events.push(Event::WorkerJoined { worker, host, rejoined });
         self.tell(worker, &CoordinatorMessage::Welcome { adopted });
         if adopted {
             self.tell_again(worker);

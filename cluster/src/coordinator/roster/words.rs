@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cloze_recipes::failure::Failure;
+use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::{LEADER, Roster};
 use crate::coordinator::server::Control;
@@ -148,6 +148,7 @@ impl Roster {
         {
             presence.ready = Some(Ready { state_step });
             (presence.activity.phase, presence.activity.waiting, presence.activity.since) = (Phase::Joining, false, at);
+            self.failing_devices.remove(&worker);
         }
     }
 
@@ -183,8 +184,11 @@ impl Roster {
                 // The process ends by itself; its successor begins with all memory free.
                 self.lose(worker, FailureClass::OutOfMemory, &what);
             }
-            // The process ends by itself; another may find the device in order, or the host is excluded in the end.
-            FailureClass::Device => self.lose(worker, FailureClass::Device, &setback.failure.what),
+            FailureClass::Device => self.lose_device(worker, &setback.failure),
+            // The successor of a worker whose GPU failed does not find it: that GPU is no better yet.
+            FailureClass::Other if setback.failure.kind == FailureKind::Environment && self.failing_devices.contains(&worker) => {
+                self.lose_device(worker, &setback.failure);
+            }
             FailureClass::NotFinite if counts => self.state.setbacks.push(setback),
             FailureClass::NotFinite => tracing::debug!(worker, generation, step, "late word of a loss that is not finite"),
             FailureClass::ConnectionClosed
@@ -194,6 +198,16 @@ impl Roster {
             | FailureClass::Excluded
             | FailureClass::Other => self.end_run(worker, setback.failure),
         }
+    }
+
+    /// The process ends by itself. Another may find the device in order; else its restarts are used up, or its host is excluded.
+    fn lose_device(&mut self, worker: u32, failure: &Failure) {
+        self.failing_devices.insert(worker);
+        let reason = match &failure.cause {
+            Some(cause) => format!("{}: {cause}", failure.what),
+            None => failure.what.clone(),
+        };
+        self.lose(worker, FailureClass::Device, &reason);
     }
 
     fn end_run(&mut self, worker: u32, failure: Failure) {
