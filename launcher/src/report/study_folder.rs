@@ -71,6 +71,10 @@ pub struct TrialFile {
     /// Why it failed.
     #[serde(default)]
     pub failure: Option<Failure>,
+    /// What `eval.json` of its run said; it is there too where the run folder is on another machine. It is read only where it is needed,
+    /// so that one that is damaged does not hide the trial.
+    #[serde(default)]
+    pub evaluation: Option<Value>,
 }
 
 /// A study folder.

@@ -230,3 +230,42 @@ fn scores_count_once_a_trial_is_done_and_only_those_of_its_recipe() {
         report.notes
     );
 }
+
+/// Writes the scores of a run into the record of its trial, as the controller does.
+fn record_scores(folder: &std::path::Path, hash: &str, change: impl FnOnce(&mut Value)) {
+    let path = folder.join(format!("trials/{hash}.json"));
+    let mut record: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    record["evaluation"] = serde_json::from_slice(&fs::read(folder.join(format!("runs/table1-{hash}/eval/eval.json"))).unwrap()).unwrap();
+    change(&mut record);
+    write(&path, &record);
+}
+
+#[test]
+fn the_recorded_scores_stand_in_for_a_run_folder_on_another_machine() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = study(root.path());
+    let before = report_study(&folder).unwrap();
+    for hash in ["none-42", "none-43", "none-44", "dummy_mlm-42"] {
+        record_scores(&folder, hash, |_| ());
+        fs::remove_dir_all(folder.join(format!("runs/table1-{hash}"))).unwrap();
+    }
+    let report = report_study(&folder).unwrap();
+    assert_eq!(report.table.rows[0].cells, before.table.rows[0].cells, "all of these were recorded");
+    assert_eq!(report.table.rows[1].cells[0].values.len(), 3, "one of these was recorded, and two are here");
+    assert_eq!(report.notes, before.notes);
+    // What lies in the run folder counts where both are there; what is recorded of a trial that is not done does not.
+    record_scores(&folder, "dummy_mlm-43", |record| record["evaluation"]["tasks"][0]["scores"]["accuracy"] = json!(0.9));
+    let mut record: Value = serde_json::from_slice(&fs::read(folder.join("trials/none-42.json")).unwrap()).unwrap();
+    record["state"] = json!("waiting");
+    write(&folder.join("trials/none-42.json"), &record);
+    let report = report_study(&folder).unwrap();
+    assert_eq!(report.table.rows[1].cells, before.table.rows[1].cells);
+    assert_eq!(report.table.rows[0].cells[0].values.len(), 2);
+    // Recorded scores that cannot be read are named, and the trial keeps its place.
+    record["state"] = json!("done");
+    record["evaluation"] = json!({"tasks": 1});
+    write(&folder.join("trials/none-42.json"), &record);
+    let report = report_study(&folder).unwrap();
+    assert_eq!((report.num_trials, report.table.rows[0].cells[0].values.len(), report.notes.len()), (9, 2, 1), "{:?}", report.notes);
+    assert!(report.notes[0].starts_with("table1-none-42: the recorded scores cannot be read"), "{:?}", report.notes);
+}
