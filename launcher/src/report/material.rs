@@ -33,7 +33,7 @@ pub struct Trial {
     pub failure: Option<String>,
     /// It belongs to no study, and nothing else is the same arm.
     pub stands_alone: bool,
-    /// It is an earlier stage of others, and no arm: only its cost counts.
+    /// It is only an earlier stage of others, and no arm: only its cost counts.
     pub is_stage: bool,
     /// What was read of its run folder.
     pub run: LoadedRun,
@@ -159,10 +159,11 @@ struct Waiting {
     recorded: Option<Value>,
 }
 
-/// The trials of a study with their run folders. Those that are an earlier stage of others are marked, and stand last.
+/// The trials of a study with their run folders. Those that are only an earlier stage of others are marked, and stand last. One that the
+/// sweep asks for is an arm, whatever starts from it.
 fn trials_of(folder: &StudyFolder) -> Vec<Waiting> {
     let parents: std::collections::BTreeSet<&str> = folder.trials.iter().filter_map(|trial| trial.parent.as_deref()).collect();
-    let is_stage = |trial: &TrialFile| parents.contains(trial.hash.as_str());
+    let is_stage = |trial: &TrialFile| !trial.wanted.unwrap_or_else(|| !parents.contains(trial.hash.as_str()));
     let mut trials: Vec<&TrialFile> = folder.trials.iter().collect();
     trials.sort_by(|one, other| {
         let by_value = folder.study.keys.iter().map(|key| compare(one.parameters.get(key), other.parameters.get(key)));

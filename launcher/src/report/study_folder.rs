@@ -62,6 +62,9 @@ pub struct TrialFile {
     /// Hash of the trial of the earlier stage.
     #[serde(default)]
     pub parent: Option<String>,
+    /// Whether the sweep asks for it; otherwise it is only the earlier stage of others. `None` where the file does not say.
+    #[serde(default)]
+    pub wanted: Option<bool>,
     /// Its run folder, below the study's.
     #[serde(default)]
     pub run: Option<PathBuf>,

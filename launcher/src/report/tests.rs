@@ -269,3 +269,26 @@ fn the_recorded_scores_stand_in_for_a_run_folder_on_another_machine() {
     assert_eq!((report.num_trials, report.table.rows[0].cells[0].values.len(), report.notes.len()), (9, 2, 1), "{:?}", report.notes);
     assert!(report.notes[0].starts_with("table1-none-42: the recorded scores cannot be read"), "{:?}", report.notes);
 }
+
+#[test]
+fn a_stage_that_the_sweep_asks_for_is_an_arm() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = study(root.path());
+    let edit = |hash: &str, changes: &[(&str, Value)]| {
+        let path = folder.join(format!("trials/{hash}.json"));
+        let mut trial: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        changes.iter().for_each(|(key, value)| trial[*key] = value.clone());
+        write(&path, &trial);
+    };
+    // Another trial starts from the first one, which has a row of its own all the same.
+    edit("none-42", &[("wanted", json!(true))]);
+    edit("dummy_mlm-42", &[("wanted", json!(true)), ("parent", json!("none-42"))]);
+    // Nothing that can be read starts from this one, and the sweep does not ask for it.
+    edit("mlm-42", &[("wanted", json!(false))]);
+    let report = report_study(&folder).unwrap();
+    let counts: Vec<usize> = report.table.rows.iter().map(|row| row.trials.len()).collect();
+    assert_eq!((counts, report.table.rows[0].cells[0].values.len()), (vec![3, 3, 0, 2], 3));
+    // Its hours are those of a trial, and are paid once.
+    assert_eq!((report.num_trials, report.num_stages), (8, 1));
+    assert!((report.worker_hours - 9.0 * 54.0 / 3600.0).abs() < 1e-9);
+}
