@@ -292,3 +292,20 @@ fn a_stage_that_the_sweep_asks_for_is_an_arm() {
     assert_eq!((report.num_trials, report.num_stages), (8, 1));
     assert!((report.worker_hours - 9.0 * 54.0 / 3600.0).abs() < 1e-9);
 }
+
+#[test]
+fn a_task_with_too_many_labels_for_a_matrix_is_named() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = study(root.path());
+    let path = folder.join("runs/table1-none-42/eval/eval.json");
+    let mut scores: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let mut large = scores["tasks"][0].clone();
+    (large["name"], large["labels"]) = (json!("20ng"), (0..20).map(|number| number.to_string()).collect());
+    scores["tasks"].as_array_mut().unwrap().push(large);
+    write(&path, &scores);
+    let report = report_study(&folder).unwrap();
+    assert_eq!(report.notes, ["no confusion matrix, since one of more than 16 labels cannot be read: 20ng (20 labels)"]);
+    let (page, markdown) = (report.html(), report.markdown());
+    assert!(page.contains(&report.notes[0]) && markdown.contains(&report.notes[0]), "{markdown}");
+    assert_eq!(report.figures.iter().filter(|figure| figure.section == "Confusion").count(), 3, "the other task has its matrices");
+}
