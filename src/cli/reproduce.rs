@@ -47,7 +47,7 @@ pub fn reproduce(arguments: &ReproduceArguments, stdout: &mut dyn Write) -> Resu
         return Err(unknown(table, &tables, &arguments.recipes).into());
     }
     let wish = &arguments.wish;
-    let study = cloze_recipes::load_study(&file, &[], wish.profile.as_deref())?;
+    let study = wish.study(&file)?;
     let site = wish.site()?;
     let folder = wish.folder_of(&table.replace('/', "-"), site.as_ref());
     let driven = run_study(&study, &folder, site, wish)?;
@@ -107,7 +107,26 @@ fn unknown(table: &str, tables: &[String], recipes: &Path) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
+    use super::super::arguments::{Arguments, Command};
     use super::*;
+
+    #[test]
+    fn the_changes_that_are_asked_for_reach_every_trial_of_a_table() {
+        let url = "s3://elsewhere/flan-2022";
+        let set = format!("data.sources.0.url={url}");
+        let line = ["cloze", "reproduce", "its-all-in-the-mask/table1", "--set", &set, "--set", "train.micro_batch_tokens=4096"];
+        let Command::Reproduce(arguments) = Arguments::try_parse_from(line).unwrap().command else { panic!("another command") };
+        let recipes = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+        let study = arguments.wish.study(&recipes.join("its-all-in-the-mask/table1.yaml")).unwrap();
+        let trials = study.trials(Path::new("/studies/table1")).unwrap();
+        assert_eq!(trials.len(), 9);
+        for trial in &trials {
+            let found = (trial.recipe.data.sources[0].url.as_str(), trial.recipe.train.micro_batch_tokens);
+            assert_eq!(found, (url, 4096), "{:?}", trial.parameters);
+        }
+    }
 
     #[test]
     fn a_table_is_a_recipe_that_says_what_is_expected() {

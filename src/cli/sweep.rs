@@ -78,9 +78,6 @@ pub struct RunArguments {
     /// What is asked for.
     #[command(flatten)]
     pub wish: WishArguments,
-    /// Change a value, as in `--set train.learning_rate=1e-4`; may be repeated
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    pub overrides: Vec<String>,
     /// List the trials and what they share, and start nothing
     #[arg(long)]
     pub preview: bool,
@@ -92,6 +89,9 @@ pub struct WishArguments {
     /// Profile of the recipe, such as `toy`
     #[arg(long)]
     pub profile: Option<String>,
+    /// Change a value, as in `--set train.learning_rate=1e-4`; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
     /// Cluster file: where trials run [default: on this machine]
     #[arg(long, value_name = "FILE")]
     pub cluster: Option<PathBuf>,
@@ -224,7 +224,7 @@ fn reopen(folder: &Path, journal: Option<&str>, cluster: Option<&Path>) -> Resul
 
 fn start(arguments: &RunArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
     let wish = &arguments.wish;
-    let study = cloze_recipes::load_study(&arguments.recipe, &arguments.overrides, wish.profile.as_deref())?;
+    let study = wish.study(&arguments.recipe)?;
     let site = wish.site()?;
     let folder = wish.folder_of(&study.recipe.name, site.as_ref());
     if arguments.preview {
@@ -328,6 +328,11 @@ impl Driven {
 }
 
 impl WishArguments {
+    /// The study of a recipe file, with the profile and the changes that were asked for.
+    pub(super) fn study(&self, recipe: &Path) -> Result<Study> {
+        cloze_recipes::load_study(recipe, &self.overrides, self.profile.as_deref())
+    }
+
     /// The site of the cluster file.
     pub(super) fn site(&self) -> Result<Option<Site>> {
         self.cluster.as_deref().map(cloze_recipes::load_site).transpose()

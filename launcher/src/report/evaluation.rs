@@ -1,6 +1,6 @@
 //! The scores of a run, as `cloze eval` writes them into `eval/eval.json`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use cloze_recipes::failure::Failure;
 use serde::Deserialize;
@@ -62,5 +62,14 @@ pub struct Scores {
 
 /// Reads the scores of a run folder; `None` where it was not evaluated. Fails as [`bounded::read_json`].
 pub fn read(run: &Path) -> Result<Option<Evaluation>, Failure> {
-    bounded::read_json(&run.join("eval").join("eval.json"), MAX_EVALUATION_BYTES)
+    bounded::read_json(&path_of(run), MAX_EVALUATION_BYTES)
+}
+
+/// Whether a run folder has scores, whatever they are worth.
+pub fn is_there(run: &Path) -> bool {
+    path_of(run).exists()
+}
+
+fn path_of(run: &Path) -> PathBuf {
+    run.join("eval").join("eval.json")
 }

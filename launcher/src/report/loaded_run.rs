@@ -70,6 +70,19 @@ impl LoadedRun {
         run
     }
 
+    /// Takes the scores that a study has recorded of the run, where its folder has none: it may be on another machine.
+    pub fn take_recorded(&mut self, recorded: Option<Value>) {
+        if evaluation::is_there(&self.folder) {
+            return;
+        }
+        let Some(recorded) = recorded else { return };
+        match serde_json::from_value(recorded) {
+            Ok(evaluation) => self.evaluation = Some(evaluation),
+            Err(error) => self.notes.push(format!("{}: the recorded scores cannot be read: {error}; passed over", self.name)),
+        }
+        self.check_scores();
+    }
+
     /// The run after its newest event.
     pub fn view(&self) -> &RunView {
         &self.events.view

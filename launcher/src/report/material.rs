@@ -33,7 +33,7 @@ pub struct Trial {
     pub failure: Option<String>,
     /// It belongs to no study, and nothing else is the same arm.
     pub stands_alone: bool,
-    /// It is an earlier stage of others, and no arm: only its cost counts.
+    /// It is only an earlier stage of others, and no arm: only its cost counts.
     pub is_stage: bool,
     /// What was read of its run folder.
     pub run: LoadedRun,
@@ -73,7 +73,7 @@ impl Material {
     pub fn read(folders: &[PathBuf]) -> Result<Self, Failure> {
         let mut material = Self::default();
         let mut names = Vec::new();
-        let mut waiting: Vec<(Trial, Option<PathBuf>)> = Vec::new();
+        let mut waiting: Vec<Waiting> = Vec::new();
         for folder in folders {
             if study_folder::is_study(folder) {
                 let study = study_folder::read(folder)?;
@@ -82,7 +82,8 @@ impl Material {
                 material.take_study(study);
             } else {
                 check_run(folder)?;
-                waiting.push((Trial { stands_alone: true, ..Trial::default() }, Some(folder.clone())));
+                let trial = Trial { stands_alone: true, ..Trial::default() };
+                waiting.push(Waiting { trial, folder: Some(folder.clone()), recorded: None });
             }
         }
         material.read_runs(waiting);
@@ -116,11 +117,11 @@ impl Material {
         }
     }
 
-    fn read_runs(&mut self, waiting: Vec<(Trial, Option<PathBuf>)>) {
-        let folders: Vec<PathBuf> = waiting.iter().filter_map(|(_, folder)| folder.clone()).collect();
+    fn read_runs(&mut self, waiting: Vec<Waiting>) {
+        let folders: Vec<PathBuf> = waiting.iter().filter_map(|waiting| waiting.folder.clone()).collect();
         let max_bytes = (MAX_EVENT_BYTES / folders.len().max(1) as u64).clamp(LOG_BYTES.0, LOG_BYTES.1);
         let mut runs = loaded_run::read_all(&folders, Sampling { max_bytes, num_blocks: NUM_BLOCKS }).into_iter();
-        for (mut trial, folder) in waiting {
+        for Waiting { mut trial, folder, recorded } in waiting {
             if folder.is_some() {
                 trial.run = runs.next().unwrap_or_default();
             }
@@ -134,6 +135,9 @@ impl Material {
             if trial.stands_alone || trial.run.folder.exists() {
                 self.notes.append(&mut trial.run.notes);
             }
+            trial.run.notes.clear();
+            trial.run.take_recorded(recorded);
+            self.notes.append(&mut trial.run.notes);
             if !score::counts(&trial) {
                 // Scores at a rung are of a model that is trained in part; no table and no plot may take them for the trial's.
                 trial.run.evaluation = None;
@@ -147,10 +151,19 @@ impl Material {
     }
 }
 
-/// The trials of a study with their run folders. Those that are an earlier stage of others are marked, and stand last.
-fn trials_of(folder: &StudyFolder) -> Vec<(Trial, Option<PathBuf>)> {
+/// A trial whose run folder is still to be read.
+struct Waiting {
+    trial: Trial,
+    folder: Option<PathBuf>,
+    /// The scores that the study has recorded of it.
+    recorded: Option<Value>,
+}
+
+/// The trials of a study with their run folders. Those that are only an earlier stage of others are marked, and stand last. One that the
+/// sweep asks for is an arm, whatever starts from it.
+fn trials_of(folder: &StudyFolder) -> Vec<Waiting> {
     let parents: std::collections::BTreeSet<&str> = folder.trials.iter().filter_map(|trial| trial.parent.as_deref()).collect();
-    let is_stage = |trial: &TrialFile| parents.contains(trial.hash.as_str());
+    let is_stage = |trial: &TrialFile| !trial.wanted.unwrap_or_else(|| !parents.contains(trial.hash.as_str()));
     let mut trials: Vec<&TrialFile> = folder.trials.iter().collect();
     trials.sort_by(|one, other| {
         let by_value = folder.study.keys.iter().map(|key| compare(one.parameters.get(key), other.parameters.get(key)));
@@ -169,7 +182,8 @@ fn trials_of(folder: &StudyFolder) -> Vec<(Trial, Option<PathBuf>)> {
         is_stage: is_stage(file),
         run: LoadedRun { name: file.name.clone(), ..LoadedRun::default() },
     };
-    trials.into_iter().map(|file| (trial(file), folder.run_of(file))).collect()
+    let waiting = |file: &TrialFile| Waiting { trial: trial(file), folder: folder.run_of(file), recorded: file.evaluation.clone() };
+    trials.into_iter().map(waiting).collect()
 }
 
 /// Numbers by size, everything else by its text.

@@ -62,6 +62,9 @@ pub struct TrialFile {
     /// Hash of the trial of the earlier stage.
     #[serde(default)]
     pub parent: Option<String>,
+    /// Whether the sweep asks for it; otherwise it is only the earlier stage of others. `None` where the file does not say.
+    #[serde(default)]
+    pub wanted: Option<bool>,
     /// Its run folder, below the study's.
     #[serde(default)]
     pub run: Option<PathBuf>,
@@ -71,6 +74,10 @@ pub struct TrialFile {
     /// Why it failed.
     #[serde(default)]
     pub failure: Option<Failure>,
+    /// What `eval.json` of its run said; it is there too where the run folder is on another machine. It is read only where it is needed,
+    /// so that one that is damaged does not hide the trial.
+    #[serde(default)]
+    pub evaluation: Option<Value>,
 }
 
 /// A study folder.

@@ -111,6 +111,7 @@ impl StudyReport {
         let figures = charts::figures(&material, &table);
         let mut notes = std::mem::take(&mut material.notes);
         notes.extend(sampling_note(&material));
+        notes.extend(charts::left_out(&material));
         let all = || material.trials.iter().chain(&material.stages);
         Self {
             format_version: FORMAT_VERSION,

@@ -230,3 +230,82 @@ fn scores_count_once_a_trial_is_done_and_only_those_of_its_recipe() {
         report.notes
     );
 }
+
+/// Writes the scores of a run into the record of its trial, as the controller does.
+fn record_scores(folder: &std::path::Path, hash: &str, change: impl FnOnce(&mut Value)) {
+    let path = folder.join(format!("trials/{hash}.json"));
+    let mut record: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    record["evaluation"] = serde_json::from_slice(&fs::read(folder.join(format!("runs/table1-{hash}/eval/eval.json"))).unwrap()).unwrap();
+    change(&mut record);
+    write(&path, &record);
+}
+
+#[test]
+fn the_recorded_scores_stand_in_for_a_run_folder_on_another_machine() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = study(root.path());
+    let before = report_study(&folder).unwrap();
+    for hash in ["none-42", "none-43", "none-44", "dummy_mlm-42"] {
+        record_scores(&folder, hash, |_| ());
+        fs::remove_dir_all(folder.join(format!("runs/table1-{hash}"))).unwrap();
+    }
+    let report = report_study(&folder).unwrap();
+    assert_eq!(report.table.rows[0].cells, before.table.rows[0].cells, "all of these were recorded");
+    assert_eq!(report.table.rows[1].cells[0].values.len(), 3, "one of these was recorded, and two are here");
+    assert_eq!(report.notes, before.notes);
+    // What lies in the run folder counts where both are there; what is recorded of a trial that is not done does not.
+    record_scores(&folder, "dummy_mlm-43", |record| record["evaluation"]["tasks"][0]["scores"]["accuracy"] = json!(0.9));
+    let mut record: Value = serde_json::from_slice(&fs::read(folder.join("trials/none-42.json")).unwrap()).unwrap();
+    record["state"] = json!("waiting");
+    write(&folder.join("trials/none-42.json"), &record);
+    let report = report_study(&folder).unwrap();
+    assert_eq!(report.table.rows[1].cells, before.table.rows[1].cells);
+    assert_eq!(report.table.rows[0].cells[0].values.len(), 2);
+    // Recorded scores that cannot be read are named, and the trial keeps its place.
+    record["state"] = json!("done");
+    record["evaluation"] = json!({"tasks": 1});
+    write(&folder.join("trials/none-42.json"), &record);
+    let report = report_study(&folder).unwrap();
+    assert_eq!((report.num_trials, report.table.rows[0].cells[0].values.len(), report.notes.len()), (9, 2, 1), "{:?}", report.notes);
+    assert!(report.notes[0].starts_with("table1-none-42: the recorded scores cannot be read"), "{:?}", report.notes);
+}
+
+#[test]
+fn a_stage_that_the_sweep_asks_for_is_an_arm() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = study(root.path());
+    let edit = |hash: &str, changes: &[(&str, Value)]| {
+        let path = folder.join(format!("trials/{hash}.json"));
+        let mut trial: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        changes.iter().for_each(|(key, value)| trial[*key] = value.clone());
+        write(&path, &trial);
+    };
+    // Another trial starts from the first one, which has a row of its own all the same.
+    edit("none-42", &[("wanted", json!(true))]);
+    edit("dummy_mlm-42", &[("wanted", json!(true)), ("parent", json!("none-42"))]);
+    // Nothing that can be read starts from this one, and the sweep does not ask for it.
+    edit("mlm-42", &[("wanted", json!(false))]);
+    let report = report_study(&folder).unwrap();
+    let counts: Vec<usize> = report.table.rows.iter().map(|row| row.trials.len()).collect();
+    assert_eq!((counts, report.table.rows[0].cells[0].values.len()), (vec![3, 3, 0, 2], 3));
+    // Its hours are those of a trial, and are paid once.
+    assert_eq!((report.num_trials, report.num_stages), (8, 1));
+    assert!((report.worker_hours - 9.0 * 54.0 / 3600.0).abs() < 1e-9);
+}
+
+#[test]
+fn a_task_with_too_many_labels_for_a_matrix_is_named() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = study(root.path());
+    let path = folder.join("runs/table1-none-42/eval/eval.json");
+    let mut scores: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let mut large = scores["tasks"][0].clone();
+    (large["name"], large["labels"]) = (json!("20ng"), (0..20).map(|number| number.to_string()).collect());
+    scores["tasks"].as_array_mut().unwrap().push(large);
+    write(&path, &scores);
+    let report = report_study(&folder).unwrap();
+    assert_eq!(report.notes, ["no confusion matrix, since one of more than 16 labels cannot be read: 20ng (20 labels)"]);
+    let (page, markdown) = (report.html(), report.markdown());
+    assert!(page.contains(&report.notes[0]) && markdown.contains(&report.notes[0]), "{markdown}");
+    assert_eq!(report.figures.iter().filter(|figure| figure.section == "Confusion").count(), 3, "the other task has its matrices");
+}

@@ -12,6 +12,7 @@ use cloze_recipes::recipe::Recipe;
 use super::attempt::{Attempt, Attempted, one_line};
 use super::begin::{Arrival, Begin, Predecessor, decide_begin};
 use super::client::{SUBMIT_SETTLED_S, Slurm};
+use super::exclusion::{Avoided, avoid};
 use super::job::{JobId, JobState, State};
 use super::journal::{self, AttemptEvent, JobRecord, Role};
 use super::machines::Machines;
@@ -187,9 +188,21 @@ impl Job<'_> {
             num_nodes: self.machines.nodes.len(),
         };
         let (decision, reason) = decide(&circumstances);
+        let decision = self.leave_enough_nodes(decision)?;
         self.note_end(&decision, &reason.to_string(), &circumstances, failure.as_ref())?;
         let code = self.apply(&decision, end)?;
         Ok(JobOutcome { code, failure: failure.filter(|_| code != 0) })
+    }
+
+    /// Leaves a job that takes the place of this one enough nodes to start: it would wait for ever where one that is bad is the last that
+    /// it could have. The pre-flight finds that node again, and each try counts against `slurm.max_jobs`.
+    fn leave_enough_nodes(&self, decision: Decision) -> anyhow::Result<Decision> {
+        let Decision::Replace { exclude } = decision else { return Ok(decision) };
+        let avoided = bounded(&self.slurm, &self.submission, &self.exclude, &exclude)?;
+        if let Some(warning) = avoided.warning {
+            self.say(&warning)?;
+        }
+        Ok(Decision::Replace { exclude: avoided.news })
     }
 
     fn note_end(&self, decision: &Decision, reason: &str, now: &Circumstances, failure: Option<&Failure>) -> anyhow::Result<()> {
@@ -227,7 +240,7 @@ impl Job<'_> {
             },
             Decision::Replace { exclude } => {
                 let mut all = self.exclude.clone();
-                all.extend(exclude.iter().filter(|node| !self.exclude.contains(node)).cloned());
+                all.extend(exclude.iter().cloned());
                 let mut jobs = Jobs::open(&self.slurm, &self.options.paths)?;
                 let successor = jobs.successor_of(job);
                 let replacement = jobs.submit(&self.submission, &self.run_name()?, Role::Replacement { of: job }, &all);
@@ -250,6 +263,9 @@ impl Job<'_> {
 
     /// Tells a job that waits which nodes are bad. Where that is refused it may meet them, which is better than that nothing goes on.
     fn keep_away(&self, jobs: &mut Jobs<'_>, successor: JobId, nodes: &[String]) -> anyhow::Result<()> {
+        if nodes.is_empty() {
+            return Ok(());
+        }
         match jobs.exclude(successor, &self.submission.slurm()?.exclude, nodes) {
             Ok(()) => self.say(&format!("job {successor} does not use {}", nodes.join(", "))),
             Err(error) => self.say(&format!("warning: job {successor} may meet {}: {}", nodes.join(", "), one_line(&error))),
@@ -304,6 +320,26 @@ impl Job<'_> {
     }
 }
 
+/// Bad nodes that the next job does not use, and what to say of the others.
+struct Bounded {
+    news: Vec<String>,
+    warning: Option<String>,
+}
+
+/// Those of the bad nodes that a run's next job can do without, besides those that it is kept away from already. While SLURM does not say
+/// how many nodes there are, it is kept away from no more.
+fn bounded(slurm: &Slurm, submission: &Submission, known: &[String], bad: &[String]) -> anyhow::Result<Bounded> {
+    let wanted = submission.resources.nodes;
+    let (max_excluded, why) = match slurm.max_excluded(wanted) {
+        Ok(max_excluded) => (max_excluded, format!("without more nodes fewer than the {wanted} that it needs would be left")),
+        Err(failure) => (0, format!("SLURM does not say whether enough others would be left: {}", one_line(&failure.into()))),
+    };
+    let Avoided { news, spared } = avoid(bad, known, &submission.slurm()?.exclude, max_excluded);
+    let nodes = spared.join(", ");
+    let warning = (!spared.is_empty()).then(|| format!("warning: the next job may still use {nodes}, which failed this attempt: {why}"));
+    Ok(Bounded { news, warning })
+}
+
 /// Attempts since somebody last asked for the run. They are told by their jobs: times are those of the clocks of many hosts.
 fn num_begun(records: &[JobRecord], attempts: &[AttemptEvent]) -> u32 {
     let asked = records.iter().rposition(|record| record.role == Role::Asked).unwrap_or(0);
@@ -340,7 +376,78 @@ fn elapsed_s(told: Option<&JobState>, own: Duration) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
+    use super::super::client::fixtures::{cluster, resources, whole_site};
+    use super::super::snapshot::Programs;
     use super::*;
+
+    #[test]
+    fn a_job_that_takes_the_place_of_another_has_enough_nodes_to_start() {
+        let programs = Programs { cloze: PathBuf::from("cloze"), worker: PathBuf::from("cloze-worker"), hash: "1f".to_owned() };
+        let submission = |nodes| Submission::new(whole_site(), resources(nodes), programs.clone(), false).unwrap();
+        let names = |list: &[&str]| list.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        // A partition of four nodes.
+        let (_folder, slurm) = cluster(&[("sinfo", "printf 'main|up|1:00:00|4|4|4096|(null)\\n'")]);
+        let three = bounded(&slurm, &submission(3), &[], &names(&["n2"])).unwrap();
+        assert_eq!((three.news, three.warning), (names(&["n2"]), None));
+        let cases = [(4, names(&[]), names(&["n2"]), names(&[])), (2, names(&["n1"]), names(&["n2", "n3"]), names(&["n2"]))];
+        for (nodes, known, bad, news) in cases {
+            let found = bounded(&slurm, &submission(nodes), &known, &bad).unwrap();
+            let spared = bad.last().unwrap();
+            let warning = format!(
+                "warning: the next job may still use {spared}, which failed this attempt: without more nodes fewer than the {nodes} that \
+                 it needs would be left"
+            );
+            assert_eq!((found.news, found.warning), (news, Some(warning)));
+        }
+        let (_folder, silent) = cluster(&[("sinfo", "exit 1")]);
+        let unknown = bounded(&silent, &submission(1), &[], &names(&["n2"])).unwrap();
+        assert!(unknown.news.is_empty() && unknown.warning.unwrap().contains("n2, which failed this attempt: SLURM does not say"));
+    }
+
+    #[test]
+    fn a_run_that_needs_all_nodes_goes_on_with_a_bad_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = RunPaths::find(folder.path()).unwrap();
+        let info = serde_json::json!({"name": "first", "recipe_hash": "4f1c", "data_fingerprint": "d", "cloze_version": "0",
+            "worker_build": "b", "git_revision": null, "command_line": ["cloze"], "host": "h", "process_id": 1, "started": 50.0});
+        std::fs::write(paths.info(), info.to_string()).unwrap();
+        std::fs::create_dir_all(JobPaths::of(&paths).root()).unwrap();
+        let programs = Programs { cloze: PathBuf::from("cloze"), worker: PathBuf::from("cloze-worker"), hash: "1f".to_owned() };
+        // A partition of four nodes, and a batch system that says nothing of the job.
+        let sinfo = "printf 'main|up|1:00:00|4|4|4096|(null)\\n'";
+        let (_programs, slurm) =
+            cluster(&[("sinfo", sinfo), ("sbatch", "echo 41"), ("scancel", ":"), ("scontrol", "exit 1"), ("squeue", "exit 1")]);
+        let slurm = Arc::new(slurm);
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let options = AllocationOptions {
+            paths: paths.clone(),
+            open: &|_| unreachable!("no attempt is made"),
+            worker_build: String::new(),
+            output: &|| Box::new(log.reopen().unwrap()),
+        };
+        let machines = Machines { job: JobId::whole(7), name: "a".to_owned(), requeues: 0, nodes: Vec::new() };
+        let job = |nodes| Job {
+            options: &options,
+            submission: Submission::new(whole_site(), resources(nodes), programs.clone(), false).unwrap(),
+            slurm: Arc::clone(&slurm),
+            machines: Machines { nodes: (1..=nodes).map(|node| format!("n{node}")).collect(), ..machines.clone() },
+            warnings: Warnings::deaf(),
+            started: Instant::now(),
+            attempt: 1,
+            role: Role::Asked,
+            exclude: Vec::new(),
+        };
+        for (nodes, avoided) in [(3, vec!["n2".to_owned()]), (4, Vec::new())] {
+            let failed = AttemptEnd::Failed(FailureKind::Environment);
+            job(nodes).leave(failed, None, vec!["n2".to_owned()]).unwrap();
+            let records = journal::jobs(journal::read(&JobPaths::of(&paths).jobs()).unwrap());
+            assert_eq!(records.last().map(|record| &record.exclude), Some(&avoided), "{nodes} nodes of four");
+            let attempts: Vec<AttemptEvent> = journal::read(&JobPaths::of(&paths).attempts()).unwrap();
+            assert_eq!(decision_of(&attempts, JobId::whole(7)), Some(Decision::Replace { exclude: avoided }));
+        }
+    }
 
     #[test]
     fn a_job_that_was_put_back_has_run_as_long_as_this_process() {

@@ -4,8 +4,8 @@
 //! `version.rs` says what differs between versions. `script.rs` writes batch scripts. `submission.rs` submits the jobs of one run, never
 //! twice, by way of `journal.rs`. `allocation.rs` is what such a job executes: it takes the run to its end or to the end of the job, by
 //! way of `attempt.rs`, which `trial.rs` shares: it does the same for a trial of a sweep, without deciding what follows.
-//! Three decisions are pure: whether a job begins (`begin.rs`), what follows at its end (`verdict.rs`), when to ask again and when to give
-//! up (`poll.rs`).
+//! Four decisions are pure: whether a job begins (`begin.rs`), what follows at its end (`verdict.rs`), which bad nodes are left out
+//! (`exclusion.rs`, for sweeps too), when to ask again and when to give up (`poll.rs`).
 //!
 //! | task             | name               | on error                                       | on stop                               |
 //! |------------------|--------------------|------------------------------------------------|---------------------------------------|
@@ -20,6 +20,7 @@ mod begin;
 mod client;
 mod command;
 mod element;
+mod exclusion;
 mod job;
 mod journal;
 mod logs;
@@ -42,6 +43,7 @@ mod watch;
 pub use allocation::{AllocationOptions, JobOutcome, run_in_job};
 pub use client::{SUBMIT_SETTLED_S, Slurm, Told};
 pub use element::array_element;
+pub use exclusion::{Avoided, avoid};
 pub use job::{ExitStatus, JobId, JobState, State};
 pub use journal::{AttemptEvent, JobEvent, JobRecord, Role};
 pub use logs::{LogChoice, show_logs};
@@ -61,4 +63,3 @@ pub use version::{Dialect, Version};
 #[cfg(test)]
 pub(crate) use client::fixtures;
 pub(crate) use client::other_cluster;
-pub(crate) use parse::nodes_of_lists;

@@ -165,7 +165,7 @@ pub(super) fn host_names(output: &str) -> Vec<String> {
 }
 
 /// The names in lists of nodes such as `n[08-10,12],m1`. At most some thousands are told, so that a wrong range does no harm.
-pub(crate) fn nodes_of_lists<'a>(lists: impl IntoIterator<Item = &'a str>) -> BTreeSet<String> {
+pub(super) fn nodes_of_lists<'a>(lists: impl IntoIterator<Item = &'a str>) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for list in lists {
         let mut depth = 0_u32;

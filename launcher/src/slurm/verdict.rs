@@ -190,6 +190,7 @@ impl fmt::Display for Decision {
         match self {
             Self::Finish => f.write_str("done"),
             Self::Requeue => f.write_str("the job goes back into the queue"),
+            Self::Replace { exclude } if exclude.is_empty() => f.write_str("another job takes its place"),
             Self::Replace { exclude } => write!(f, "another job takes its place, without {}", exclude.join(", ")),
             Self::GiveUp { code } => write!(f, "the run does not go on by itself; exit code {code}"),
             Self::Leave { code } => write!(f, "left to SLURM and to the job that waits for this one to fail; exit code {code}"),

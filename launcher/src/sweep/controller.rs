@@ -92,10 +92,8 @@ impl Controller {
             self.tell_found();
         }
         loop {
-            let now = unix_now_s();
             self.heed(&signals);
-            self.take_in(now)?;
-            self.journal.renew(now)?;
+            let now = self.look()?;
             let reason = self.act(now)?;
             if reason.is_over() || self.may_leave() {
                 break;
@@ -112,9 +110,18 @@ impl Controller {
 
     /// Takes everything that is out off its machines, without starting anything: for a sweep whose controller is gone.
     pub fn cancel(mut self) -> anyhow::Result<SweepEnd> {
-        self.take_in(unix_now_s())?;
+        self.look()?;
         self.stop_all();
         self.run()
+    }
+
+    /// Takes in what has ended, and returns the time. A controller that stood still until its lease was over must not write into the
+    /// records of whoever has come after it, so the lease comes first.
+    fn look(&mut self) -> anyhow::Result<f64> {
+        let now = unix_now_s();
+        self.journal.renew(now)?;
+        self.take_in(now)?;
+        Ok(now)
     }
 
     fn tell_found(&mut self) {
@@ -311,3 +318,6 @@ fn newest_batch(journal: &Journal, records: &[TrialRecord]) -> anyhow::Result<u3
     }
     Ok(newest)
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use super::batch::Batch;
 use super::local::Local;
-use super::queue::{Avoided, Queue};
+use super::queue::Queue;
 use super::record::Place;
 use super::unreached::Unreached;
+use crate::slurm::Avoided;
 
 /// A trial that is out.
 #[derive(Clone, Copy, Debug)]

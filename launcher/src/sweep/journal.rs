@@ -141,8 +141,10 @@ impl Journal {
         Ok((records, odd))
     }
 
-    /// Writes a record: into the bucket first, since whoever takes over believes that one.
+    /// Writes a record: into the bucket first, since whoever takes over believes that one. Fails with kind `Run` where another controller
+    /// has taken over meanwhile: what this one knows is older.
     pub fn write(&mut self, record: &TrialRecord) -> anyhow::Result<()> {
+        self.renew(unix_now_s())?;
         if let Some(Remote { store, .. }) = &self.remote {
             store::put(store, &record_key(&record.hash), serde_json::to_vec_pretty(record).context("serialise a record")?)?;
         }

@@ -18,7 +18,7 @@ use super::batch::Batch;
 use super::executor::{Gone, Out};
 use crate::run_folder::{READABLE, write_whole};
 use crate::slurm::{
-    JobId, JobState, SILENCE_MAX_S, SUBMIT_SETTLED_S, Silence, Slurm, State, Told, after_silence, next_poll, nodes_of_lists,
+    Avoided, JobId, JobState, SILENCE_MAX_S, SUBMIT_SETTLED_S, Silence, Slurm, State, Told, after_silence, avoid, next_poll,
 };
 
 /// Most elements of one array; batch systems allow 1,001 unless told otherwise.
@@ -56,15 +56,6 @@ pub struct Queue {
     max_excluded: Option<usize>,
     /// Whether it was said that a job is kept away from no more nodes.
     has_spared: bool,
-}
-
-/// What became of the wish to start nothing more on some nodes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Avoided {
-    /// Nodes that jobs are kept away from now.
-    pub news: Vec<String>,
-    /// Nodes that they go on to use, since too few others would be left; told the first time only.
-    pub spared: Vec<String>,
 }
 
 /// The job of a batch.
@@ -134,20 +125,17 @@ impl Queue {
         })
     }
 
-    /// Keeps new jobs away from these nodes, and in the next look those that wait. Enough nodes for a job are always left.
+    /// Keeps new jobs away from these nodes, and in the next look those that wait. Enough nodes for a job are always left; which bad ones
+    /// go on to be used is told the first time only.
     pub fn avoid(&mut self, nodes: &[String]) -> Avoided {
-        let mut avoided = Avoided::default();
-        for node in nodes.iter().filter(|node| !self.exclude.contains(*node)).cloned().collect::<Vec<_>>() {
-            let mut more = self.exclude.clone();
-            more.insert(node.clone());
-            let max_excluded = self.max_excluded();
-            if self.num_excluded(&more) <= max_excluded {
-                self.exclude = more;
-                avoided.news.push(node);
-            } else {
-                avoided.spared.push(node);
-            }
+        if nodes.iter().all(|node| self.exclude.contains(node)) {
+            return Avoided::default();
         }
+        let max_excluded = self.max_excluded();
+        let known: Vec<String> = self.exclude.iter().cloned().collect();
+        let of_site = self.options.site_of_jobs().map_or(&[][..], |site| &site.exclude);
+        let mut avoided = avoid(nodes, &known, of_site, max_excluded);
+        self.exclude.extend(avoided.news.iter().cloned());
         if !avoided.news.is_empty() {
             self.next_poll_at = Instant::now();
         }
@@ -156,12 +144,6 @@ impl Queue {
         }
         self.has_spared |= !avoided.spared.is_empty();
         avoided
-    }
-
-    /// Nodes that a job is kept away from, those of the site included.
-    fn num_excluded(&self, nodes: &BTreeSet<String>) -> usize {
-        let of_site = self.options.site_of_jobs().map_or(&[][..], |site| &site.exclude);
-        nodes_of_lists(of_site.iter().chain(nodes).map(String::as_str)).len()
     }
 
     /// Most nodes that a job may be kept away from. While nobody says how many there are, it is kept away from none.

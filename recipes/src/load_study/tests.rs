@@ -1,6 +1,7 @@
 //! Whole recipe files: sections around the run, trials, profiles, earlier stages, and what is wrong with them.
 
 mod errors;
+mod papers;
 mod right;
 
 use std::path::{Path, PathBuf};

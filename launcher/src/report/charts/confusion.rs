@@ -36,11 +36,23 @@ pub fn figures(material: &Material, table: &ScoreTable) -> Vec<Figure> {
     figures
 }
 
+/// The tasks that have no figure because they have too many labels; `None` where there are none.
+pub fn left_out(material: &Material) -> Option<String> {
+    let large = tasks_of(material, |num_labels| num_labels > MAX_LABELS);
+    let names: Vec<String> = large.iter().map(|(name, labels)| format!("{name} ({} labels)", labels.len())).collect();
+    let why = format!("no confusion matrix, since one of more than {MAX_LABELS} labels cannot be read");
+    (!names.is_empty()).then(|| format!("{why}: {}", names.join(", ")))
+}
+
 fn tasks(material: &Material) -> Vec<(String, Vec<String>)> {
+    tasks_of(material, |num_labels| (2..=MAX_LABELS).contains(&num_labels))
+}
+
+/// The tasks with so many labels, each once.
+fn tasks_of(material: &Material, fits: impl Fn(usize) -> bool) -> Vec<(String, Vec<String>)> {
     let mut found: Vec<(String, Vec<String>)> = Vec::new();
     for task in material.trials.iter().filter_map(|trial| trial.run.evaluation.as_ref()).flat_map(|evaluation| &evaluation.tasks) {
-        let fits = (2..=MAX_LABELS).contains(&task.labels.len());
-        if fits && found.iter().all(|(name, _)| *name != task.name) {
+        if fits(task.labels.len()) && found.iter().all(|(name, _)| *name != task.name) {
             found.push((task.name.clone(), task.labels.clone()));
         }
     }

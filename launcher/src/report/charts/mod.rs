@@ -6,5 +6,6 @@ mod figure;
 mod spread;
 mod swept;
 
+pub(super) use confusion::left_out;
 pub(super) use figure::figures;
 pub use figure::{Figure, Numbers};

@@ -9,11 +9,11 @@ use super::super::batch::{End, Outcome};
 use super::super::decide::{FailedAttempt, Fate, after_failure, is_transient};
 use super::super::folder::outcome_name;
 use super::super::lease::MAX_CLOCK_SKEW_S;
-use super::super::queue::Avoided;
 use super::super::record::{Rung, TrialState};
 use super::super::work::run_facts;
 use super::{Controller, Stop, limits_of, outs_of};
 use crate::run_folder::storage;
+use crate::slurm::Avoided;
 
 /// What is known of an attempt that failed.
 struct Loss {
