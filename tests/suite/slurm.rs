@@ -312,7 +312,9 @@ fn a_node_where_no_worker_starts_is_left_out_of_the_next_job() {
     assert_ne!(replacement, job.to_string(), "another job takes its place");
     let script = fs::read_to_string(run.path.join(format!("slurm/{}.sh", started[1]["name"].as_str().expect("a job has a name")))).unwrap();
     assert!(script.contains("#SBATCH --exclude=n2\n"), "{script}");
-    assert_eq!(site.cluster.node_state("n2"), "IDLE", "the node lives");
+    // SLURM may show it as in use for a while after its last job.
+    let state = site.cluster.node_state("n2");
+    assert!(["IDLE", "MIXED", "ALLOCATED"].contains(&state.as_str()), "the node lives: {state}");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! What a report is made of: the trials of a study, or single runs, with everything that was read of them.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use cloze_recipes::failure::{Failure, FailureKind};
@@ -86,6 +87,12 @@ impl Material {
                 waiting.push(Waiting { trial, folder: Some(folder.clone()), recorded: None });
             }
         }
+        let named = waiting.len();
+        let waiting = once(waiting);
+        if waiting.len() < named {
+            let again = named - waiting.len();
+            material.notes.push(format!("runs that were named more than once, or are trials of several studies: {again} left out"));
+        }
         material.read_runs(waiting);
         if names.is_empty() {
             names = material.trials.iter().map(|trial| trial.run.name.clone()).collect();
@@ -157,6 +164,27 @@ struct Waiting {
     folder: Option<PathBuf>,
     /// The scores that the study has recorded of it.
     recorded: Option<Value>,
+}
+
+/// Each run once: one that is named again, and a trial that several studies have, would count as another seed. Of several the first that is
+/// done is taken.
+fn once(waiting: Vec<Waiting>) -> Vec<Waiting> {
+    let mut kept: Vec<Waiting> = Vec::new();
+    let mut places: HashMap<String, usize> = HashMap::new();
+    for run in waiting {
+        let folder = run.folder.as_ref().and_then(|folder| folder.canonicalize().ok()).map(|folder| folder.display().to_string());
+        let hash = Some(&run.trial.hash).filter(|hash| !hash.is_empty()).map(|hash| format!("trial {hash}"));
+        let names: Vec<String> = folder.into_iter().chain(hash).collect();
+        let known = names.iter().find_map(|name| places.get(name).copied());
+        let place = known.unwrap_or(kept.len());
+        places.extend(names.into_iter().map(|name| (name, place)));
+        match known.map(|place| &mut kept[place]) {
+            None => kept.push(run),
+            Some(other) if !other.trial.stands_alone && other.trial.state != score::DONE && run.trial.state == score::DONE => *other = run,
+            Some(_) => {}
+        }
+    }
+    kept
 }
 
 /// The trials of a study with their run folders. Those that are only an earlier stage of others are marked, and stand last. One that the

@@ -9,7 +9,7 @@ use super::material::Trial;
 const PERCENT: f64 = 100.0;
 
 /// State of a study's trial whose scores count. One that waits at a rung has scores too, of a model that is not trained to its end.
-const DONE: &str = "done";
+pub(super) const DONE: &str = "done";
 
 /// Whether the scores of a trial count: those of a study's trial only once it is done.
 pub fn counts(trial: &Trial) -> bool {

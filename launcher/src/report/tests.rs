@@ -294,6 +294,21 @@ fn a_stage_that_the_sweep_asks_for_is_an_arm() {
 }
 
 #[test]
+fn what_is_named_twice_is_no_further_seed() {
+    let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let once = report_study(&study(first.path())).unwrap();
+    let run = study(first.path()).join("runs/table1-none-42");
+    assert!(run.is_dir(), "{}", run.display());
+    // The same folder, the same trials in another one, and the run folder of one of them.
+    let several = [study(first.path()), study(first.path()), study(second.path()), run];
+    let report = report_folders(&several, None).unwrap();
+    let counts = |report: &StudyReport| report.table.rows.iter().map(|row| row.trials.len()).collect::<Vec<_>>();
+    assert_eq!((counts(&report), report.num_trials), (counts(&once), once.num_trials));
+    let note = "runs that were named more than once, or are trials of several studies: 19 left out";
+    assert!(report.notes.iter().any(|told| told == note), "{:?}", report.notes);
+}
+
+#[test]
 fn a_task_with_too_many_labels_for_a_matrix_is_named() {
     let root = tempfile::tempdir().unwrap();
     let folder = study(root.path());

@@ -106,7 +106,11 @@ pub fn read_events(run: &Path) -> Result<Vec<Recorded>, Failure> {
 /// Fails with kind `Input` when the run has not ended as it should, or did no step.
 pub fn observe(events: &[Recorded]) -> Result<Observed, Failure> {
     let start = events.iter().rposition(|recorded| matches!(recorded.event, Event::RunStarted { .. })).unwrap_or(0);
-    let mut notes = Notes::default();
+    let before = events[..start].iter().rev().find_map(|recorded| match &recorded.event {
+        Event::Step { report, .. } => Some(report.step),
+        _ => None,
+    });
+    let mut notes = Notes { step_before: before.unwrap_or(0), ..Notes::default() };
     for recorded in &events[start..] {
         notes.take(recorded);
     }
@@ -186,6 +190,8 @@ fn replay_costs(costs: &Observed, run: &Observed, classes: Vec<ClassCosts>) -> C
 struct Notes {
     started: Option<f64>,
     ended: Option<f64>,
+    /// The last step that was told before.
+    step_before: u64,
     /// Steps done at the state that the run, and at the one that its newest generation started from.
     first_state: Option<u64>,
     state: u64,
@@ -233,6 +239,8 @@ impl Notes {
                 self.state = *step;
                 self.from_memory = source.starts_with("memory");
             }
+            // Workers that trained on without a controller restore nothing.
+            Event::CoordinatorRestarted { adopted: true, .. } => self.first_state = self.first_state.or(Some(self.step_before)),
             Event::Step { report, .. } => self.step(time, report.step, report.seconds),
             Event::CheckpointSaved { step, seconds, blocked_s, .. } => {
                 self.saved_steps.push(*step);
@@ -430,6 +438,22 @@ mod tests {
         assert!((interruption.noticed_s - 3.0).abs() < 1e-9, "two more steps, then three seconds");
         assert!((interruption.recovery_s - 3.0).abs() < 1e-9, "three steps end at 129");
         assert_eq!(observed.every_steps, None);
+    }
+
+    #[test]
+    fn workers_that_were_taken_over_have_restored_nothing() {
+        let lines = [
+            started(100.0),
+            restored(101.0, 1, 0, "scratch"),
+            step(103.0, 1, 1),
+            started(104.0),
+            serde_json::json!({"time": 104.5, "event": "coordinator_restarted", "generation": 1, "adopted": true}),
+            step(105.0, 1, 2),
+            step(107.0, 1, 3),
+            serde_json::json!({"time": 107.0, "event": "run_stopped", "step": 3}),
+        ];
+        let observed = observe(&events(&lines)).unwrap();
+        assert_eq!((observed.steps, observed.interruptions.len()), (2, 0));
     }
 
     #[test]

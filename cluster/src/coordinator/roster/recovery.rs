@@ -38,6 +38,11 @@ impl Roster {
     pub(super) fn note_restored(&mut self, step: u64, source: &str) {
         (self.step, self.told) = (step, Some(step));
         if !source.starts_with(MEMORY) {
+            let saved_step = self.state.saved_step;
+            if step == 0 && saved_step > 0 {
+                let message = format!("the run saved step {saved_step}, and no checkpoint of it is left: it starts from scratch");
+                self.events.push(Event::Warning { message });
+            }
             self.state.saved_step = step;
         }
         self.restored = Some(RestoredState { step, source: source.to_owned() });

@@ -315,6 +315,23 @@ fn a_worker_without_memory_is_let_go_and_replaced() {
 }
 
 #[test]
+fn checkpoints_that_are_gone_are_missed() {
+    let (mut roster, _inboxes) = roster(1);
+    settle(&mut roster, at(0));
+    let restored =
+        |step, source: &str| WorkerMessage::Restored { generation: 1, step, source: source.to_owned(), skipped: Vec::new(), seconds: 0.5 };
+    let warnings = |events: Vec<Event>| events.into_iter().filter(|event| matches!(event, Event::Warning { .. })).count();
+    say(&mut roster, 0, at(1), restored(0, "scratch"));
+    assert_eq!(warnings(settle(&mut roster, at(1))), 0, "nothing was saved yet");
+    roster.state.saved_step = 220;
+    say(&mut roster, 0, at(2), restored(200, "checkpoint 200"));
+    assert_eq!(warnings(settle(&mut roster, at(2))), 0, "an older one is told by its source");
+    roster.state.saved_step = 220;
+    say(&mut roster, 0, at(3), restored(0, "scratch"));
+    assert_eq!(warnings(settle(&mut roster, at(3))), 1);
+}
+
+#[test]
 fn a_recovery_is_told_with_what_it_cost() {
     let (mut roster, mut inboxes) = roster(2);
     settle(&mut roster, at(0));
