@@ -210,7 +210,8 @@ fn prune(arguments: &PruneArguments, out: &mut dyn Write) -> Result<()> {
         return Err(place.nothing_there().into());
     }
     for (step, verdict) in &verdicts {
-        writeln!(out, "{}: {verdict}", place.store.step_url(*step)).context("print what was deleted")?;
+        let would_be = if arguments.dry_run && verdict.is_deletion() { "would be " } else { "" };
+        writeln!(out, "{}: {would_be}{verdict}", place.store.step_url(*step)).context("print what was deleted")?;
     }
     if let Some(note) = note_of(arguments.keep_last) {
         writeln!(std::io::stderr(), "{note}").context("report what is kept")?;
@@ -484,8 +485,8 @@ mod tests {
         let flags = ["prune", url, "--keep-last", "2", "--keep-every-steps", "2"];
         let dry = run_line(&[flags.as_slice(), &["--dry-run"]].concat()).unwrap();
         assert!(folder.path().join("step-000000000001").exists());
-        assert_eq!(run_line(&flags).unwrap(), dry);
-        assert_eq!(dry.matches("deleted: no longer needed").count(), 2);
+        assert_eq!(run_line(&flags).unwrap(), dry.replace("would be deleted", "deleted"));
+        assert_eq!(dry.matches("would be deleted: no longer needed").count(), 2);
         let left: Vec<bool> = (1..=5).map(|step| folder.path().join(format!("step-{step:012}")).exists()).collect();
         assert_eq!(left, [false, true, false, true, true]);
     }

@@ -11,6 +11,7 @@ use cloze_cluster::protocol::build_name;
 use cloze_launcher::plan::Check;
 use cloze_launcher::run_folder::{read_info, read_recipe};
 use cloze_launcher::slurm::{JobId, JobPaths, Jobs, Programs, Role, SUBMIT_SETTLED_S, Slurm, Submission, Wanted, Wish, unmark_cancelled};
+use cloze_launcher::view::{EventLog, RunState};
 use cloze_launcher::{NewRun, RunFolder, RunPaths};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
@@ -96,11 +97,27 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Opt
     refuse_misfits(&slurm, &before.resources, before.slurm()?)?;
     let mut jobs = Jobs::open_here(&slurm, &run)?;
     refuse_living(&mut jobs, &run)?;
+    if let Some(step) = finished_at(&run)? {
+        let line = format!("the run is finished at step {step}: no job is submitted");
+        write_last_line(&mut std::io::stderr(), &line)?;
+        return Ok(Some(ExitCode::SUCCESS));
+    }
     let submission = Submission { programs: keep_programs(&paths)?, cluster: slurm.cluster_name().or(before.cluster), ..before };
     unmark_cancelled(&paths)?;
     submission.write(&paths)?;
     let job = submit_both(&mut jobs, &submission, &run)?;
     tell(&run, job, stdout).map(Some)
+}
+
+/// The last step of a run that has nothing left to do.
+fn finished_at(run: &RunPaths) -> Result<Option<u64>> {
+    if !run.events().exists() {
+        return Ok(None);
+    }
+    let mut log = EventLog::of_run(run.root());
+    log.read_new()?;
+    let view = log.into_view();
+    Ok((view.state == RunState::Finished).then_some(view.progress.step))
 }
 
 impl Request {

@@ -315,6 +315,10 @@ fn a_node_where_no_worker_starts_is_left_out_of_the_next_job() {
     // SLURM may show it as in use for a while after its last job.
     let state = site.cluster.node_state("n2");
     assert!(["IDLE", "MIXED", "ALLOCATED"].contains(&state.as_str()), "the node lives: {state}");
+    // Nothing is left to do for another job.
+    let resumed = site.cloze(&["resume", &run.path.display().to_string()]).expect_code(0);
+    resumed.expect_words(&["the run is finished at step", "no job is submitted"]);
+    site.expect_no_job(&run);
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub(super) fn admit(identity: &Identity, body: &[u8]) -> anyhow::Result<JoinRequ
     let head: JoinHead = protocol::decode(body).map_err(|error| unreadable(&anyhow::Error::new(error)))?;
     if head.token != identity.token {
         return Err(Failure::new(FailureKind::Mismatch, "the coordinator does not know this token")
-            .hint("workers are started by `cloze train`, which gives them the token")
+            .hint("workers are started by `cloze train` or `cloze join`, which give them the token; CLOZE_TOKEN must be that of this run")
             .into());
     }
     if head.protocol_version != PROTOCOL_VERSION {

@@ -17,6 +17,10 @@ const UNKNOWN: &str = "?";
 
 /// The whole view; `now` is Unix time in seconds, `controller` says whether one lives.
 pub fn status_page(view: &RunView, controller: bool, now: f64) -> String {
+    // A run that waits for its first job, or whose log is of no use: every number below would be made up.
+    if view.name.is_empty() && view.updated <= 0.0 {
+        return "no event of this run yet\n".to_owned();
+    }
     let mut text = format!("run {}: {}\n", plain(&view.name), state_text(view, controller));
     let mut add = |name: &str, value: String| {
         // Writing to a string cannot fail.

@@ -72,6 +72,11 @@ fn a_page_after_the_end() {
 }
 
 #[test]
+fn a_run_of_which_nothing_is_known_shows_no_numbers() {
+    assert_eq!(status_page(&RunView::default(), false, 4000.0), "no event of this run yet\n");
+}
+
+#[test]
 fn a_run_without_controller_says_so() {
     let cases = [
         (view(start()), true, "starting"),
