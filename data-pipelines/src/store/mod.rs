@@ -6,6 +6,8 @@
 mod calls;
 mod cloud;
 mod failure;
+#[cfg(test)]
+mod fixtures;
 mod location;
 mod probe;
 mod reader;

@@ -132,20 +132,11 @@ fn halves(values: &[ChainingValue]) -> (&[ChainingValue], &[ChainingValue]) {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
-    use super::super::{open, put};
+    use super::super::fixtures::with_object;
+    use super::super::put;
     use super::*;
 
     const PART: usize = 1 << 10;
-
-    fn with_object(content: &[u8]) -> (tempfile::TempDir, Store, ObjectInfo) {
-        let folder = tempfile::tempdir().unwrap();
-        let store = open(&folder.path().display().to_string(), &BTreeMap::new()).unwrap();
-        put(&store, "object", content.to_vec()).unwrap();
-        let info = head(&store, "object").unwrap();
-        (folder, store, info)
-    }
 
     #[test]
     fn parts_of_any_number_give_the_whole_object_and_its_hash() {
