@@ -42,16 +42,25 @@ pub fn decide(measured: &Measurements, limits: &Preflight) -> Vec<BadNode> {
 
 /// What is odd and no node's fault, as far as anybody can tell.
 pub fn warnings(measured: &Measurements) -> Vec<String> {
-    if clocks_agree(&measured.nodes) {
-        return Vec::new();
+    let again = measured.pairs.iter().filter_map(|pair| {
+        let error = pair.first_error.as_ref()?;
+        Some(format!("the link between {} and {} worked only the second time; the first time: {error}", pair.a, pair.b))
+    });
+    open_clocks(&measured.nodes).into_iter().chain(again).collect()
+}
+
+/// Clocks that differ, where nobody can tell which of them are wrong.
+fn open_clocks(nodes: &[NodeMeasurement]) -> Option<String> {
+    if clocks_agree(nodes) {
+        return None;
     }
     let with_skew = |node: &&NodeMeasurement| node.clock_skew_s.is_some();
     let order = |a: &&NodeMeasurement, b: &&NodeMeasurement| a.clock_skew_s.unwrap_or(0.0).total_cmp(&b.clock_skew_s.unwrap_or(0.0));
-    let nodes = measured.nodes.iter().filter(with_skew);
-    let (Some(first), Some(last)) = (nodes.clone().min_by(order), nodes.max_by(order)) else { return Vec::new() };
+    let nodes = nodes.iter().filter(with_skew);
+    let (first, last) = nodes.clone().min_by(order).zip(nodes.max_by(order))?;
     let apart_s = last.clock_skew_s.unwrap_or(0.0) - first.clock_skew_s.unwrap_or(0.0);
     let (ahead, behind) = (&last.node, &first.node);
-    vec![format!("the clock of {ahead} is {apart_s:.0} s ahead of that of {behind}, and too few others say which one is wrong")]
+    Some(format!("the clock of {ahead} is {apart_s:.0} s ahead of that of {behind}, and too few others say which one is wrong"))
 }
 
 /// Whether more than half of the clocks agree with the one in the middle, so that whoever does not is wrong.
@@ -203,6 +212,7 @@ mod tests {
             b: names[1..].into(),
             mbit_per_s: (*mbit > 0.0).then_some(*mbit),
             error: (*mbit == 0.0).then(|| "no route".to_owned()),
+            first_error: None,
         });
         Measurements { nodes, pairs: pairs.collect() }
     }
@@ -276,6 +286,9 @@ mod tests {
         two.nodes[0].clock_skew_s = Some(-40.0);
         let expected = "the clock of b is 40 s ahead of that of a, and too few others say which one is wrong";
         assert_eq!(warnings(&two), [expected]);
+        let mut links = measured("ab", &[("ab", 900.0)]);
+        links.pairs[0].first_error = Some("no route".to_owned());
+        assert_eq!((bad(&links).as_str(), warnings(&links).len()), ("", 1));
     }
 
     #[test]

@@ -133,7 +133,7 @@ pub struct NodeMeasurement {
 }
 
 /// Two nodes.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct PairMeasurement {
     /// One of them.
     pub a: String,
@@ -143,6 +143,8 @@ pub struct PairMeasurement {
     pub mbit_per_s: Option<f64>,
     /// Why it could not be measured.
     pub error: Option<String>,
+    /// Why it could not be measured the first time, where the second time it could.
+    pub first_error: Option<String>,
 }
 
 /// Everything that was measured.

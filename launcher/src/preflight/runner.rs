@@ -185,11 +185,39 @@ impl Check {
         Ok(())
     }
 
-    /// As many rounds of the tournament as there is time for.
+    /// As many rounds of the tournament as there is time for, and then those links once more that did not work: an address that is being
+    /// taken away, or a machine that stood still, is no reason to exclude a node.
     async fn measure_pairs(&self, progress: &mut dyn FnMut(&str)) -> anyhow::Result<Vec<PairMeasurement>> {
         let reached: Vec<&Node> = self.nodes.iter().filter(|node| node.ready.is_some()).collect();
         let rounds = rounds(reached.len());
-        let mut pairs = Vec::new();
+        let mut pairs = self.measure_rounds(&reached, &rounds, progress).await?;
+        let is_broken = |seats: &(usize, usize)| pairs.get(seats).is_some_and(|pair| pair.error.is_some());
+        let broken: Vec<Vec<(usize, usize)>> = rounds
+            .iter()
+            .map(|round| round.iter().copied().filter(is_broken).collect::<Vec<_>>())
+            .filter(|round| !round.is_empty())
+            .collect();
+        if !broken.is_empty() {
+            progress(&format!("measuring {} links again that did not work", broken.iter().map(Vec::len).sum::<usize>()));
+        }
+        for (seats, second) in self.measure_rounds(&reached, &broken, progress).await? {
+            let Some(first) = pairs.get_mut(&seats).filter(|_| second.error.is_none()) else { continue };
+            let first_error = first.error.take();
+            *first = PairMeasurement { first_error, ..second };
+        }
+        let mut pairs: Vec<PairMeasurement> = pairs.into_values().collect();
+        pairs.sort_by(|left, right| (&left.a, &left.b).cmp(&(&right.a, &right.b)));
+        Ok(pairs)
+    }
+
+    /// The pairs of these rounds by their seats, as far as there is time.
+    async fn measure_rounds(
+        &self,
+        reached: &[&Node],
+        rounds: &[Vec<(usize, usize)>],
+        progress: &mut dyn FnMut(&str),
+    ) -> anyhow::Result<BTreeMap<(usize, usize), PairMeasurement>> {
+        let mut pairs = BTreeMap::new();
         for (number, round) in rounds.iter().enumerate() {
             if Instant::now() + Duration::from_millis(2 * WINDOW_MS + PAIR_OVERHEAD_MS) > self.deadline {
                 progress(&format!("the time is over after {number} of {} rounds of links", rounds.len()));
@@ -198,13 +226,14 @@ impl Check {
             progress(&format!("measuring links, round {} of {}", number + 1, rounds.len()));
             let mut tasks = JoinSet::new();
             for &(a, b) in round {
-                tasks.spawn(measure_pair(reached[a].clone(), reached[b].clone(), self.deadline));
+                let pair = measure_pair(reached[a].clone(), reached[b].clone(), self.deadline);
+                tasks.spawn(async move { ((a, b), pair.await) });
             }
             while let Some(pair) = tasks.join_next().await {
-                pairs.push(pair.context("measure a pair of nodes")?);
+                let (seats, pair) = pair.context("measure a pair of nodes")?;
+                pairs.insert(seats, pair);
             }
         }
-        pairs.sort_by(|left, right| (&left.a, &left.b).cmp(&(&right.a, &right.b)));
         Ok(pairs)
     }
 }
@@ -277,9 +306,10 @@ async fn ask_node(node: &mut Node, deadline: Instant) {
 }
 
 async fn measure_pair(a: Node, b: Node, deadline: Instant) -> PairMeasurement {
-    let (mut pair, ready) = match b.ready {
-        Some(ready) => (PairMeasurement { a: a.measured.node.clone(), b: b.measured.node, mbit_per_s: None, error: None }, ready),
-        None => return PairMeasurement { a: a.measured.node, b: b.measured.node, mbit_per_s: None, error: Some("not reached".to_owned()) },
+    let mut pair = PairMeasurement { a: a.measured.node.clone(), b: b.measured.node, ..PairMeasurement::default() };
+    let Some(ready) = b.ready else {
+        pair.error = Some("not reached".to_owned());
+        return pair;
     };
     let mut hosts: Vec<String> = match b.address {
         Some(address) => vec![address],
@@ -436,24 +466,61 @@ echo '{"clock":0}'; read end"#;
         }
     }
 
+    fn on_runtime<T>(work: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+    }
+
+    /// A check whose agents run this script; `$1` is the node's name, `$2` and on are the words.
+    async fn check(script: &str, names: &[&str], words: &[&str]) -> Check {
+        let shell = ["/bin/sh", "-c", script, "agent"].map(str::to_owned).to_vec();
+        // The words after the prefix are the same for all, so each is told its name as the last word of its prefix.
+        let node = |name: &&str| {
+            let prefix = shell.iter().cloned().chain([(*name).to_owned()]).collect();
+            NodeOptions { host: RemoteHost { name: (*name).to_owned(), prefix, form: CommandForm::Words }, address: None }
+        };
+        let deadline = Instant::now() + Duration::from_mins(1);
+        let words = words.iter().copied().map(str::to_owned).collect();
+        Check { nodes: start_all(names.iter().map(node).collect(), words, &setup(), deadline).await.unwrap(), deadline }
+    }
+
     /// Compares the clocks of nodes by these names, each of which answers when so many of all have been asked.
     fn compared(names: &[&str], num_asked: usize) -> Vec<NodeMeasurement> {
         let folder = tempfile::tempdir().unwrap();
-        let words = ["/bin/sh", "-c", AGENT, "agent"].map(str::to_owned).to_vec();
-        // The words after the prefix are the same for all, so each is told its name as the last word of its prefix.
-        let node = |name: &&str| {
-            let prefix = words.iter().cloned().chain([(*name).to_owned()]).collect();
-            NodeOptions { host: RemoteHost { name: (*name).to_owned(), prefix, form: CommandForm::Words }, address: None }
-        };
-        let nodes = names.iter().map(node).collect();
-        let rest = vec![folder.path().display().to_string(), num_asked.to_string()];
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let deadline = Instant::now() + Duration::from_mins(1);
-            let mut check = Check { nodes: start_all(nodes, rest, &setup(), deadline).await.unwrap(), deadline };
+        on_runtime(async {
+            let mut check = check(AGENT, names, &[folder.path().to_str().unwrap(), &num_asked.to_string()]).await;
             check.compare_clocks().await.unwrap();
             check.nodes.into_iter().map(|node| node.measured).collect()
         })
+    }
+
+    #[test]
+    fn a_link_that_does_not_work_is_measured_again() {
+        // The first node's link to b breaks once, its link to c each time.
+        let script = r#"read setup; echo '{"ready":{"host":"h","machine":"m","addresses":[],"port":1}}'
+while read ask; do case $1$ask in
+    a*'"b"'*) if [ "$tried" ]; then echo '{"measure":{"up":3,"down":2}}'; else tried=1; echo '{"failed":"no route"}'; fi ;;
+    a*) echo '{"failed":"refused"}' ;;
+    *) echo '{"measure":{"up":1,"down":1}}' ;;
+esac; done"#;
+        let mut words = Vec::new();
+        let pairs = on_runtime(async {
+            let check = check(script, &["a", "b", "c"], &[]).await;
+            check.measure_pairs(&mut |line| words.push(line.to_owned())).await.unwrap()
+        });
+        let pair = |a: &str, b: &str, mbit_per_s, error: Option<&str>, first_error: Option<&str>| PairMeasurement {
+            a: a.to_owned(),
+            b: b.to_owned(),
+            mbit_per_s,
+            error: error.map(str::to_owned),
+            first_error: first_error.map(str::to_owned),
+        };
+        let expected = [
+            pair("a", "b", Some(2.0), None, Some("no route")),
+            pair("a", "c", None, Some("refused"), None),
+            pair("b", "c", Some(1.0), None, None),
+        ];
+        assert_eq!(pairs, expected);
+        assert!(words.iter().any(|line| line == "measuring 2 links again that did not work"), "{words:?}");
     }
 
     #[test]
