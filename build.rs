@@ -1,4 +1,4 @@
-//! Compiles the C++ shim against libtorch and tells the linker where libtorch lies at run time.
+//! Compiles the C++ shim against libtorch and tells the linker where libtorch lies at run time, and to mark the build.
 
 use std::path::{Path, PathBuf};
 
@@ -16,6 +16,8 @@ fn main() {
     println!("cargo::rustc-link-lib=dylib=gomp");
     println!("cargo::rustc-link-search=native={}", library_folder.display());
     println!("cargo::rustc-env=CLOZE_LIBTORCH={}", libtorch.display());
+    // By which the coordinator tells one build from another; most compilers ask for it by themselves.
+    println!("cargo::rustc-link-arg=-Wl,--build-id=sha1");
     // RPATH, not RUNPATH: it also serves the libraries that libtorch_cpu itself needs.
     println!("cargo::rustc-link-arg=-Wl,--disable-new-dtags,-rpath,{}", library_folder.display());
 }

@@ -189,6 +189,7 @@ fn join(options: &WorkerOptions, recipe: &Recipe, listener: &TcpListener) -> Res
         coordinator_key: options.coordinator_key,
         recipe_hash: recipe.hash(),
         build: cloze_cluster::protocol::build_name(),
+        executable: cloze_cluster::host::executable_id().context("tell this executable from others")?,
         worker: options.worker,
         collective_address: listener.local_addr().context("read the listening address")?.to_string(),
         heartbeat_timeout: Duration::from_millis(recipe.cluster.heartbeat_timeout_ms),

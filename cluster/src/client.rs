@@ -9,6 +9,7 @@
 
 mod aborts;
 mod connection;
+mod exit;
 mod line;
 mod link;
 mod shares;
@@ -25,6 +26,7 @@ use cloze_recipes::failure::{Failure, FailureKind};
 
 use self::aborts::Aborts;
 use self::connection::{Answer, Sockets};
+pub use self::exit::report_exit;
 use self::line::{LastWords, Line};
 use self::shares::Shares;
 pub use self::shares::SharesError;
@@ -63,6 +65,8 @@ pub struct JoinOptions {
     pub recipe_hash: String,
     /// Build of this binary.
     pub build: String,
+    /// What tells this executable from every other.
+    pub executable: String,
     /// This worker's slot.
     pub worker: u32,
     /// `host:port` on which this worker already listens for its peers.
@@ -89,7 +93,7 @@ impl Client {
     pub fn join(options: JoinOptions) -> anyhow::Result<Self> {
         let heartbeat_interval = options.heartbeat_timeout / HEARTBEATS_PER_TIMEOUT;
         let socket = connection::connect(&options.coordinator, connection::CONNECT_TIMEOUT)?;
-        let mut sockets = connection::open(socket, &options, connection::JOIN_REPLY_TIMEOUT)?;
+        let mut sockets = connection::open(socket, options.coordinator_key.as_ref(), connection::JOIN_REPLY_TIMEOUT)?;
         match connection::ask_for_seat(&mut sockets, connection::request(&options, None))? {
             Answer::Welcome { .. } => {}
             Answer::Refused(failure) => return Err(failure.into()),

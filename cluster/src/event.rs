@@ -47,6 +47,8 @@ pub enum Event {
         worker: u32,
         /// Its host.
         host: String,
+        /// Its process id there.
+        process_id: u32,
         /// It is the same process as before and had only lost its connection.
         rejoined: bool,
     },

@@ -20,13 +20,13 @@ pub mod protocol;
 pub mod secret;
 pub mod tls;
 
-pub use client::{Client, EVERY_GENERATION, JoinOptions};
+pub use client::{Client, EVERY_GENERATION, JoinOptions, report_exit};
 pub use coordinator::{Control, Coordinator, CoordinatorOptions, RunEnd};
 pub use event::{Event, Recorded};
 pub use journal::Journal;
 pub use membership::HangLimits;
 pub use protocol::{
-    CoordinatorMessage, FailureClass, Held, JoinRequest, Phase, SavedFile, StateSource, StepReport, Unreported, WorkerMessage,
+    CoordinatorMessage, ExitReport, FailureClass, Held, JoinRequest, Phase, SavedFile, StateSource, StepReport, Unreported, WorkerMessage,
 };
 pub use secret::Secret;
 pub use tls::{PinnedKey, RunKey};

@@ -18,7 +18,7 @@ pub use self::frame::{
 use crate::secret::Secret;
 
 /// Version of the messages; both sides must speak the same one.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// The build that the coordinator and its workers must share; all crates of the workspace have one version.
 pub fn build_name() -> String {
@@ -31,6 +31,9 @@ pub fn build_name() -> String {
 pub enum WorkerMessage {
     /// Asks for a seat; the first message of a connection, and only the first.
     Join(JoinRequest),
+    /// Tells of another process's end; the first message of a connection, and the last. It comes from a launcher that is not the
+    /// coordinator's own.
+    Exited(ExitReport),
     /// Says that the process lives, and how far it is.
     Heartbeat {
         /// Generation that the worker works in; 0 before the first.
@@ -152,6 +155,8 @@ pub struct JoinRequest {
     pub recipe_hash: String,
     /// Build of the worker binary.
     pub build: String,
+    /// What tells this executable from every other, as [`crate::host::executable_id`] reads it.
+    pub executable: String,
     /// The worker's slot, from 0.
     pub worker: u32,
     /// Process id on its host.
@@ -162,6 +167,27 @@ pub struct JoinRequest {
     pub collective_address: String,
     /// The generation that still runs in the worker, when it joins again after its connection was lost.
     pub held: Option<Held>,
+}
+
+/// How the process of a worker ended, as the launcher of its host saw it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitReport {
+    /// [`PROTOCOL_VERSION`] of the launcher.
+    pub protocol_version: u32,
+    /// The run's token.
+    pub token: Secret,
+    /// The worker's slot, from 0.
+    pub worker: u32,
+    /// Process id on its host.
+    pub process_id: u32,
+    /// Exit code or signal, such as `SIGKILL` or `exit code 1`.
+    pub status: String,
+    /// The end of its log.
+    pub tail: String,
+    /// File with the stacks of its threads, where they were written.
+    pub dump: Option<String>,
+    /// Whether another process takes its place.
+    pub is_replaced: bool,
 }
 
 /// A generation that runs on in a worker without a coordinator.
@@ -198,6 +224,8 @@ pub enum CoordinatorMessage {
         /// Why.
         failure: Failure,
     },
+    /// What was told without a seat was heard; the connection closes.
+    Noted {},
     /// A generation starts.
     Start {
         /// Its number, from 1.

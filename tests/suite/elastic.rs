@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::sandbox::{Process, World, expect_close, number, wait_until};
+use crate::sandbox::{Process, World, expect_close, number, send_signal, wait_until};
 
 /// Workers add the same numbers in another order, which 32-bit floats round differently.
 const RELATIVE_TOLERANCE: f64 = 1e-5;
@@ -103,6 +103,33 @@ fn a_run_whose_state_is_shared_out_grows_from_a_checkpoint_of_the_same_step() {
     assert!(restored[1]["source"].as_str().is_some_and(|source| source.contains("/step-")), "{restored:?}");
     let steps: Vec<u64> = run.events_named("step").iter().map(|event| number(&event["step"])).collect();
     assert_eq!(steps, (1..=run.last_step()).collect::<Vec<u64>>(), "every step once");
+}
+
+#[test]
+fn a_worker_that_cloze_join_started_has_its_end_and_its_stacks_in_the_ledger() {
+    let world = World::prepared();
+    let settings = ["train.steps=1000000", "cluster.heartbeat_timeout_ms=2000", "checkpoint.every_steps=1000000"];
+    let settings: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
+    let process = world.start_training("run", &[["--workers", "2", "--local", "1", "--quiet"].as_slice(), &settings].concat());
+    let run = world.run("run");
+    wait_until("the controller can be joined", TIMEOUT, || run.control().is_some());
+    let path = run.path.display().to_string();
+    let joined = Process::start(&mut world.command(&["join", &path, "--slots", "1"]), "");
+    wait_until("both train", TIMEOUT, || run.last_step() >= 5);
+    let frozen = run.process_of(1).expect("the worker of `cloze join`");
+    assert!(send_signal(frozen, "STOP"));
+    wait_until("it is replaced", TIMEOUT, || run.events_named("recovered").len() == 1);
+    process.terminate();
+    process.wait().expect_code(130);
+    joined.wait();
+    let text = std::fs::read_to_string(run.path.join("failures.jsonl")).expect("the ledger");
+    let records: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect("a record")).collect();
+    let [record] = &records[..] else { panic!("one failure: {records:?}") };
+    assert_eq!((&record["worker"], &record["exit"], &record["decision"]), (&1.into(), &"SIGKILL".into(), &"replaced".into()), "{record}");
+    let dump = std::fs::read_to_string(record["dump"].as_str().expect("a file with stacks")).expect("read the stacks");
+    assert!(dump.contains(&format!("process {frozen}\n")), "{dump}");
+    let exited = run.events_named("worker_exited");
+    assert_eq!((&exited[0]["worker"], &exited[0]["process_id"]), (&1.into(), &frozen.into()), "{exited:?}");
 }
 
 /// Step at which the second generation began; beyond all steps before it has.

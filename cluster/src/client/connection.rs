@@ -10,6 +10,7 @@ use super::JoinOptions;
 use super::stream::{self, Incoming, Reading, Writing};
 use crate::host::host_name;
 use crate::protocol::{self, CoordinatorMessage, Held, JoinRequest, PROTOCOL_VERSION, WorkerMessage};
+use crate::tls::PinnedKey;
 
 /// Longest wait for the TCP connection to one address.
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -83,6 +84,7 @@ pub(super) fn request(options: &JoinOptions, held: Option<Held>) -> JoinRequest 
         token: options.token.clone(),
         recipe_hash: options.recipe_hash.clone(),
         build: options.build.clone(),
+        executable: options.executable.clone(),
         worker: options.worker,
         process_id: std::process::id(),
         host: host_name(),
@@ -93,10 +95,10 @@ pub(super) fn request(options: &JoinOptions, held: Option<Held>) -> JoinRequest 
 
 /// Shares a connection out, secured where the coordinator's key is known; `wait` bounds all that the coordinator may take until its pulses
 /// are expected.
-pub(super) fn open(socket: TcpStream, options: &JoinOptions, wait: Duration) -> anyhow::Result<Sockets> {
+pub(super) fn open(socket: TcpStream, key: Option<&PinnedKey>, wait: Duration) -> anyhow::Result<Sockets> {
     let closing = socket.try_clone().context("share the coordinator's socket")?;
     let socket = Incoming::until(socket, Instant::now() + wait);
-    let (reading, writing) = match &options.coordinator_key {
+    let (reading, writing) = match key {
         None => stream::plain(socket)?,
         Some(key) => stream::secure(socket, key)?,
     };

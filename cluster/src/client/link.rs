@@ -114,7 +114,9 @@ impl Shared {
                 self.is_released.store(true, Ordering::SeqCst);
                 return None;
             }
-            CoordinatorMessage::Welcome { .. } | CoordinatorMessage::Pulse {} | CoordinatorMessage::Pong { .. } => return None,
+            // The second one is for launchers.
+            CoordinatorMessage::Welcome { .. } | CoordinatorMessage::Noted {} => return None,
+            CoordinatorMessage::Pulse {} | CoordinatorMessage::Pong { .. } => return None,
         }
         Some(message)
     }
@@ -154,7 +156,7 @@ impl Shared {
         *lock(&self.socket) = Some(socket.try_clone()?);
         anyhow::ensure!(!self.is_quitting.load(Ordering::SeqCst), "the client is dropped");
         let wait = connection::JOIN_REPLY_TIMEOUT.min(left).max(SHORTEST_REPLY_TIMEOUT);
-        let mut sockets = connection::open(socket, &self.options, wait)?;
+        let mut sockets = connection::open(socket, self.options.coordinator_key.as_ref(), wait)?;
         let held = self.held();
         let adopted = match connection::ask_for_seat(&mut sockets, connection::request(&self.options, held))? {
             Answer::Welcome { adopted } => adopted,

@@ -81,6 +81,7 @@ impl Stage {
             coordinator_key: self.key().map(|key| key.pinned().unwrap()),
             recipe_hash: "r".to_owned(),
             build: "b".to_owned(),
+            executable: "e".to_owned(),
             worker,
             collective_address: format!("127.0.0.1:{}", 9000 + worker),
             heartbeat_timeout: HEARTBEAT_TIMEOUT,

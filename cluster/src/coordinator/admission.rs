@@ -3,7 +3,7 @@
 use cloze_recipes::failure::{Failure, FailureKind};
 use serde::Deserialize;
 
-use crate::protocol::{self, JoinRequest, PROTOCOL_VERSION, WorkerMessage};
+use crate::protocol::{self, ExitReport, JoinRequest, PROTOCOL_VERSION, WorkerMessage};
 use crate::secret::Secret;
 
 /// What a worker must bring to be let in.
@@ -17,7 +17,16 @@ pub(super) struct Identity {
     pub build: String,
 }
 
-/// The fields that every version of the join message has.
+/// What a connection is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Errand {
+    /// A worker takes its seat.
+    Join(JoinRequest),
+    /// A launcher on another host tells of a process's end.
+    Exit(ExitReport),
+}
+
+/// The fields that every version of a first message has.
 #[derive(Deserialize)]
 struct JoinHead {
     token: Secret,
@@ -25,7 +34,7 @@ struct JoinHead {
 }
 
 /// Checks a connection's first frame; fails with the [`Failure`] that the worker is told.
-pub(super) fn admit(identity: &Identity, body: &[u8]) -> anyhow::Result<JoinRequest> {
+pub(super) fn admit(identity: &Identity, body: &[u8]) -> anyhow::Result<Errand> {
     let head: JoinHead = protocol::decode(body).map_err(|error| unreadable(&anyhow::Error::new(error)))?;
     if head.token != identity.token {
         return Err(Failure::new(FailureKind::Mismatch, "the coordinator does not know this token")
@@ -39,8 +48,10 @@ pub(super) fn admit(identity: &Identity, body: &[u8]) -> anyhow::Result<JoinRequ
             .hint("use `cloze` and `cloze-worker` of one build")
             .into());
     }
-    let WorkerMessage::Join(join) = protocol::decode(body).map_err(|error| unreadable(&anyhow::Error::new(error)))? else {
-        return Err(Failure::new(FailureKind::Mismatch, "the first message is not a join").into());
+    let join = match protocol::decode(body).map_err(|error| unreadable(&anyhow::Error::new(error)))? {
+        WorkerMessage::Join(join) => join,
+        WorkerMessage::Exited(report) => return Ok(Errand::Exit(report)),
+        _ => return Err(Failure::new(FailureKind::Mismatch, "the first message is not a join").into()),
     };
     if join.recipe_hash != identity.recipe_hash {
         return Err(Failure::new(FailureKind::Mismatch, "the worker read another recipe")
@@ -56,7 +67,7 @@ pub(super) fn admit(identity: &Identity, body: &[u8]) -> anyhow::Result<JoinRequ
             .hint("use `cloze` and `cloze-worker` of one build")
             .into());
     }
-    Ok(join)
+    Ok(Errand::Join(join))
 }
 
 fn unreadable(error: &anyhow::Error) -> Failure {
@@ -77,6 +88,7 @@ mod tests {
             token: Secret::new("right"),
             recipe_hash: "aaaa".to_owned(),
             build: "b1".to_owned(),
+            executable: "e".to_owned(),
             worker: 0,
             process_id: 1,
             host: "h".to_owned(),
@@ -93,7 +105,7 @@ mod tests {
     #[test]
     fn the_right_worker_is_let_in() {
         let body = protocol::encode(&WorkerMessage::Join(join())).unwrap().split_off(4);
-        assert_eq!(admit(&identity(), &body).unwrap(), join());
+        assert_eq!(admit(&identity(), &body).unwrap(), Errand::Join(join()));
     }
 
     #[test]
@@ -104,7 +116,7 @@ mod tests {
         let build = refusal(JoinRequest { build: "b2".to_owned(), ..join() });
         assert_eq!((build.expected.as_deref(), build.found.as_deref()), (Some("build b1"), Some("build b2")));
         let version = refusal(JoinRequest { protocol_version: 99, ..join() });
-        assert_eq!((version.expected.as_deref(), version.found.as_deref()), (Some("2"), Some("99")));
+        assert_eq!((version.expected, version.found.as_deref()), (Some(PROTOCOL_VERSION.to_string()), Some("99")));
     }
 
     #[test]
@@ -117,9 +129,9 @@ mod tests {
 
     #[test]
     fn a_later_version_with_other_fields_is_told_so() {
-        let body = br#"{"message":"join","token":"right","protocol_version":3,"colour":"red"}"#;
+        let body = br#"{"message":"join","token":"right","protocol_version":4,"colour":"red"}"#;
         let failure = admit(&identity(), body).unwrap_err().downcast::<Failure>().unwrap();
-        assert_eq!(failure.found.as_deref(), Some("3"));
+        assert_eq!(failure.found.as_deref(), Some("4"));
     }
 
     #[test]
@@ -127,8 +139,8 @@ mod tests {
         for body in [b"GET / HTTP/1.1".as_slice(), b"{}", b"[]"] {
             assert!(admit(&identity(), body).is_err());
         }
-        let ping = br#"{"message":"ping","token":"right","protocol_version":2,"id":1}"#;
-        let failure = admit(&identity(), ping).unwrap_err().downcast::<Failure>().unwrap();
+        let ping = format!(r#"{{"message":"ping","token":"right","protocol_version":{PROTOCOL_VERSION},"id":1}}"#);
+        let failure = admit(&identity(), ping.as_bytes()).unwrap_err().downcast::<Failure>().unwrap();
         assert_eq!(failure.what, "the first message is not a join");
     }
 }

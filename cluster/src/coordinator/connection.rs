@@ -12,8 +12,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use super::admission::{self, Identity};
-use crate::protocol::{self, CoordinatorMessage, Frame, FrameError, JoinRequest, WorkerMessage};
+use super::admission::{self, Errand, Identity};
+use crate::protocol::{self, CoordinatorMessage, ExitReport, Frame, FrameError, JoinRequest, WorkerMessage};
 
 /// Longest time from accepting a connection to its join message, TLS included.
 const JOIN_MESSAGE_TIMEOUT_S: u64 = 2;
@@ -71,6 +71,8 @@ pub(super) enum Input {
         /// What it said.
         message: WorkerMessage,
     },
+    /// A launcher on another host saw a process end.
+    Exited(ExitReport),
     /// The connection is gone.
     Closed {
         /// Number of the connection.
@@ -106,6 +108,11 @@ enum OpenedStream {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
+/// A connection closed before its side said anything.
+#[derive(Debug, thiserror::Error)]
+#[error("the connection closed before it joined")]
+struct SaidNothing;
+
 /// What is known of a connection that has not joined yet.
 struct Visit {
     connection: u64,
@@ -134,8 +141,17 @@ pub(super) async fn serve_connection(stream: TcpStream, connection: u64, permit:
             let (reader, writer) = tokio::io::split(*stream);
             visit.join_and_forward(reader, writer, Speech::Tls).await;
         }
-        Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "a connection was refused"),
+        Ok(Err(error)) => tell_of_stranger(&error),
         Err(_elapsed) => warn_of_late_join(),
+    }
+}
+
+/// Whoever connects and says nothing only wants to know whether somebody listens, as `cloze join` does.
+fn tell_of_stranger(error: &anyhow::Error) {
+    if error.is::<SaidNothing>() {
+        tracing::debug!("{error}");
+    } else {
+        tracing::warn!(error = format!("{error:#}"), "a connection was refused");
     }
 }
 
@@ -144,7 +160,7 @@ async fn open(stream: TcpStream, security: Option<&TlsAcceptor>) -> anyhow::Resu
     let Some(acceptor) = security else { return Ok(OpenedStream::Clear(stream)) };
     let mut first = [0];
     if stream.peek(&mut first).await? == 0 {
-        anyhow::bail!("the connection closed before it joined")
+        return Err(SaidNothing.into());
     }
     if first[0] != TLS_HANDSHAKE {
         return Ok(OpenedStream::Clear(stream));
@@ -156,12 +172,21 @@ impl Visit {
     /// Lets a worker in or refuses it, then forwards both ways until either side ends the connection.
     async fn join_and_forward<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(self, mut reader: R, mut writer: W, speech: Speech) {
         let Self { connection, permit, door, join_by } = self;
-        let join = match timeout_at(join_by, read_join(&mut reader, &door, speech)).await {
-            Ok(Ok(join)) => join,
+        let errand = match timeout_at(join_by, read_errand(&mut reader, &door, speech)).await {
+            Ok(Ok(errand)) => errand,
             Ok(Err(error)) => return refuse(&mut writer, error).await,
             Err(_elapsed) => return warn_of_late_join(),
         };
         drop(permit);
+        let join = match errand {
+            Errand::Join(join) => join,
+            Errand::Exit(report) => {
+                if door.inputs.send(Input::Exited(report)).await.is_ok() {
+                    answer(&mut writer, &CoordinatorMessage::Noted {}).await;
+                }
+                return;
+            }
+        };
         let worker = join.worker;
         let (outbox, messages) = mpsc::channel(OUTBOX_MESSAGES);
         if door.inputs.send(Input::Joined { connection, join, at: Instant::now(), outbox }).await.is_err() {
@@ -180,10 +205,10 @@ fn warn_of_late_join() {
     tracing::warn!(timeout_s = JOIN_MESSAGE_TIMEOUT_S, "a connection did not join in time");
 }
 
-async fn read_join<R: AsyncRead + Unpin>(reader: &mut R, door: &Door, speech: Speech) -> anyhow::Result<JoinRequest> {
+async fn read_errand<R: AsyncRead + Unpin>(reader: &mut R, door: &Door, speech: Speech) -> anyhow::Result<Errand> {
     let body = match protocol::read_frame_within(reader, MAX_JOIN_BYTES).await {
         Ok(Some(body)) => body,
-        Ok(None) => anyhow::bail!("the connection closed before it joined"),
+        Ok(None) => return Err(SaidNothing.into()),
         Err(FrameError::TooLong { bytes }) if bytes >> 16 == TLS_BEGIN => {
             // What is not read would take the refusal with it: the system resets such a connection.
             let _ = reader.read(&mut [0; HELLO_BYTES]).await?;
@@ -204,19 +229,24 @@ fn speaks_otherwise(what: &str) -> Failure {
 }
 
 async fn refuse<W: AsyncWrite + Unpin>(writer: &mut W, error: anyhow::Error) {
-    tracing::warn!(error = format!("{error:#}"), "a connection was refused");
+    tell_of_stranger(&error);
     let failure = match error.downcast::<Failure>() {
         Ok(failure) => failure,
         Err(other) => Failure::new(FailureKind::Mismatch, "the join message is not understood").because(format!("{other:#}")),
     };
+    answer(writer, &CoordinatorMessage::Refused { failure }).await;
+}
+
+/// The last word on a connection that gets no seat.
+async fn answer<W: AsyncWrite + Unpin>(writer: &mut W, message: &CoordinatorMessage) {
     let told = async {
-        protocol::write_message(writer, &CoordinatorMessage::Refused { failure }).await?;
+        protocol::write_message(writer, message).await?;
         writer.shutdown().await.map_err(FrameError::from)
     };
     match timeout(Duration::from_secs(WRITE_TIMEOUT_S), told).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(%error, "a refused connection did not wait for the reason"),
-        Err(_elapsed) => tracing::debug!("a refused connection does not read"),
+        Ok(Err(error)) => tracing::debug!(%error, "a connection without a seat did not wait for the answer"),
+        Err(_elapsed) => tracing::debug!("a connection without a seat does not read"),
     }
 }
 

@@ -44,6 +44,8 @@ pub(super) struct Roster {
     limits: Limits,
     /// By slot, as `state.workers`; filled exactly where a worker is present.
     seats: Vec<Option<Seat>>,
+    /// The executable that all workers must be, and who brought it: whoever was let in first.
+    executable: Option<(String, String)>,
     /// Process ids, by slot, of workers that lost their seat because they were stuck; they may not come back.
     stuck: BTreeMap<u32, u32>,
     /// Process ids and collective addresses, by slot, of the workers that last joined.
@@ -91,6 +93,7 @@ impl Roster {
             state: State::new(num_workers),
             limits,
             seats: (0..num_workers).map(|_| None).collect(),
+            executable: None,
             stuck: BTreeMap::new(),
             last_joined: BTreeMap::new(),
             failing_devices: BTreeSet::new(),

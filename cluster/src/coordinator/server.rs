@@ -288,6 +288,7 @@ fn apply(roster: &mut Roster, input: Input, started: Instant) {
     match input {
         Input::Joined { connection, join, at, outbox } => roster.join(connection, join, at.duration_since(started), outbox),
         Input::Message { connection, worker, at, message } => roster.message(connection, worker, at.duration_since(started), message),
+        Input::Exited(report) => roster.exited_elsewhere(report),
         Input::Closed { connection, worker, reason } => roster.closed(connection, worker, started.elapsed(), &reason),
     }
 }

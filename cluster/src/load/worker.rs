@@ -174,6 +174,7 @@ where
         token: crowd.token.clone(),
         recipe_hash: RECIPE_HASH.to_owned(),
         build: BUILD.to_owned(),
+        executable: BUILD.to_owned(),
         worker,
         process_id: std::process::id(),
         host: "load".to_owned(),

@@ -50,6 +50,8 @@ struct Slot {
     finished: bool,
     /// How the coordinator lost the live process.
     class: Option<FailureClass>,
+    /// When the live process, which this program has started, must have joined.
+    join_by: Option<Instant>,
     /// When the live process is killed, having lost its seat.
     kill_at: Option<Instant>,
     /// When a replacement is started, and what the budget is then.
@@ -125,6 +127,7 @@ impl Crew {
         let slot = self.slots.entry(worker).or_default();
         let (process, orders) = WorkerProcess::start(&self.command, worker, &std::mem::take(&mut slot.drills))?;
         (slot.joined, slot.class, slot.kill_at) = (false, None, None);
+        slot.join_by = Some(Instant::now() + self.command.join_within);
         Ok(self.watch(worker, process, orders))
     }
 
@@ -152,7 +155,7 @@ impl Crew {
         match event {
             Event::WorkerJoined { worker, .. } => {
                 if let Some(slot) = self.slots.get_mut(worker) {
-                    (slot.joined, slot.class, slot.kill_at) = (true, None, None);
+                    (slot.joined, slot.class, slot.kill_at, slot.join_by) = (true, None, None, None);
                 }
             }
             Event::WorkerFinished { worker, .. } => {
@@ -187,6 +190,17 @@ impl Crew {
         if let Err(TrySendError::Full(order)) = orders.try_send(order) {
             tracing::warn!(worker, ?order, "a worker process has too many orders to follow one more");
         }
+    }
+
+    /// Ends the processes that should have joined by now, with their stacks written down; returns their slots.
+    pub(super) fn hanging(&mut self, now: Instant) -> Vec<u32> {
+        let is_late = |slot: &mut Slot| slot.join_by.take_if(|by| now >= *by).is_some();
+        let late: Vec<u32> = self.slots.iter_mut().filter_map(|(&worker, slot)| is_late(slot).then_some(worker)).collect();
+        for &worker in &late {
+            let process_id = self.slots.get(&worker).map_or(0, |slot| slot.process_id);
+            self.order(worker, ProcessOrder::DumpAndKill(self.command.paths.dump(worker, process_id)));
+        }
+        late
     }
 
     /// Kills the processes whose time has come; returns the replacements that are due.
@@ -228,7 +242,7 @@ impl Crew {
         let num_empty = self.slots.values().filter(|slot| slot.empty).count() as u32;
         let others = self.command.slots.saturating_sub(num_empty + 1);
         let slot = self.slots.entry(exit.worker).or_default();
-        (slot.orders, slot.kill_at, slot.joined) = (None, None, false);
+        (slot.orders, slot.kill_at, slot.join_by, slot.joined) = (None, None, None, false);
         let facts = ExitFacts {
             code: exit.code,
             finished: slot.finished,
@@ -312,7 +326,8 @@ mod tests {
         }
         let binary = script(folder, commands);
         let contact = Contact { coordinator: "127.0.0.1:1".to_owned(), token: Secret::new("token"), key: None };
-        Crew::new(WorkerCommand { binary, paths, contact, slots: 3, local_workers: 2, by_join: false }, 0..2)
+        let join_within = PATIENCE;
+        Crew::new(WorkerCommand { binary, paths, contact, slots: 3, local_workers: 2, by_join: false, join_within }, 0..2)
     }
 
     fn lost(worker: u32, class: FailureClass) -> Event {
@@ -330,7 +345,7 @@ mod tests {
         crew.practise(&["hang:1@3".parse().unwrap(), "kill:0@3".parse().unwrap()]);
         let process_id = crew.start(1).unwrap();
         let now = Instant::now();
-        crew.hear(&Event::WorkerJoined { worker: 1, host: host_name(), rejoined: false }, now);
+        crew.hear(&Event::WorkerJoined { worker: 1, host: host_name(), process_id: 7, rejoined: false }, now);
         crew.hear(&lost(1, FailureClass::Hung), now);
         let exit = next(&mut crew).await;
         assert_eq!((exit.process_id, exit.status.as_str()), (process_id, "SIGKILL"));
@@ -355,6 +370,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_worker_that_does_not_come_to_join_is_dumped_killed_and_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut crew = crew(folder.path(), "kill -STOP $$");
+        let (quick, slow) = (crew.start(0).unwrap(), crew.start(1).unwrap());
+        let now = Instant::now();
+        crew.hear(&Event::WorkerJoined { worker: 0, host: host_name(), process_id: quick, rejoined: false }, now);
+        assert!(crew.hanging(now + PATIENCE / 2).is_empty());
+        assert_eq!(crew.hanging(now + PATIENCE), [1]);
+        assert!(crew.hanging(now + PATIENCE).is_empty(), "it is told once");
+        let exit = next(&mut crew).await;
+        assert_eq!((exit.worker, exit.process_id, exit.status.as_str()), (1, slow, "SIGKILL"));
+        assert!(exit.dump.as_ref().is_some_and(|dump| dump.as_ref().is_ok_and(|path| path.exists())), "{:?}", exit.dump);
+        let verdict = crew.take_exit(&exit, false, &RestartLimits { max_restarts: 1, min_workers: None });
+        assert_eq!(verdict.reason, ExitReason::EndedEarly);
+    }
+
+    #[tokio::test]
     async fn a_worker_that_joins_again_is_spared() {
         let folder = tempfile::tempdir().unwrap();
         let mut crew = crew(folder.path(), "kill -STOP $$");
@@ -362,7 +394,7 @@ mod tests {
             crew.start(worker).unwrap();
         }
         let now = Instant::now();
-        let joined = |worker, rejoined| Event::WorkerJoined { worker, host: host_name(), rejoined };
+        let joined = |worker, rejoined| Event::WorkerJoined { worker, host: host_name(), process_id: 7, rejoined };
         for worker in [0, 1] {
             crew.hear(&joined(worker, false), now);
             crew.hear(&lost(worker, FailureClass::ConnectionClosed), now);

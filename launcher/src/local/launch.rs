@@ -314,6 +314,7 @@ fn muster(run: &RunFolder, plan: &LaunchPlan, opened: Opened) -> anyhow::Result<
         slots: plan.workers,
         local_workers: plan.local_workers,
         by_join: false,
+        join_within: plan.join_timeout / 2,
     };
     let mut crew = Crew::new(command, 0..plan.local_workers);
     let deadline = tokio::time::Instant::now() + plan.come_back_timeout();

@@ -46,6 +46,8 @@ pub(super) struct WorkerCommand {
     pub local_workers: u32,
     /// Whether this program is `cloze join`.
     pub by_join: bool,
+    /// A process that has not joined for so long after its start hangs.
+    pub join_within: Duration,
 }
 
 /// What a process can be made to do.
@@ -255,7 +257,7 @@ mod tests {
             fs::create_dir_all(folder).unwrap();
         }
         let contact = Contact { coordinator: "127.0.0.1:1".to_owned(), token: Secret::new("token"), key: None };
-        WorkerCommand { binary, paths, contact, slots: 4, local_workers: 2, by_join: false }
+        WorkerCommand { binary, paths, contact, slots: 4, local_workers: 2, by_join: false, join_within: Duration::from_mins(1) }
     }
 
     #[tokio::test]

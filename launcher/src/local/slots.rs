@@ -7,9 +7,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use cloze_cluster::{Event, PinnedKey, Secret};
+use cloze_cluster::protocol::PROTOCOL_VERSION;
+use cloze_cluster::{Event, ExitReport, PinnedKey, Secret, report_exit};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
+use tokio::task::spawn_blocking;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use super::contact::{Contact, StatedContact, reach};
@@ -26,8 +28,15 @@ use crate::run_folder::{RunPaths, storage};
 /// Interval at which signals, events and due times are looked at.
 const TICK_MS: u64 = 250;
 
+/// Most characters of a log's end that the coordinator is told.
+const MAX_REPORTED_CHARACTERS: usize = 2000;
+
 /// Wait before the coordinator is looked for again.
 const RETRY_MS: u64 = 500;
+
+/// A worker that has not joined for so long after its start hangs. It reads its recipe and opens a port before it joins; libraries on a
+/// slow disk take some of it.
+const JOIN_WITHIN_S: u64 = 60;
 
 /// Exit code of a worker that was asked to stop.
 const EXIT_CODE_STOPPED: i32 = 130;
@@ -107,7 +116,8 @@ impl<'a> Outpost<'a> {
         }
         let local_workers = slots.len() as u32;
         let binary = worker_binary;
-        let command = WorkerCommand { binary, paths, contact, slots: workers, local_workers, by_join: true };
+        let join_within = Duration::from_secs(JOIN_WITHIN_S);
+        let command = WorkerCommand { binary, paths, contact, slots: workers, local_workers, by_join: true, join_within };
         let limits = RestartLimits { max_restarts: recipe.cluster.max_restarts, min_workers: recipe.cluster.min_workers };
         let crew = Crew::new(command, slots.iter().copied());
         let mut outpost = Self {
@@ -153,7 +163,7 @@ impl<'a> Outpost<'a> {
             tokio::select! {
                 biased;
                 _ = tick.tick() => self.look_around().await?,
-                Some(exit) = self.crew.next_exit() => self.take_exit(&exit?)?,
+                Some(exit) = self.crew.next_exit() => self.take_exit(&exit?).await?,
             }
         }
         match self.failure.take() {
@@ -178,6 +188,9 @@ impl<'a> Outpost<'a> {
             self.leave_by = None;
             self.say("the workers did not leave in time and are killed")?;
             self.crew.kill_all();
+        }
+        for worker in self.crew.hanging(now) {
+            self.say(&format!("worker {worker} has not joined within {JOIN_WITHIN_S} s of its start and is killed"))?;
         }
         for replacement in self.crew.due(now) {
             self.replace(replacement, now).await?;
@@ -257,7 +270,7 @@ impl<'a> Outpost<'a> {
         }
     }
 
-    fn take_exit(&mut self, exit: &Exit) -> anyhow::Result<()> {
+    async fn take_exit(&mut self, exit: &Exit) -> anyhow::Result<()> {
         let worker = exit.worker;
         let is_done = self.leaving || matches!(exit.code, Some(0 | EXIT_CODE_STOPPED));
         self.say(&format!("worker {worker} (process {}) ended with {}", exit.process_id, exit.status))?;
@@ -268,6 +281,9 @@ impl<'a> Outpost<'a> {
         }
         let verdict = self.crew.take_exit(exit, is_done, &self.limits);
         let log_path = self.crew.command().paths.log(worker);
+        if !is_done && !verdict.finished {
+            self.report(exit, matches!(verdict.decision, ExitDecision::Restart { .. })).await;
+        }
         match verdict.decision {
             ExitDecision::Expected | ExitDecision::Restart { .. } => Ok(()),
             ExitDecision::LeaveEmpty => {
@@ -278,6 +294,25 @@ impl<'a> Outpost<'a> {
                 self.say(&format!("worker {worker} is not replaced: {}", verdict.reason))
             }
             ExitDecision::GiveUp { kind } => Err(exit_failure(kind, verdict.reason, exit, &log_path).into()),
+        }
+    }
+
+    /// Tells the coordinator how a process ended, which it cannot see itself. It notices the loss also where it is not told.
+    async fn report(&self, exit: &Exit, is_replaced: bool) {
+        let Contact { coordinator, token, key } = self.crew.command().contact.clone();
+        let report = ExitReport {
+            protocol_version: PROTOCOL_VERSION,
+            token,
+            worker: exit.worker,
+            process_id: exit.process_id,
+            status: exit.status.clone(),
+            tail: exit.tail.chars().take(MAX_REPORTED_CHARACTERS).collect(),
+            dump: exit.dump.as_ref().and_then(|dump| dump.as_ref().ok()).map(|path| path.display().to_string()),
+            is_replaced,
+        };
+        let told = spawn_blocking(move || report_exit(&coordinator, key.as_ref(), report)).await;
+        if let Ok(Err(error)) = told {
+            tracing::info!(worker = exit.worker, error = format!("{error:#}"), "the coordinator was not told how a worker ended");
         }
     }
 

@@ -160,6 +160,10 @@ impl<'a> Supervisor<'a> {
             self.warn(format!("the workers did not leave within {seconds} s (`checkpoint.stop_timeout_s`) and are killed"))?;
             self.kill_all(control)?;
         }
+        for worker in self.crew.hanging(now) {
+            let seconds = self.crew.command().join_within.as_secs();
+            self.warn(format!("worker {worker} has not joined within {seconds} s of its start (half of --join-timeout) and is killed"))?;
+        }
         for replacement in self.crew.due(now) {
             let (worker, attempt, budget_left) = (replacement.worker, replacement.attempt, replacement.budget_left);
             self.reporters.write(Event::WorkerRestarted { worker, attempt, budget_left })?;
@@ -392,7 +396,8 @@ mod tests {
     fn crew(run: &RunFolder, local_workers: u32) -> Crew {
         let (binary, paths) = (script(run.path(), "kill -STOP $$"), run.paths().clone());
         let contact = Contact { coordinator: "127.0.0.1:1".to_owned(), token: Secret::new("token"), key: None };
-        Crew::new(WorkerCommand { binary, paths, contact, slots: 2, local_workers, by_join: false }, 0..local_workers)
+        let join_within = PATIENCE;
+        Crew::new(WorkerCommand { binary, paths, contact, slots: 2, local_workers, by_join: false, join_within }, 0..local_workers)
     }
 
     fn limits() -> SupervisorLimits {

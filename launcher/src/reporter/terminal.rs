@@ -258,7 +258,7 @@ mod tests {
         vec![
             Event::RunStarted { name: "demo".to_owned(), recipe_hash: "r".to_owned(), workers: 2, min_workers: None, steps: 300 },
             Event::WorkerStarted { worker: 0, process_id: 7 },
-            Event::WorkerJoined { worker: 0, host: "h".to_owned(), rejoined: false },
+            Event::WorkerJoined { worker: 0, host: "h".to_owned(), process_id: 7, rejoined: false },
             generation(1),
             Event::Restored { generation: 1, step: 0, source: "scratch".to_owned(), skipped: Vec::new(), seconds: 0.0 },
         ]

@@ -30,7 +30,7 @@ pub(crate) fn start() -> Vec<Event> {
         vec![Event::RunStarted { name: "demo".to_owned(), recipe_hash: "4f1c".to_owned(), workers: 2, min_workers: None, steps: 300 }];
     for worker in 0..2 {
         events.push(Event::WorkerStarted { worker, process_id: 100 + worker });
-        events.push(Event::WorkerJoined { worker, host: "node-a".to_owned(), rejoined: false });
+        events.push(Event::WorkerJoined { worker, host: "node-a".to_owned(), process_id: 100 + worker, rejoined: false });
     }
     events.extend([generation(1, &[0, 1]), restored(1, 0, "scratch")]);
     events

@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 /// this bound the oldest is given out as it is.
 const MAX_OPEN: usize = 4_096;
 
+/// How long a record waits for the end of a process that another host's launcher watches, in seconds: the host may be lost as well.
+const ELSEWHERE_WAIT_S: f64 = 30.0;
+
 /// What was done about a failure, the weaker deed first: of two that apply the later one in this list is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Decision {
@@ -88,7 +91,7 @@ pub struct FailureRecord {
 pub struct Ledger {
     generation: u64,
     step: u64,
-    /// The newest process of each slot that a controller started.
+    /// The newest process of each slot.
     processes: BTreeMap<u32, Process>,
     /// The host of each slot.
     hosts: BTreeMap<u32, String>,
@@ -103,6 +106,8 @@ struct Process {
     exit: Option<String>,
     /// The newest controller has started it.
     is_new: bool,
+    /// The launcher of another host has started it.
+    is_elsewhere: bool,
 }
 
 /// A record that more can be said about.
@@ -111,6 +116,8 @@ struct Open {
     record: FailureRecord,
     /// The process whose end is not known yet.
     process_id: Option<u32>,
+    /// Unix time until which its end is waited for, where somebody else watches it.
+    exit_by: Option<f64>,
     waits_for: Expected,
     /// The class is a guess until the recovery tells it.
     class_is_guessed: bool,
@@ -142,7 +149,7 @@ impl Ledger {
             Event::Restored { generation, step, source, .. } => self.restored(*generation, *step, source),
             Event::CoordinatorRestarted { generation, adopted } => self.not_adopted = (!adopted).then_some(*generation),
             Event::WorkerStarted { worker, process_id } => {
-                self.processes.insert(*worker, Process { id: *process_id, exit: None, is_new: true });
+                self.processes.insert(*worker, Process { id: *process_id, exit: None, is_new: true, is_elsewhere: false });
             }
             Event::WorkerLost { worker, rank, host, class, reason } => {
                 let record = FailureRecord { rank: *rank, host: Some(host.clone()), ..self.record(recorded.time, *class, reason) };
@@ -159,8 +166,12 @@ impl Ledger {
                 }
             }
             Event::WorkerRestarted { worker, .. } => self.decide(Decision::Replaced, |record| record.worker == Some(*worker)),
-            Event::WorkerJoined { worker, host, rejoined } => {
+            Event::WorkerJoined { worker, host, process_id, rejoined } => {
                 self.hosts.insert(*worker, host.clone());
+                self.processes
+                    .entry(*worker)
+                    .and_modify(|known| known.come(*process_id))
+                    .or_insert_with(|| Process::elsewhere(*process_id));
                 // Of processes that `cloze join` starts, no other event tells.
                 let decision = if *rejoined { Decision::JoinedAgain } else { Decision::Replaced };
                 self.decide(decision, |record| record.worker == Some(*worker));
@@ -175,7 +186,7 @@ impl Ledger {
             Event::RunStopped { .. } | Event::RunFinished { .. } => self.close_all(),
             _ => {}
         }
-        self.take_complete()
+        self.take_complete(recorded.time)
     }
 
     /// Gives out what is still open when no more events come.
@@ -215,17 +226,18 @@ impl Ledger {
             Some(Process { exit, .. }) => (exit.clone(), None),
             None => (None, None),
         };
+        let exit_by = process.is_some_and(|process| process.is_elsewhere).then_some(record.time + ELSEWHERE_WAIT_S);
         // A worker that reports its own failure ends the generation first and its connection afterwards: that is one failure.
         let explained = self.open.iter_mut().find(|open| open.class_is_guessed && open.record.worker == Some(worker));
         if let Some(open) = explained {
             let known = &mut open.record;
             (known.worker, known.rank, known.host, known.exit) = (record.worker, record.rank, record.host, exit);
-            open.process_id = process_id;
+            (open.process_id, open.exit_by) = (process_id, exit_by);
             known.decision = None;
             return;
         }
         let waits_for = if record.rank.is_some() { Expected::Recovery } else { Expected::Generation };
-        self.open.push(Open { record: FailureRecord { exit, ..record }, process_id, waits_for, class_is_guessed: false });
+        self.open.push(Open { record: FailureRecord { exit, ..record }, process_id, exit_by, waits_for, class_is_guessed: false });
     }
 
     /// The end of a process that an earlier controller watched is not told any more.
@@ -266,7 +278,7 @@ impl Ledger {
         };
         let host = record.worker.and_then(|worker| self.hosts.get(&worker).cloned());
         let record = FailureRecord { host, decision, ..record };
-        self.open.push(Open { record, process_id: None, waits_for: Expected::Recovery, class_is_guessed: true });
+        self.open.push(Open { record, process_id: None, exit_by: None, waits_for: Expected::Recovery, class_is_guessed: true });
     }
 
     fn exited(&mut self, worker: u32, process_id: u32, status: &str) {
@@ -307,7 +319,7 @@ impl Ledger {
                 None => failure.what.clone(),
             };
             let record = self.record(time, FailureClass::Other, &reason);
-            self.open.push(Open { record, process_id: None, waits_for: Expected::Nothing, class_is_guessed: false });
+            self.open.push(Open { record, process_id: None, exit_by: None, waits_for: Expected::Nothing, class_is_guessed: false });
         }
         self.decide(Decision::Stopped, |_| true);
         self.close_all();
@@ -330,12 +342,27 @@ impl Ledger {
         self.open.iter_mut().rev().find(|open| open.record.worker == Some(worker))
     }
 
-    fn take_complete(&mut self) -> Vec<FailureRecord> {
+    fn take_complete(&mut self, now: f64) -> Vec<FailureRecord> {
         let surplus = self.open.len().saturating_sub(MAX_OPEN);
         let mut given: Vec<FailureRecord> = self.open.drain(..surplus).map(|open| open.record).collect();
-        let is_complete = |open: &mut Open| open.waits_for == Expected::Nothing && open.process_id.is_none();
+        let has_exit = |open: &Open| open.process_id.is_none() || open.exit_by.is_some_and(|by| now > by);
+        let is_complete = |open: &mut Open| open.waits_for == Expected::Nothing && has_exit(open);
         given.extend(self.open.extract_if(.., is_complete).map(|open| open.record));
         given
+    }
+}
+
+impl Process {
+    /// One of which nothing is known but that it has joined.
+    fn elsewhere(id: u32) -> Self {
+        Self { id, exit: None, is_new: false, is_elsewhere: true }
+    }
+
+    /// A process joins in this one's slot: itself, or one that no controller has started.
+    fn come(&mut self, id: u32) {
+        if self.id != id {
+            *self = Self::elsewhere(id);
+        }
     }
 }
 

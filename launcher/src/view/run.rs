@@ -342,9 +342,9 @@ impl RunView {
                 worker.process_id = Some(*process_id);
                 worker.becomes(WorkerState::Starting, "its process was started");
             }
-            Event::WorkerJoined { worker, host, rejoined } => {
+            Event::WorkerJoined { worker, host, process_id, rejoined } => {
                 let Some(worker) = self.slot(*worker) else { return };
-                worker.host = Some(host.clone());
+                (worker.host, worker.process_id) = (Some(host.clone()), Some(*process_id));
                 worker.becomes(WorkerState::Joined, if *rejoined { "joined again" } else { "joined" });
             }
             Event::GenerationStarted { workers, .. } => self.seat(workers),

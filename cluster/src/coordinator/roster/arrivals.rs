@@ -21,6 +21,7 @@ impl Roster {
             return;
         }
         let (worker, slot) = (join.worker, join.worker as usize);
+        self.executable.get_or_insert_with(|| (join.executable.clone(), format!("worker {worker} on {}", join.host)));
         let adopted = self.adopts(&join);
         // Who has hung up while nobody listened, and takes part in no generation, has lost nothing.
         let is_forgiven = now < self.state.forgiving_until && !self.members().contains(&worker);
@@ -45,7 +46,7 @@ impl Roster {
             activity: Activity { phase: Phase::Joining, waiting: false, progress: 0, since: now },
         });
         self.state.hosts.entry(host.clone()).or_default();
-        self.events.push(Event::WorkerJoined { worker, host, rejoined });
+        self.events.push(Event::WorkerJoined { worker, host, process_id, rejoined });
         self.tell(worker, &CoordinatorMessage::Welcome { adopted });
         if adopted {
             self.tell_again(worker);
@@ -152,6 +153,15 @@ impl Roster {
             && record.excluded
         {
             return Some(excluded_failure(&join.host, record.failures));
+        }
+        if let Some((executable, owner)) = self.executable.as_ref().filter(|(executable, _)| *executable != join.executable) {
+            return Some(
+                Failure::new(FailureKind::Mismatch, "the worker's executable is not that of the others")
+                    .at(format!("worker {worker} on {}", join.host))
+                    .expected(format!("executable {executable}, as {owner} has it"))
+                    .found(format!("executable {}", join.executable))
+                    .hint("copy one `cloze-worker` to all hosts; after it was replaced, stop the run and `cloze resume` it"),
+            );
         }
         match self.state.workers.get(worker as usize) {
             None => failure("there is no such worker slot").map(|failure| failure.expected(format!("a slot below {}", self.seats.len()))),

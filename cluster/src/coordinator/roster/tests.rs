@@ -56,6 +56,7 @@ fn request(worker: u32) -> JoinRequest {
         token: Secret::new("t"),
         recipe_hash: "r".to_owned(),
         build: "b".to_owned(),
+        executable: "e".to_owned(),
         worker,
         process_id: 1000 + worker,
         host: format!("node-{worker}"),
@@ -103,6 +104,26 @@ fn settle(roster: &mut Roster, now: Duration) -> Vec<Event> {
 
 fn failure(what: &str) -> Failure {
     Failure::new(FailureKind::Run, what)
+}
+
+#[test]
+fn all_workers_are_one_executable() {
+    let mut roster = Roster::new(2, limits(), None).unwrap();
+    let refused = JoinRequest { worker: 7, executable: "first".to_owned(), ..request(0) };
+    let _refused = join_as(&mut roster, 9, refused, at(0));
+    // Whoever was refused sets no example.
+    let _first = join(&mut roster, 0, 0, at(0));
+    let mut inbox = join_as(&mut roster, 1, JoinRequest { executable: "other".to_owned(), ..request(1) }, at(0));
+    let [CoordinatorMessage::Refused { failure }] = &heard(&mut inbox)[..] else { panic!("refused") };
+    assert_eq!(failure.kind, FailureKind::Mismatch);
+    let (expected, found) = (failure.expected.as_deref(), failure.found.as_deref());
+    assert_eq!((expected, found), (Some("executable e, as worker 0 on node-0 has it"), Some("executable other")));
+    // Also a worker that comes back, whose file was replaced meanwhile.
+    roster.closed(0, 0, at(0), "connection closed");
+    let mut again = join_as(&mut roster, 2, JoinRequest { executable: "other".to_owned(), ..request(0) }, at(0));
+    assert!(matches!(heard(&mut again)[..], [CoordinatorMessage::Refused { .. }]));
+    let mut same = join(&mut roster, 0, 3, at(0));
+    assert!(matches!(heard(&mut same)[..], [CoordinatorMessage::Welcome { .. }]));
 }
 
 #[test]

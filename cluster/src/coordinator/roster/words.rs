@@ -8,7 +8,7 @@ use super::{LEADER, Roster};
 use crate::coordinator::server::Control;
 use crate::event::Event;
 use crate::membership::{Activity, Broken, Ready, Setback, Worker};
-use crate::protocol::{CoordinatorMessage, FailureClass, Frame, Phase, SavedFile, WorkerMessage};
+use crate::protocol::{CoordinatorMessage, ExitReport, FailureClass, Frame, Phase, SavedFile, WorkerMessage};
 
 /// A worker's failure, as it tells it.
 struct Report {
@@ -60,14 +60,34 @@ impl Roster {
                 self.tell_members(&members, &CoordinatorMessage::Save { reason });
             }
             Control::WorkerExited { worker, process_id, status } => self.exited(worker, process_id, &status),
-            Control::NoReplacement { worker } => {
-                if let Some(Worker::Absent(absence)) = self.state.workers.get_mut(worker as usize) {
-                    absence.is_awaited = false;
-                }
-            }
+            Control::NoReplacement { worker } => self.await_no_more(worker),
             Control::GiveUp { failure } => {
                 self.state.failure.get_or_insert(failure);
             }
+        }
+    }
+
+    /// A launcher on another host saw a process end. The coordinator's own launcher tells of its own.
+    pub(in crate::coordinator) fn exited_elsewhere(&mut self, report: ExitReport) {
+        self.has_changed = true;
+        let ExitReport { worker, process_id, status, tail, dump, is_replaced, .. } = report;
+        if worker as usize >= self.seats.len() {
+            tracing::warn!(worker, status, "a worker without a slot is said to have ended");
+            return;
+        }
+        self.exited(worker, process_id, &status);
+        if let Some(path) = dump {
+            self.events.push(Event::StackDumped { worker, path });
+        }
+        self.events.push(Event::WorkerExited { worker, process_id, status, tail });
+        if !is_replaced {
+            self.await_no_more(worker);
+        }
+    }
+
+    fn await_no_more(&mut self, worker: u32) {
+        if let Some(Worker::Absent(absence)) = self.state.workers.get_mut(worker as usize) {
+            absence.is_awaited = false;
         }
     }
 

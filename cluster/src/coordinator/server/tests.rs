@@ -9,9 +9,11 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::*;
-use crate::client::{Client, JoinOptions};
+use crate::client::{Client, JoinOptions, report_exit};
 use crate::coordinator::connection::MAX_UNAUTHENTICATED_CONNECTIONS;
-use crate::protocol::{self, CoordinatorMessage, FailureClass, JoinRequest, PROTOCOL_VERSION, StepReport, Unreported, WorkerMessage};
+use crate::protocol::{
+    self, CoordinatorMessage, ExitReport, FailureClass, JoinRequest, PROTOCOL_VERSION, StepReport, Unreported, WorkerMessage,
+};
 use crate::tls::PinnedKey;
 
 mod secured;
@@ -43,6 +45,7 @@ in_clear_and_by_tls!(
     two_workers_train_and_finish,
     strangers_are_refused,
     a_lost_worker_is_replaced,
+    the_end_of_a_process_on_another_host_is_told,
     a_stop_lets_the_workers_leave,
     giving_up_ends_the_run_and_the_workers,
     silent_connections_are_bounded,
@@ -97,6 +100,7 @@ impl Sandbox {
             coordinator_key: self.pinned,
             recipe_hash: "recipe".to_owned(),
             build: "build".to_owned(),
+            executable: "executable".to_owned(),
             worker,
             collective_address: format!("127.0.0.1:{}", 9000 + worker),
             heartbeat_timeout: Duration::from_secs(2),
@@ -207,6 +211,7 @@ async fn another_protocol_version_is_refused() {
         token: Secret::new("token"),
         recipe_hash: "recipe".to_owned(),
         build: "build".to_owned(),
+        executable: "executable".to_owned(),
         worker: 0,
         process_id: 1,
         host: "h".to_owned(),
@@ -251,6 +256,51 @@ async fn a_lost_worker_is_replaced(key: Option<RunKey>) {
     let (class, reason) = (FailureClass::ConnectionClosed, "connection closed".to_owned());
     let lost = Event::WorkerLost { worker: 1, rank: Some(1), host, class, reason };
     assert_eq!(seen.iter().filter(|event| matches!(event, Event::WorkerLost { .. })).collect::<Vec<_>>(), [&lost]);
+    assert_eq!(sandbox.end().await.0, RunEnd::Finished { step: 9 });
+}
+
+/// Tells as a launcher on another host does.
+async fn tell_exit(sandbox: &Sandbox, report: ExitReport) -> anyhow::Result<()> {
+    let (address, key) = (sandbox.address.to_string(), sandbox.pinned);
+    spawn_blocking(move || report_exit(&address, key.as_ref(), report)).await.unwrap()
+}
+
+async fn the_end_of_a_process_on_another_host_is_told(key: Option<RunKey>) {
+    let mut sandbox = Sandbox::start(2, key).await;
+    let (survivor, victim) = (sandbox.join(0).await, sandbox.join(1).await);
+    tokio::join!(started(&survivor), started(&victim));
+    let report = ExitReport {
+        protocol_version: PROTOCOL_VERSION,
+        token: Secret::new("token"),
+        worker: 1,
+        process_id: std::process::id(),
+        status: "SIGSEGV".to_owned(),
+        tail: "last words".to_owned(),
+        dump: Some("/dumps/1".to_owned()),
+        is_replaced: true,
+    };
+    let stranger = ExitReport { token: Secret::new("guess"), ..report.clone() };
+    let failure = tell_exit(&sandbox, stranger).await.unwrap_err().downcast::<Failure>().unwrap();
+    assert_eq!(failure.what, "the coordinator does not know this token");
+    tell_exit(&sandbox, ExitReport { worker: 7, ..report.clone() }).await.unwrap();
+    // The connection of the worker is still open: it is lost by the word alone.
+    tell_exit(&sandbox, report).await.unwrap();
+    let mut seen = Vec::new();
+    while !matches!(seen.last(), Some(Event::GenerationAborted { .. })) {
+        seen.push(timeout(PATIENCE, sandbox.events.recv()).await.unwrap().unwrap());
+    }
+    let lost =
+        seen.iter().find_map(|event| if let Event::WorkerLost { worker, reason, .. } = event { Some((*worker, reason)) } else { None });
+    assert_eq!(lost, Some((1, &"process ended with SIGSEGV".to_owned())));
+    let (path, tail) = ("/dumps/1".to_owned(), "last words".to_owned());
+    let exited = Event::WorkerExited { worker: 1, process_id: std::process::id(), status: "SIGSEGV".to_owned(), tail };
+    assert!(seen.contains(&Event::StackDumped { worker: 1, path }) && seen.contains(&exited), "{seen:?}");
+    assert_eq!(seen.iter().filter(|event| matches!(event, Event::WorkerExited { .. })).count(), 1);
+    drop(victim);
+    let replacement = sandbox.join(1).await;
+    survivor.ready(1, Some(0)).unwrap();
+    tokio::join!(started(&survivor), started(&replacement));
+    tokio::join!(finish(survivor, 2, 9, false), finish(replacement, 2, 9, false));
     assert_eq!(sandbox.end().await.0, RunEnd::Finished { step: 9 });
 }
 

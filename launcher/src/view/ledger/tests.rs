@@ -23,7 +23,7 @@ fn restarted() -> Event {
 }
 
 fn joined(rejoined: bool) -> Event {
-    Event::WorkerJoined { worker: 1, host: "node-a".to_owned(), rejoined }
+    Event::WorkerJoined { worker: 1, host: "node-a".to_owned(), process_id: 111, rejoined }
 }
 
 fn abort(reason: &str, worker: Option<u32>) -> Event {
@@ -98,6 +98,20 @@ fn a_record_waits_for_the_end_of_its_process() {
     assert_eq!((before, records.len()), (0, 1));
     assert_eq!(records[0].exit.as_deref(), Some("signal 9 (SIGKILL)"));
     assert_eq!(records[0].dump.as_deref(), Some("dumps/worker-1-101.txt"));
+}
+
+#[test]
+fn the_end_of_a_process_elsewhere_is_waited_for_as_long_as_it_may_come() {
+    let joined = Event::WorkerJoined { worker: 1, host: "node-b".to_owned(), process_id: 909, rejoined: false };
+    let ended = Event::WorkerExited { worker: 1, process_id: 909, status: "SIGSEGV".to_owned(), tail: String::new() };
+    let events = vec![joined, lost(Some(1)), aborted(1, 57), generation(2, &[0]), recovered(2, 1, CLOSED)];
+    let (records, before) = story([events.clone(), vec![ended]].concat());
+    assert_eq!((before, records.len(), records[0].exit.as_deref()), (0, 1, Some("SIGSEGV")));
+    // Its host is lost with it: a step half a minute later, nobody waits any more.
+    let steps = (58..95).map(|number| step(2, number, 1.0)).collect();
+    let (records, before) = story([events, steps].concat());
+    assert_eq!((records.len(), records[0].exit.as_deref()), (1, None));
+    assert_eq!(before, 1);
 }
 
 #[test]

@@ -19,7 +19,7 @@ fn training() -> Vec<Event> {
 
 fn recovery() -> Vec<Event> {
     let restarted = Event::WorkerRestarted { worker: 1, attempt: 1, budget_left: 2 };
-    let joined = Event::WorkerJoined { worker: 1, host: "node-b".to_owned(), rejoined: false };
+    let joined = Event::WorkerJoined { worker: 1, host: "node-b".to_owned(), process_id: 111, rejoined: false };
     vec![
         lost(Some(1)),
         aborted(1, 57),
@@ -140,7 +140,7 @@ fn a_late_end_of_an_old_process_changes_nothing() {
 #[test]
 fn a_new_controller_adopts_the_members() {
     let again = Event::RunStarted { name: "demo".to_owned(), recipe_hash: "4f1c".to_owned(), workers: 2, min_workers: Some(1), steps: 300 };
-    let joined = [1, 0].map(|worker| Event::WorkerJoined { worker, host: "node-a".to_owned(), rejoined: true });
+    let joined = [1, 0].map(|worker| Event::WorkerJoined { worker, host: "node-a".to_owned(), process_id: 100 + worker, rejoined: true });
     let adopted = Event::CoordinatorRestarted { generation: 1, adopted: true };
     let events = [vec![again], joined.to_vec(), vec![adopted]].concat();
     for (name, view) in [("with its past", after(&training(), events.clone())), ("from here on", view(events))] {
@@ -160,7 +160,7 @@ fn lists_are_bounded() {
     assert_eq!((view.checkpoints.len(), view.checkpoints[MAX_CHECKPOINTS - 1].step), (MAX_CHECKPOINTS, 99));
     assert_eq!((view.failures.len(), view.totals.failures["connection_closed"]), (MAX_FAILURES, 100));
     assert_eq!((view.totals.warnings, view.totals.checkpoints, view.totals.checkpoint_blocked_seconds), (100, 100, 25.0));
-    let far = Event::WorkerJoined { worker: u32::MAX, host: "node-z".to_owned(), rejoined: false };
+    let far = Event::WorkerJoined { worker: u32::MAX, host: "node-z".to_owned(), process_id: 7, rejoined: false };
     assert_eq!(after(&start(), [far]).workers.len(), MAX_SLOTS as usize);
 }
 

@@ -26,7 +26,7 @@ fn story() -> Vec<Event> {
 
 fn recovery() -> Vec<Event> {
     vec![
-        Event::WorkerJoined { worker: 1, host: "node-b".to_owned(), rejoined: false },
+        Event::WorkerJoined { worker: 1, host: "node-b".to_owned(), process_id: 111, rejoined: false },
         generation(2, &[0, 1]),
         restored(2, 57, "memory of worker 0"),
         step(2, 58, 1.2),
