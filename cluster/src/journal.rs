@@ -121,6 +121,18 @@ impl Memory {
     }
 }
 
+/// What came before a coordinator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Past {
+    /// All generations so far are over; the journal begins anew, and their numbers are not used again.
+    Over {
+        /// The newest one; 0 for none.
+        generation: u64,
+    },
+    /// The newest generation may still run: the journal says which it is.
+    MayRun,
+}
+
 /// The file, open for appending.
 #[derive(Debug)]
 pub struct Journal {
@@ -130,22 +142,31 @@ pub struct Journal {
     /// Length after the file was last written whole.
     whole_bytes: u64,
     memory: Memory,
+    past: Past,
 }
 
 impl Journal {
-    /// Opens a journal; with `adopt` what an earlier coordinator wrote is kept, otherwise it begins anew.
+    /// Opens a journal with what the past has left.
     ///
-    /// Fails with kind `Storage` when the file cannot be read or written, and with `Damaged` when a line other than the last is not
-    /// understood. A last line that was cut off is ignored: nobody acted on it.
-    pub fn open(path: &Path, adopt: bool) -> Result<Self, Failure> {
-        let memory = if adopt { read(path)? } else { Memory::default() };
+    /// Fails with kind `Storage` when the file cannot be read or written, and, where it is to be read, as [`Journal::read`] does.
+    pub fn open(path: &Path, past: Past) -> Result<Self, Failure> {
+        let memory = match past {
+            Past::MayRun => Self::read(path)?,
+            Past::Over { generation } => Memory { generation, ..Memory::default() },
+        };
         let (file, bytes) = write_whole(path, &memory)?;
-        Ok(Self { path: path.to_owned(), file, bytes, whole_bytes: bytes, memory })
+        Ok(Self { path: path.to_owned(), file, bytes, whole_bytes: bytes, memory, past })
     }
 
-    /// Reads a journal as [`Journal::open`] does, and changes nothing. Fails in the same way.
-    pub fn check(path: &Path) -> Result<(), Failure> {
-        read(path).map(drop)
+    /// What a journal says; nothing where there is none. Fails with kind `Storage` when the file cannot be read, and with `Damaged` when a
+    /// line other than the last is not understood, or none is whole. A last line that was cut off is ignored: nobody acted on it.
+    pub fn read(path: &Path) -> Result<Memory, Failure> {
+        read(path)
+    }
+
+    /// Whether a generation of an earlier coordinator may still run.
+    pub fn continues(&self) -> bool {
+        self.past == Past::MayRun
     }
 
     /// What is known.
@@ -188,6 +209,10 @@ fn read(path: &Path) -> Result<Memory, Failure> {
         return Err(damaged(path, format!("{length} bytes")).expected(format!("at most {MAX_READ_BYTES} bytes")));
     }
     let bytes = fs::read(path).map_err(|error| storage("read the journal", path, &error))?;
+    // It is never written without a whole line.
+    if !bytes.contains(&b'\n') {
+        return Err(damaged(path, format!("no whole line in {length} bytes")));
+    }
     let mut memory = Memory::default();
     for (index, line) in bytes.split_inclusive(|byte| *byte == b'\n').enumerate() {
         match serde_json::from_slice(line) {
@@ -260,7 +285,7 @@ mod tests {
     }
 
     fn written(path: &Path) -> Memory {
-        let mut journal = Journal::open(path, false).unwrap();
+        let mut journal = Journal::open(path, Past::Over { generation: 0 }).unwrap();
         for entry in entries() {
             journal.record(entry).unwrap();
         }
@@ -278,9 +303,11 @@ mod tests {
         assert!(memory.hosts["node-b"].excluded);
         assert_eq!(memory.retries.of(17), 1);
         for _ in 0..2 {
-            assert_eq!(Journal::open(&path, true).unwrap().memory(), &memory);
+            assert_eq!(Journal::open(&path, Past::MayRun).unwrap().memory(), &memory);
         }
-        assert_eq!(Journal::open(&path, false).unwrap().memory(), &Memory::default(), "a fresh run begins anew");
+        let anew = Journal::open(&path, Past::Over { generation: 7 }).unwrap();
+        assert_eq!(anew.memory(), &Memory { generation: 7, ..Memory::default() }, "only the numbers go on");
+        assert_eq!(Journal::read(&path).unwrap().generation, 7);
         let names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(names, ["journal.jsonl"], "nothing temporary is left");
     }
@@ -290,12 +317,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("journal.jsonl");
         written(&path);
-        let mut journal = Journal::open(&path, true).unwrap();
+        let mut journal = Journal::open(&path, Past::MayRun).unwrap();
         journal.record(Entry::Over { generation: 1 }).unwrap();
         assert!(journal.memory().running.is_some(), "word of an older generation");
         journal.record(Entry::Over { generation: 2 }).unwrap();
         drop(journal);
-        let memory = Journal::open(&path, true).unwrap().memory().clone();
+        let memory = Journal::open(&path, Past::MayRun).unwrap().memory().clone();
         assert_eq!((memory.generation, memory.running), (2, None));
     }
 
@@ -306,25 +333,30 @@ mod tests {
         let memory = written(&path);
         let good = fs::read(&path).unwrap();
         fs::write(&path, [good.as_slice(), b"{\"entry\":\"generation\",\"gener"].concat()).unwrap();
-        let mut journal = Journal::open(&path, true).unwrap();
+        let mut journal = Journal::open(&path, Past::MayRun).unwrap();
         assert_eq!(journal.memory(), &memory);
         journal.record(Entry::Over { generation: 2 }).unwrap();
-        assert_eq!(Journal::open(&path, true).unwrap().memory().running, None, "the cut line does not spoil the next");
+        assert_eq!(Journal::open(&path, Past::MayRun).unwrap().memory().running, None, "the cut line does not spoil the next");
 
         fs::write(&path, [b"{\"entry\":\"gener\n".as_slice(), good.as_slice()].concat()).unwrap();
         let before = fs::read(&path).unwrap();
-        assert_eq!(Journal::check(&path).unwrap_err().kind, FailureKind::Damaged);
+        assert_eq!(Journal::read(&path).unwrap_err().kind, FailureKind::Damaged);
         assert_eq!(fs::read(&path).unwrap(), before);
-        let failure = Journal::open(&path, true).unwrap_err();
+        let failure = Journal::open(&path, Past::MayRun).unwrap_err();
         assert_eq!(failure.kind, FailureKind::Damaged);
         assert!(failure.found.as_ref().unwrap().starts_with("line 1: "), "{failure}");
+        for cut in [b"".as_slice(), b"{\"entry\":"] {
+            fs::write(&path, cut).unwrap();
+            let found = Journal::read(&path).unwrap_err().found;
+            assert_eq!(found, Some(format!("no whole line in {} bytes", cut.len())));
+        }
     }
 
     #[test]
     fn a_missing_journal_is_an_empty_one_and_a_missing_folder_a_failure() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(Journal::open(&folder.path().join("journal.jsonl"), true).unwrap().memory(), &Memory::default());
-        let failure = Journal::open(&folder.path().join("nowhere").join("journal.jsonl"), true).unwrap_err();
+        assert_eq!(Journal::open(&folder.path().join("journal.jsonl"), Past::MayRun).unwrap().memory(), &Memory::default());
+        let failure = Journal::open(&folder.path().join("nowhere").join("journal.jsonl"), Past::MayRun).unwrap_err();
         assert_eq!(failure.kind, FailureKind::Storage);
     }
 
@@ -332,7 +364,7 @@ mod tests {
     fn the_file_is_bounded() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("journal.jsonl");
-        let mut journal = Journal::open(&path, false).unwrap();
+        let mut journal = Journal::open(&path, Past::Over { generation: 0 }).unwrap();
         let members: Vec<u32> = (0..4_000).collect();
         for number in 1..=30 {
             journal.note(generation(number, &members)).unwrap();
@@ -341,7 +373,7 @@ mod tests {
         assert!(length <= MAX_JOURNAL_BYTES, "{length}");
         let memory = journal.memory().clone();
         drop(journal);
-        assert_eq!(Journal::open(&path, true).unwrap().memory(), &memory);
+        assert_eq!(Journal::open(&path, Past::MayRun).unwrap().memory(), &memory);
         assert_eq!(memory.generation, 30);
     }
 }

@@ -159,6 +159,18 @@ impl RunFolder {
         Ok((Self { paths, info, _lock: lock }, recipe))
     }
 
+    /// Changes how the workers of a run that nobody controls share its state out; what is computed stays the same, and so does the
+    /// recipe's hash. Fails as [`RunFolder::open`] does, and with kind `Recipe` where the rest of the recipe does not go with it.
+    pub fn reshard(dir: &Path, shard: &str) -> anyhow::Result<()> {
+        let (run, before) = Self::open(dir)?;
+        let path = run.paths.recipe();
+        let after = cloze_recipes::load(&path, &[format!("train.shard={shard}")])?;
+        if after.train.shard != before.train.shard {
+            write_whole(&path, after.to_yaml().as_bytes(), READABLE)?;
+        }
+        Ok(())
+    }
+
     /// The folder, absolute.
     pub fn path(&self) -> &Path {
         self.paths.root()

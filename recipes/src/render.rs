@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde_json::{Map, Value};
 
-use crate::recipe::Recipe;
+use crate::recipe::{Recipe, Shard, TrainRecipe};
 
 /// Spaces of one level.
 const INDENT_SPACES: usize = 2;
@@ -21,8 +21,15 @@ impl Recipe {
 
     /// Names what the recipe means: 64 hexadecimal digits of blake3 over its JSON with sorted keys and no spaces.
     ///
-    /// Comments, key order, defaults spelled out or not, and the split into files do not change it; a path does.
+    /// Comments, key order, defaults spelled out or not, and the split into files do not change it; a path does. Where the workers keep the
+    /// state (`train.shard`) does not change what a run means, as little as their number does.
     pub fn hash(&self) -> String {
+        let train = TrainRecipe { shard: Shard::None, ..self.train.clone() };
+        Self { train, ..self.clone() }.layout_hash()
+    }
+
+    /// The same, with `train.shard`: what the workers of one generation must agree on.
+    pub fn layout_hash(&self) -> String {
         let mut value = json(self);
         value.sort_all_objects();
         blake3::hash(value.to_string().as_bytes()).to_hex().to_string()

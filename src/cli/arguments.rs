@@ -230,6 +230,9 @@ pub struct ResumeArguments {
     /// Resume a run of jobs on this machine, instead of submitting it again
     #[arg(long)]
     pub here: bool,
+    /// Share the state out among the workers in another way than before: none, optimizer, gradients or parameters
+    #[arg(long, value_name = "LEVEL", value_parser = ["none", "optimizer", "gradients", "parameters"])]
+    pub shard: Option<String>,
     /// How many workers, and where.
     #[command(flatten)]
     pub workers: WorkerArguments,

@@ -65,8 +65,11 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Exi
     if let Some(code) = super::submit::resume(arguments, stdout)? {
         return Ok(code);
     }
+    if let Some(shard) = &arguments.shard {
+        RunFolder::reshard(&arguments.run, shard)?;
+    }
     let (run, recipe, total) = open_to_resume(&arguments.run)?;
-    let before = last_workers(run.paths())?.unwrap_or(1);
+    let before = workers_before(&run, &arguments.workers)?;
     // The run folder does not say how many machines the recipe wanted.
     let hosts = Hosts::of(&arguments.hosts, || {
         let failure = Failure::new(FailureKind::Recipe, "`--cluster` does not say over which hosts a run goes on");
@@ -75,6 +78,17 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Exi
     let slots = Slots::of(&arguments.workers, before).over(hosts.as_ref(), arguments.watch.listen)?;
     let plan = plan(slots, &arguments.watch, recipe, total)?;
     go(run, LaunchPlan { resumed: true, ..plan }, hosts.as_ref(), arguments.watch.quiet)
+}
+
+/// The workers that a resumed run has, where nothing else is said. Fails where nothing tells of them.
+fn workers_before(run: &RunFolder, asked: &WorkerArguments) -> Result<u32> {
+    match (asked.workers, last_workers(run.paths())?) {
+        (Some(workers), _) | (None, Some(workers)) => Ok(workers),
+        (None, None) => Err(Failure::new(FailureKind::Input, "the event log names no start of the run, so its workers are not known")
+            .at(run.paths().events().display())
+            .hint("say how many it is to have: `--workers N`")
+            .into()),
+    }
 }
 
 /// Opens what a run reads, and checks that it belongs together.

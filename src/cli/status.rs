@@ -179,7 +179,9 @@ fn page_text(page: &str, is_first: bool) -> String {
 }
 
 /// Says on stderr what the view leaves out.
+/// Warns of lines that are left out. Fails where nothing is left.
 fn tell_passed_over(log: &EventLog) -> Result<()> {
+    log.expect_events()?;
     let told = [(log.passed_over(), "events of another version of cloze"), (log.damaged(), "damaged lines of the event log")];
     for (lines, what) in told.into_iter().filter(|(lines, _)| *lines > 0) {
         writeln!(std::io::stderr(), "warning: {lines} {what} are left out").context("report the log")?;

@@ -91,11 +91,15 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Opt
             .hint("`--here` resumes it on this machine instead")
             .into());
     }
+    let slurm = Slurm::find(before.slurm()?)?;
+    let mut jobs = Jobs::open_here(&slurm, &run)?;
+    if let Some(shard) = &arguments.shard {
+        refuse_living(&mut jobs, &run)?;
+        RunFolder::reshard(&arguments.run, shard)?;
+    }
     // What a job would meet at once is found here.
     check_inputs(&read_recipe(&run, &read_info(&run)?)?)?;
-    let slurm = Slurm::find(before.slurm()?)?;
     refuse_misfits(&slurm, &before.resources, before.slurm()?)?;
-    let mut jobs = Jobs::open_here(&slurm, &run)?;
     refuse_living(&mut jobs, &run)?;
     if let Some(step) = finished_at(&run)? {
         let line = format!("the run is finished at step {step}: no job is submitted");
@@ -178,7 +182,8 @@ impl Request {
     fn never_started(&self) -> Option<RunPaths> {
         let paths = RunPaths::find(&self.folder).ok()?;
         let info = read_info(&paths).ok()?;
-        let is_same = info.recipe_hash == self.recipe.hash() && info.data_fingerprint == self.data_fingerprint;
+        let is_same =
+            read_recipe(&paths, &info).ok()?.layout_hash() == self.recipe.layout_hash() && info.data_fingerprint == self.data_fingerprint;
         (is_same && !paths.events().exists()).then_some(paths)
     }
 

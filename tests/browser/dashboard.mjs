@@ -100,6 +100,19 @@ async function tablesTellTheWorkers(page) {
   assert.match(await page.textContent("#eta"), /^\d+:\d\d/);
 }
 
+// A worker is killed while somebody looks: the failure appears with cause, decision and recovery time, and the run goes on.
+async function aFailureAppears(page) {
+  const cells = page.locator("#workers tbody tr").nth(1).locator("td, th");
+  process.kill(Number(await cells.nth(4).textContent()), "SIGKILL");
+  await page.waitForFunction(() => [...document.querySelectorAll("#failures tbody tr")].some((row) => row.textContent.includes("memory of worker 0")));
+  assert.equal(await page.textContent("#failures-caption"), "1 failure, newest first");
+  const columns = await page.locator("#failures thead th").allTextContents();
+  const row = await page.locator("#failures tbody tr").evaluate((only) => [...only.cells].map((cell) => cell.textContent));
+  measured.failure = Object.fromEntries(columns.map((column, place) => [column, row[place]]));
+  await page.waitForFunction(() => document.querySelectorAll("#workers tbody tr td[data-state='training']").length === 2);
+  await shot(page, "failure");
+}
+
 async function isAccessible(page) {
   for (const role of ["banner", "main", "contentinfo"]) assert.equal(await page.getByRole(role).count(), 1, `landmark ${role}`);
   const unnamed = await page.evaluate(() => {
@@ -221,6 +234,7 @@ try {
   await chartsGrowWithoutReload(page);
   await switchesFollowMouseAndKeyboard(page);
   await tablesTellTheWorkers(page);
+  await aFailureAppears(page);
   await isAccessible(page);
   await fitsAPhone(page);
   await followsTheColourScheme(page);

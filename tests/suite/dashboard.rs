@@ -120,7 +120,13 @@ fn a_browser_watches_and_stops_a_run() {
     let outcome = run_command(&mut command).expect_code(0);
     let measured: Value = serde_json::from_str(outcome.stdout.trim()).expect("the script prints JSON");
     assert!(measured["steps"][0].as_u64() < measured["steps"][1].as_u64(), "{measured}");
-    for name in ["log-scale", "phone", "dark", "light", "confirm", "stopped"] {
+    let failure = &measured["failure"];
+    for (column, expected) in [("Cause", "connection closed"), ("Worker", "1"), ("What was done", "replaced"), ("Steps lost", "0")] {
+        assert_eq!(failure[column], expected, "{measured}");
+    }
+    let text = |column: &str| failure[column].as_str().unwrap_or_default().to_owned();
+    assert!(text("Recovery").ends_with(" s") && text("Reason").ends_with("; SIGKILL"), "{measured}");
+    for name in ["log-scale", "failure", "phone", "dark", "light", "confirm", "stopped"] {
         assert!(screenshots.join(name).with_extension("png").is_file(), "{name}");
     }
     process.wait().expect_code(130);

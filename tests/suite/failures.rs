@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::sandbox::{Run, World};
+use crate::sandbox::{Run, World, tool};
 
 const STEPS: u64 = 40;
 const DRILL_STEP: u64 = 20;
@@ -52,6 +52,11 @@ fn a_hung_worker_is_found_shown_and_replaced() {
     let path = run.path.join(path);
     let dump = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     assert!(dump.contains("cloze-worker"), "{dump}");
+    if tool("the stacks of a worker that hangs", "gdb").is_some() {
+        // By name, down to the place where it hangs.
+        let frames: Vec<&str> = dump.lines().filter(|line| line.starts_with('#')).collect();
+        assert!(frames.iter().any(|frame| frame.contains("cloze_worker::drill")), "{dump}");
+    }
     assert_eq!(run.events_named("worker_restarted").len(), 1);
     let recovered = only_recovery(&run, "hung");
     assert_eq!(recovered["source"], "memory of worker 0");

@@ -41,3 +41,24 @@ fn a_killed_run_goes_on_bit_for_bit() {
     let tokens = whole.events_named("step").iter().map(|event| event["tokens"].as_u64()).min().flatten();
     assert!(tokens > Some(3 * 256), "a step of {tokens:?} tokens may fit into fewer than four packs");
 }
+
+#[test]
+fn what_is_missing_of_a_runs_past_is_told() {
+    let world = World::prepared();
+    world.done(&["train", "recipe.yaml", "--run", "run", "--workers", "2", "--quiet", "--until-step", "5"]);
+    let run = world.run("run");
+    // Nobody needs the journal of a run that nobody works on; that it is damaged is worth a word.
+    std::fs::write(run.path.join("journal.jsonl"), "").expect("empty the journal");
+    world.done(&["resume", "run", "--until-step", "7", "--quiet"]);
+    let warnings = run.events_named("warning");
+    let message = warnings[0]["message"].as_str().expect("a message");
+    assert!(message.contains("journal.jsonl is damaged (no whole line in 0 bytes)"), "{message}");
+    let generations: Vec<Value> = run.events_named("generation_started").into_iter().map(|event| event["generation"].clone()).collect();
+    assert_eq!(generations, [1, 2], "the events know the number of the last generation");
+
+    std::fs::write(run.path.join("events.jsonl"), "what is this\n").expect("damage the events");
+    let outcome = world.cloze(&["resume", "run", "--quiet"]).expect_code(4);
+    outcome.expect_words(&["the event log names no start of the run", "events.jsonl", "--workers N"]);
+    world.done(&["resume", "run", "--workers", "2", "--quiet", "--until-step", "9"]);
+    assert_eq!(run.events_named("generation_started")[0]["generation"], 3, "the journal knows it as well");
+}

@@ -32,6 +32,31 @@ fn a_terminated_run_saves_its_step_and_resume_finishes_it() {
 }
 
 #[test]
+fn one_signal_saves_and_goes_on_and_another_saves_and_leaves() {
+    let world = World::prepared();
+    let arguments = ["--workers", "2", "--quiet", "--set", "train.steps=1000000", "--set", "checkpoint.every_steps=1000000"];
+    let process = world.start_training("signalled", &arguments);
+    let run = world.run("signalled");
+    wait_until("the run trains", Duration::from_secs(90), || run.last_step() >= 10);
+    process.signal("USR1");
+    wait_until("it has saved", Duration::from_secs(90), || run.events_named("checkpoint_saved").len() == 1);
+    let saved = number(&run.events_named("checkpoint_saved")[0]["step"]);
+    wait_until("it goes on", Duration::from_secs(90), || run.last_step() >= saved + 10);
+    process.signal("USR2");
+    process.wait().expect_code(130);
+    let step = run.last_step();
+    assert_eq!(run.events_named("run_stopped")[0]["step"], step);
+    // Each is the state of one step of all workers.
+    for step in [saved, step] {
+        let manifest = std::fs::read(run.checkpoint_path(step, "manifest.json")).expect("read a manifest");
+        let manifest: serde_json::Value = serde_json::from_slice(&manifest).expect("a manifest is JSON");
+        assert_eq!((&manifest["step"], &manifest["state"]["world_size"]), (&step.into(), &2.into()), "{manifest}");
+    }
+    assert_eq!(run.live_workers(), 0);
+    world.done(&["checkpoints", "verify", &run.path.display().to_string()]);
+}
+
+#[test]
 fn a_stop_while_a_worker_is_waited_for_saves_what_is_in_memory() {
     let world = World::prepared();
     // No checkpoint is due, nobody replaces worker 1, and the run may not go on without it.

@@ -12,6 +12,7 @@ use tokio::task::JoinHandle as Task;
 use super::*;
 use crate::coordinator::{Control, Coordinator, CoordinatorOptions, RunEnd};
 use crate::event::Event;
+use crate::journal::Past;
 use crate::membership::HangLimits;
 use crate::protocol::{self, Held, JoinRequest};
 use crate::tls::RunKey;
@@ -380,7 +381,7 @@ struct Controller {
 }
 
 impl Controller {
-    fn start(stage: Stage, bind: SocketAddr, journal: &Path, adopt: bool) -> Self {
+    fn start(stage: Stage, bind: SocketAddr, journal: &Path, past: Past) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let options = CoordinatorOptions {
             bind,
@@ -398,7 +399,7 @@ impl Controller {
             retries_per_step: 1,
             state_is_replicated: true,
             journal: Some(journal.to_owned()),
-            adopt,
+            past,
             told: None,
             until_step: None,
         };
@@ -457,7 +458,7 @@ fn next_start(client: &Client) -> u64 {
 fn a_successor_takes_the_generation_over(stage: Stage) {
     let folder = tempfile::tempdir().unwrap();
     let journal = folder.path().join("journal.jsonl");
-    let first = Controller::start(stage, SocketAddr::from(([127, 0, 0, 1], 0)), &journal, false);
+    let first = Controller::start(stage, SocketAddr::from(([127, 0, 0, 1], 0)), &journal, Past::Over { generation: 0 });
     let address = first.address;
     let clients: Vec<Client> = (0..2)
         .map(|worker| Client::join(JoinOptions { coordinator_grace: PATIENCE, ..stage.options(&address.to_string(), worker) }).unwrap())
@@ -476,7 +477,7 @@ fn a_successor_takes_the_generation_over(stage: Stage) {
     // Said to nobody, and heard by the successor.
     clients[0].send(&WorkerMessage::CheckpointFailed { generation: 1, step: 30, reason: "disk full".to_owned() }).unwrap();
 
-    let mut second = Controller::start(stage, address, &journal, true);
+    let mut second = Controller::start(stage, address, &journal, Past::MayRun);
     let restarted = second.event(|event| matches!(event, Event::CoordinatorRestarted { .. } | Event::GenerationStarted { .. }));
     assert_eq!(restarted, Event::CoordinatorRestarted { generation: 1, adopted: true });
     second.event(|event| matches!(event, Event::Warning { message } if message.contains("disk full")));
@@ -494,7 +495,7 @@ fn a_successor_takes_the_generation_over(stage: Stage) {
 fn a_generation_whose_member_is_new_is_not_taken_over(stage: Stage) {
     let folder = tempfile::tempdir().unwrap();
     let journal = folder.path().join("journal.jsonl");
-    let first = Controller::start(stage, SocketAddr::from(([127, 0, 0, 1], 0)), &journal, false);
+    let first = Controller::start(stage, SocketAddr::from(([127, 0, 0, 1], 0)), &journal, Past::Over { generation: 0 });
     let address = first.address;
     let join = |worker| Client::join(JoinOptions { coordinator_grace: PATIENCE, ..stage.options(&address.to_string(), worker) }).unwrap();
     let (survivor, victim) = (join(0), join(1));
@@ -505,7 +506,7 @@ fn a_generation_whose_member_is_new_is_not_taken_over(stage: Stage) {
     first.kill();
     drop(victim);
 
-    let mut second = Controller::start(stage, address, &journal, true);
+    let mut second = Controller::start(stage, address, &journal, Past::MayRun);
     let (callback, aborts) = recorder();
     survivor.on_abort(callback);
     let replacement = join(1);

@@ -115,7 +115,8 @@ impl Roster {
             pulse: Frame::new(&CoordinatorMessage::Pulse {})?,
             release: Frame::new(&CoordinatorMessage::Released {})?,
         };
-        roster.remember(memory);
+        let continues = roster.journal.as_ref().is_some_and(Journal::continues);
+        roster.remember(memory, continues);
         Ok(roster)
     }
 
@@ -214,11 +215,11 @@ impl Roster {
     }
 
     /// Takes over what an earlier coordinator wrote down.
-    fn remember(&mut self, memory: Memory) {
+    fn remember(&mut self, memory: Memory, continues: bool) {
         let Memory { generation, running, step, saved_step, retries, hosts } = memory;
         self.step = step;
         (self.state.generation, self.state.saved_step, self.state.retries, self.state.hosts) = (generation, saved_step, retries, hosts);
-        if generation == 0 {
+        if generation == 0 || !continues {
             return;
         }
         match running {

@@ -20,7 +20,7 @@ use super::connection::{Door, Input};
 use super::reception::Reception;
 use super::roster::Roster;
 use crate::event::Event;
-use crate::journal::Journal;
+use crate::journal::{Journal, Past};
 use crate::membership::{HangLimits, Limits};
 use crate::protocol::Held;
 use crate::secret::Secret;
@@ -78,8 +78,8 @@ pub struct CoordinatorOptions {
     pub state_is_replicated: bool,
     /// Where to write down what a successor must know; `None` writes nothing.
     pub journal: Option<PathBuf>,
-    /// Take over the generation that runs according to the journal, if there is one.
-    pub adopt: bool,
+    /// What came before: a generation that may run is taken over.
+    pub past: Past,
     /// The last step of which an earlier coordinator told, and its generation: reports up to it are not told again.
     pub told: Option<Held>,
     /// Step after which the workers of every generation that starts from now on save and leave; `None` goes on to the end.
@@ -162,7 +162,7 @@ impl Coordinator {
         let address = listener.local_addr().context("read the coordinator's address")?;
         let journal = match options.journal.clone() {
             Some(path) => {
-                let open = spawn_blocking(move || Journal::open(&path, options.adopt));
+                let open = spawn_blocking(move || Journal::open(&path, options.past));
                 Some(open.await.context("open the journal")??)
             }
             None => None,

@@ -12,6 +12,7 @@ use tracing::Instrument as _;
 
 use super::worker::{BUILD, RECIPE_HASH};
 use crate::coordinator::{Control, Coordinator, CoordinatorOptions, RunEnd};
+use crate::journal::Past;
 use crate::membership::HangLimits;
 use crate::secret::Secret;
 use crate::tls::RunKey;
@@ -122,7 +123,7 @@ fn options(workers: u32, secrets: Secrets) -> CoordinatorOptions {
         retries_per_step: 0,
         state_is_replicated: true,
         journal: None,
-        adopt: false,
+        past: Past::Over { generation: 0 },
         told: None,
         until_step: None,
     }

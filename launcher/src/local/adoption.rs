@@ -30,11 +30,13 @@ pub(super) struct Legacy {
 
 /// What the new controller is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Wanted {
+pub(super) struct Wanted<'a> {
     /// Slots of the run.
     pub workers: u32,
     /// Slots whose processes the controller starts itself.
     pub local_workers: u32,
+    /// Hash of the recipe, `train.shard` included.
+    pub layout: &'a str,
     /// Where the coordinator is to listen, if that was said.
     pub bind: Option<SocketAddr>,
 }
@@ -64,6 +66,8 @@ pub(super) enum AdoptionReason {
         /// Its slots.
         slots: u32,
     },
+    /// They share the state out otherwise.
+    OtherLayout,
     /// Nothing says where they look for their controller.
     NoControl,
     /// The coordinator is to listen elsewhere.
@@ -134,7 +138,7 @@ pub(crate) fn forget_earlier(paths: &RunPaths) -> anyhow::Result<()> {
 }
 
 /// Decides what becomes of what was left.
-pub(super) fn decide_adoption(legacy: &Legacy, wanted: &Wanted) -> (Adoption, AdoptionReason) {
+pub(super) fn decide_adoption(legacy: &Legacy, wanted: &Wanted<'_>) -> (Adoption, AdoptionReason) {
     let end_unless_nobody = |reason| {
         if legacy.living.is_empty() { (Adoption::Fresh, AdoptionReason::NobodyLeft) } else { (Adoption::Replace, reason) }
     };
@@ -146,6 +150,9 @@ pub(super) fn decide_adoption(legacy: &Legacy, wanted: &Wanted) -> (Adoption, Ad
     let does_not_fit = |record: &&ProcessRecord| record.slots != wanted.workers || record.worker >= wanted.local_workers;
     if let Some(record) = legacy.living.iter().find(does_not_fit) {
         return (Adoption::Replace, AdoptionReason::OtherSize { slots: record.slots });
+    }
+    if legacy.living.iter().any(|record| record.layout != wanted.layout) {
+        return (Adoption::Replace, AdoptionReason::OtherLayout);
     }
     let Some(control) = &legacy.control else { return end_unless_nobody(AdoptionReason::NoControl) };
     if wanted.bind.is_some_and(|bind| !allows(bind, control.address)) {
@@ -170,6 +177,7 @@ impl fmt::Display for AdoptionReason {
             Self::OtherSize { slots } => {
                 write!(f, "they belong to a run of {slots} workers, or to slots that are not started here any more")
             }
+            Self::OtherLayout => f.write_str("they share the state out in another way (`train.shard`)"),
             Self::NoControl => f.write_str("control.json is gone, so nobody knows where they look for their controller"),
             Self::OtherAddress => f.write_str("they look for their controller at another address than `--listen` names"),
             Self::OtherHost { host } => write!(f, "workers of the earlier controller may still live on {host}"),
@@ -185,7 +193,16 @@ mod tests {
     use super::*;
 
     fn record(worker: u32, slots: u32) -> ProcessRecord {
-        ProcessRecord { worker, slots, process_id: 1, start_ticks: 1, host: "h".to_owned(), by_join: false, log_start: 0 }
+        ProcessRecord {
+            worker,
+            slots,
+            process_id: 1,
+            start_ticks: 1,
+            host: "h".to_owned(),
+            layout: "l".to_owned(),
+            by_join: false,
+            log_start: 0,
+        }
     }
 
     fn control() -> ControlFile {
@@ -195,10 +212,11 @@ mod tests {
 
     #[test]
     fn what_is_left_is_taken_over_where_it_fits() {
-        let wanted = Wanted { workers: 2, local_workers: 2, bind: None };
+        let wanted = Wanted { workers: 2, local_workers: 2, layout: "l", bind: None };
         let elsewhere = Wanted { bind: Some(SocketAddr::from(([127, 0, 0, 1], 5000))), ..wanted };
         let same = Wanted { bind: Some(control().address), ..wanted };
         let any_port = Wanted { bind: Some(SocketAddr::from(([127, 0, 0, 1], 0))), ..wanted };
+        let resharded = Wanted { layout: "other", ..wanted };
         let partly = Wanted { local_workers: 1, ..wanted };
         let both = || vec![record(0, 2), record(1, 2)];
         let far = |worker| ProcessRecord { host: "far".to_owned(), ..record(worker, 2) };
@@ -213,6 +231,8 @@ mod tests {
             ("any port of the same host", Some(control()), both(), any_port, Adoption::TakeOver, AdoptionReason::MayComeBack),
             ("another address", Some(control()), both(), elsewhere, Adoption::Replace, AdoptionReason::OtherAddress),
             ("another address, nobody left", Some(control()), vec![], elsewhere, Adoption::Fresh, AdoptionReason::NobodyLeft),
+            ("another sharding", Some(control()), both(), resharded, Adoption::Replace, AdoptionReason::OtherLayout),
+            ("another sharding, nobody left", Some(control()), vec![], resharded, Adoption::Fresh, AdoptionReason::NobodyLeft),
             ("no control file", None, both(), wanted, Adoption::Replace, AdoptionReason::NoControl),
             ("on another host", Some(control()), vec![far(0), far(1)], wanted, Adoption::Refuse, other_host()),
             ("on another host too", Some(control()), vec![record(0, 2), far(1)], wanted, Adoption::Refuse, other_host()),

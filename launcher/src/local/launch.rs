@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use cloze_cluster::{Coordinator, CoordinatorOptions, Event, HangLimits, Journal, RunEnd, Secret};
+use cloze_cluster::{Coordinator, CoordinatorOptions, Event, HangLimits, Journal, Past, RunEnd, Secret};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::{HangRecipe, Recipe, Shard};
 use tokio::sync::mpsc;
@@ -25,7 +25,7 @@ use super::told::last_told;
 use crate::dashboard::{Dashboard, DashboardOptions, DashboardOrder};
 use crate::hosts::{HostCrew, HostsPlan};
 use crate::reporter::{Reporters, TerminalStyle};
-use crate::run_folder::{ControlFile, RunFolder, storage};
+use crate::run_folder::{ControlFile, RunFolder, RunPaths, storage};
 
 /// Threads of the launcher's runtime; it only waits and forwards, and the cores belong to the workers.
 const RUNTIME_THREADS: usize = 2;
@@ -175,6 +175,10 @@ impl LaunchPlan {
             let expected = "an address of this machine that its workers can reach".to_owned();
             return wrong("the coordinator needs an address that names this machine", expected, bind.to_string());
         }
+        if let Some(until_step) = self.until_step.filter(|&until_step| until_step > self.total_steps) {
+            let expected = format!("a step up to {}, the last one of the run", self.total_steps);
+            return wrong("the run has no such step (`--until-step`)", expected, until_step.to_string());
+        }
         self.drills.iter().try_for_each(|drill| drill.check(self.local_workers, self.total_steps))
     }
 
@@ -191,13 +195,13 @@ impl LaunchPlan {
         stop_timeout.min(self.join_timeout).max(Duration::from_secs(COME_BACK_TIMEOUT_S))
     }
 
-    fn coordinator_options(&self, run: &RunFolder, bind: SocketAddr, credentials: &Credentials, adopt: bool) -> CoordinatorOptions {
+    fn coordinator_options(&self, run: &RunFolder, bind: SocketAddr, credentials: &Credentials, past: Past) -> CoordinatorOptions {
         let cluster = &self.recipe.cluster;
         CoordinatorOptions {
             bind,
             token: credentials.token.clone(),
             key: credentials.key.clone(),
-            recipe_hash: run.info().recipe_hash.clone(),
+            recipe_hash: self.recipe.layout_hash(),
             build: self.worker_build.clone(),
             workers: self.workers,
             heartbeat_timeout: Duration::from_millis(cluster.heartbeat_timeout_ms),
@@ -209,7 +213,7 @@ impl LaunchPlan {
             retries_per_step: cluster.retries_per_step,
             state_is_replicated: self.recipe.train.shard == Shard::None,
             journal: Some(run.paths().journal()),
-            adopt,
+            past,
             told: None,
             until_step: self.until_step,
         }
@@ -233,14 +237,15 @@ impl Inheritance {
     /// control file that it would go on with is not whole.
     fn find(run: &RunFolder, plan: &LaunchPlan) -> anyhow::Result<Self> {
         let legacy = if plan.resumed { Legacy::find(run.paths())? } else { Legacy::default() };
-        let wanted = Wanted { workers: plan.workers, local_workers: plan.local_workers, bind: plan.bind };
+        let layout = plan.recipe.layout_hash();
+        let wanted = Wanted { workers: plan.workers, local_workers: plan.local_workers, layout: &layout, bind: plan.bind };
         let (adoption, reason) = decide_adoption(&legacy, &wanted);
         tracing::debug!(?adoption, %reason, "looked for workers of an earlier controller");
         if adoption == Adoption::Refuse {
             return Err(legacy.refusal(run.paths()).into());
         }
         if adoption == Adoption::TakeOver {
-            Journal::check(&run.paths().journal())?;
+            Journal::read(&run.paths().journal())?;
             legacy.control.as_ref().map(|control| Credentials::of(control, plan.recipe.cluster.tls)).transpose()?;
         }
         Ok(Self { legacy, adoption, reason })
@@ -313,6 +318,7 @@ fn muster(run: &RunFolder, plan: &LaunchPlan, opened: Opened) -> anyhow::Result<
         contact: credentials.contact(coordinator.address())?,
         slots: plan.workers,
         local_workers: plan.local_workers,
+        layout: plan.recipe.layout_hash(),
         by_join: false,
         join_within: plan.join_timeout / 2,
     };
@@ -335,12 +341,13 @@ async fn take_over(
 ) -> anyhow::Result<Option<Opened>> {
     let Inheritance { legacy, adoption, reason } = inheritance;
     let Some(control) = legacy.control.as_ref().filter(|_| *adoption == Adoption::TakeOver) else { return Ok(None) };
-    // Without a journal the generation is not known; its workers come back all the same and start another.
-    let adopt = run.paths().journal().exists();
     let credentials = Credentials::of(control, plan.recipe.cluster.tls)?;
     let path = run.paths().events();
     let told = last_told(&path).map_err(|error| storage("read what was told of the run", &path, &error))?;
-    let options = CoordinatorOptions { told, ..plan.coordinator_options(run, control.address, &credentials, adopt) };
+    // Without a journal it is not known who was in the generation; its workers come back all the same and start another.
+    let past =
+        if run.paths().journal().exists() { Past::MayRun } else { Past::Over { generation: told.map_or(0, |told| told.generation) } };
+    let options = CoordinatorOptions { told, ..plan.coordinator_options(run, control.address, &credentials, past) };
     match Coordinator::bind(options).await {
         Ok(coordinator) => {
             let living = std::mem::take(&mut legacy.living);
@@ -378,8 +385,26 @@ async fn open_anew(run: &RunFolder, plan: &LaunchPlan, inheritance: Inheritance,
     let bind =
         plan.bind.or_else(|| legacy.control.as_ref().map(|control| SocketAddr::new(control.address.ip(), 0))).unwrap_or(DEFAULT_BIND);
     let credentials = Credentials::fresh(plan.recipe.cluster.tls)?;
-    let coordinator = Coordinator::bind(plan.coordinator_options(run, bind, &credentials, false)).await?;
+    let generation = if plan.resumed { last_generation(run.paths(), reporters)? } else { 0 };
+    let coordinator = Coordinator::bind(plan.coordinator_options(run, bind, &credentials, Past::Over { generation })).await?;
     Ok(Opened { coordinator, credentials, living: Vec::new() })
+}
+
+/// The newest generation of a run that nobody works on any more, by its journal and by its events.
+fn last_generation(paths: &RunPaths, reporters: &mut Reporters) -> anyhow::Result<u64> {
+    let path = paths.events();
+    let told = last_told(&path).map_err(|error| storage("read what was told of the run", &path, &error))?;
+    let noted = match Journal::read(&paths.journal()) {
+        Ok(memory) => memory.generation,
+        Err(failure) if failure.kind == FailureKind::Damaged => {
+            let found = failure.found.unwrap_or_default();
+            let message = format!("{} is damaged ({found}); it is begun anew, since no worker of the run lives", paths.journal().display());
+            reporters.write(Event::Warning { message })?;
+            0
+        }
+        Err(failure) => return Err(failure.into()),
+    };
+    Ok(noted.max(told.map_or(0, |told| told.generation)))
 }
 
 async fn open_dashboard(

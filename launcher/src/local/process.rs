@@ -44,6 +44,8 @@ pub(super) struct WorkerCommand {
     pub slots: u32,
     /// Number of workers that this program starts on this machine, which share its cores.
     pub local_workers: u32,
+    /// Hash of the run's recipe, `train.shard` included.
+    pub layout: String,
     /// Whether this program is `cloze join`.
     pub by_join: bool,
     /// A process that has not joined for so long after its start hangs.
@@ -134,8 +136,8 @@ impl WorkerProcess {
         let process_id = child.id().context("read a new process's id")?;
         let start_ticks = record::start_ticks(process_id).context("read a new process's start time")?;
         log.write_all(log::header(worker, process_id).as_bytes()).map_err(|error| log_failure(&error))?;
-        let (slots, host, by_join) = (command.slots, host_name(), command.by_join);
-        let record = ProcessRecord { worker, slots, process_id, start_ticks, host, by_join, log_start };
+        let (slots, host, layout, by_join) = (command.slots, host_name(), command.layout.clone(), command.by_join);
+        let record = ProcessRecord { worker, slots, process_id, start_ticks, host, layout, by_join, log_start };
         record.write(&command.paths)?;
         Ok(Self::new(record, log_path, Body::Child(child)))
     }
@@ -257,7 +259,16 @@ mod tests {
             fs::create_dir_all(folder).unwrap();
         }
         let contact = Contact { coordinator: "127.0.0.1:1".to_owned(), token: Secret::new("token"), key: None };
-        WorkerCommand { binary, paths, contact, slots: 4, local_workers: 2, by_join: false, join_within: Duration::from_mins(1) }
+        WorkerCommand {
+            binary,
+            paths,
+            contact,
+            slots: 4,
+            local_workers: 2,
+            layout: "l".to_owned(),
+            by_join: false,
+            join_within: Duration::from_mins(1),
+        }
     }
 
     #[tokio::test]

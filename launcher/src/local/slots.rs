@@ -117,7 +117,16 @@ impl<'a> Outpost<'a> {
         let local_workers = slots.len() as u32;
         let binary = worker_binary;
         let join_within = Duration::from_secs(JOIN_WITHIN_S);
-        let command = WorkerCommand { binary, paths, contact, slots: workers, local_workers, by_join: true, join_within };
+        let command = WorkerCommand {
+            binary,
+            paths,
+            contact,
+            slots: workers,
+            local_workers,
+            layout: recipe.layout_hash(),
+            by_join: true,
+            join_within,
+        };
         let limits = RestartLimits { max_restarts: recipe.cluster.max_restarts, min_workers: recipe.cluster.min_workers };
         let crew = Crew::new(command, slots.iter().copied());
         let mut outpost = Self {

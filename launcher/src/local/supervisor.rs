@@ -397,7 +397,10 @@ mod tests {
         let (binary, paths) = (script(run.path(), "kill -STOP $$"), run.paths().clone());
         let contact = Contact { coordinator: "127.0.0.1:1".to_owned(), token: Secret::new("token"), key: None };
         let join_within = PATIENCE;
-        Crew::new(WorkerCommand { binary, paths, contact, slots: 2, local_workers, by_join: false, join_within }, 0..local_workers)
+        Crew::new(
+            WorkerCommand { binary, paths, contact, slots: 2, local_workers, layout: "l".to_owned(), by_join: false, join_within },
+            0..local_workers,
+        )
     }
 
     fn limits() -> SupervisorLimits {

@@ -18,6 +18,7 @@ pub struct EventLog {
     path: PathBuf,
     /// Bytes of the lines that were read; a line that is still being written is read when it is whole.
     offset: u64,
+    events: u64,
     passed_over: u64,
     damaged: u64,
     view: RunView,
@@ -26,7 +27,7 @@ pub struct EventLog {
 impl EventLog {
     /// The log of a run folder, from its beginning. Nothing is read yet.
     pub fn of_run(folder: &Path) -> Self {
-        Self { path: folder.join("events.jsonl"), offset: 0, passed_over: 0, damaged: 0, view: RunView::default() }
+        Self { path: folder.join("events.jsonl"), offset: 0, events: 0, passed_over: 0, damaged: 0, view: RunView::default() }
     }
 
     /// The view of what was read so far.
@@ -37,6 +38,18 @@ impl EventLog {
     /// The view, when the log is not read any further.
     pub fn into_view(self) -> RunView {
         self.view
+    }
+
+    /// Fails with kind `Damaged` where lines were read and not one of them is an event: whoever follows the log would wait for ever.
+    pub fn expect_events(&self) -> Result<(), Failure> {
+        let (passed_over, damaged) = (self.passed_over, self.damaged);
+        if self.events > 0 || passed_over + damaged == 0 {
+            return Ok(());
+        }
+        Err(Failure::new(FailureKind::Damaged, "the event log holds no event")
+            .at(self.path.display())
+            .found(format!("{damaged} damaged lines, {passed_over} of another version of cloze"))
+            .hint("`cloze resume RUN --workers N` goes on with the run from its newest checkpoint"))
     }
 
     /// Lines that are JSON and no event that this version knows; another version wrote them.
@@ -60,7 +73,8 @@ impl EventLog {
         })?;
         let length = file.metadata().map_err(|error| self.unreadable(&error))?.len();
         if length < self.offset {
-            *self = Self { path: std::mem::take(&mut self.path), offset: 0, passed_over: 0, damaged: 0, view: RunView::default() };
+            *self =
+                Self { path: std::mem::take(&mut self.path), offset: 0, events: 0, passed_over: 0, damaged: 0, view: RunView::default() };
         }
         if length == self.offset {
             return Ok(false);
@@ -82,7 +96,10 @@ impl EventLog {
                 length += reader.skip_until(b'\n').map_err(|error| self.unreadable(&error))? as u64;
             }
             match serde_json::from_slice::<Recorded>(&line) {
-                Ok(recorded) => self.view.apply(&recorded),
+                Ok(recorded) => {
+                    self.view.apply(&recorded);
+                    self.events += 1;
+                }
                 Err(error) if error.is_data() => self.passed_over += 1,
                 Err(_) => self.damaged += 1,
             }
@@ -152,5 +169,13 @@ mod tests {
         assert!(log.read_new().unwrap());
         // What was cut off at the end is still being written, and no damage.
         assert_eq!((log.passed_over(), log.damaged(), log.view().progress.step), (2, 2, 1));
+        log.expect_events().unwrap();
+        // One without any event would be followed for ever; an empty one is only young.
+        for (text, is_right) in [("", true), ("{\"time\":", true), ("junk\n", false)] {
+            fs::write(folder.path().join("events.jsonl"), text).unwrap();
+            let mut log = EventLog::of_run(folder.path());
+            log.read_new().unwrap();
+            assert_eq!(log.expect_events().is_ok(), is_right, "{text}");
+        }
     }
 }

@@ -6,6 +6,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::coordinator::server::Control;
+use crate::journal::Past;
 use crate::membership::HangLimits;
 use crate::protocol::{self, Held, JoinRequest, PROTOCOL_VERSION, Phase, SavedFile, WorkerMessage};
 
@@ -541,7 +542,7 @@ fn heartbeats_alone_bring_no_decision_about() {
 fn a_successor_takes_over_what_the_journal_knows() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("journal.jsonl");
-    let mut first = Roster::new(2, limits(), Some(Journal::open(&path, false).unwrap())).unwrap();
+    let mut first = Roster::new(2, limits(), Some(Journal::open(&path, Past::Over { generation: 0 }).unwrap())).unwrap();
     let _inboxes: Vec<Inbox> = (0..2).map(|worker| join(&mut first, worker, u64::from(worker), at(0))).collect();
     (0..2).for_each(|worker| ready(&mut first, worker, at(0), 0, None));
     settle(&mut first, at(0));
@@ -549,7 +550,7 @@ fn a_successor_takes_over_what_the_journal_knows() {
     first.note_progress(at(3)).unwrap();
     drop(first);
 
-    let successor = || Roster::new(2, limits(), Some(Journal::open(&path, true).unwrap())).unwrap();
+    let successor = || Roster::new(2, limits(), Some(Journal::open(&path, Past::MayRun).unwrap())).unwrap();
     let mut second = successor();
     assert_eq!(settle(&mut second, at(0)), Vec::new(), "it waits for the members");
     let mut other = rejoin(&mut second, 1, 1, at(1));
@@ -579,10 +580,21 @@ fn a_successor_takes_over_what_the_journal_knows() {
 }
 
 #[test]
+fn numbers_of_generations_are_not_used_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let journal = Journal::open(&folder.path().join("journal.jsonl"), Past::Over { generation: 4 }).unwrap();
+    let mut roster = Roster::new(1, limits(), Some(journal)).unwrap();
+    let _inbox = join(&mut roster, 0, 0, at(0));
+    ready(&mut roster, 0, at(0), 0, None);
+    let events = settle(&mut roster, at(0));
+    assert!(matches!(events[..], [Event::WorkerJoined { .. }, Event::GenerationStarted { generation: 5, .. }]), "{events:?}");
+}
+
+#[test]
 fn the_end_of_a_run_leaves_nothing_to_take_over() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("journal.jsonl");
-    let mut roster = Roster::new(1, limits(), Some(Journal::open(&path, false).unwrap())).unwrap();
+    let mut roster = Roster::new(1, limits(), Some(Journal::open(&path, Past::Over { generation: 0 }).unwrap())).unwrap();
     let mut inbox = join(&mut roster, 0, 0, at(0));
     ready(&mut roster, 0, at(0), 0, None);
     settle(&mut roster, at(0));
@@ -594,5 +606,5 @@ fn the_end_of_a_run_leaves_nothing_to_take_over() {
         &told[told.len() - 3..],
         [CoordinatorMessage::Abort { generation: 1, .. }, CoordinatorMessage::Stop { .. }, CoordinatorMessage::Released {}]
     ));
-    assert_eq!(Journal::open(&path, true).unwrap().memory().running, None);
+    assert_eq!(Journal::open(&path, Past::MayRun).unwrap().memory().running, None);
 }

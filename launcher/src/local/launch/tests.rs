@@ -105,6 +105,7 @@ fn impossible_plans_are_refused() {
             "an address of this machine that its workers can reach",
         ),
         (elastic, "at least 2 workers (`cluster.min_workers`)"),
+        (LaunchPlan { until_step: Some(11), total_steps: 10, ..plan(sh) }, "a step up to 10, the last one of the run"),
     ];
     for (plan, expected) in cases {
         let root = tempfile::tempdir().unwrap();
@@ -124,7 +125,8 @@ fn left_behind(root: &Path, address: SocketAddr, slots: u32) -> (RunFolder, std:
     let process_id = child.id();
     let start_ticks = start_ticks(process_id).unwrap();
     let host = cloze_cluster::host::host_name();
-    let record = ProcessRecord { worker: 0, slots, process_id, start_ticks, host, by_join: false, log_start: 0 };
+    let record =
+        ProcessRecord { worker: 0, slots, process_id, start_ticks, host, layout: recipe().layout_hash(), by_join: false, log_start: 0 };
     record.write(paths).unwrap();
     std::fs::write(paths.log(0), "").unwrap();
     ControlFile { address, token: Secret::new("token"), tls: None, dashboard: None, process_id: 1 }.write(paths).unwrap();
@@ -221,7 +223,16 @@ fn a_run_whose_workers_may_live_on_another_host_is_left_alone() {
     let folder = folder(root.path());
     let paths = folder.paths().clone();
     let host = "another host".to_owned();
-    let record = ProcessRecord { worker: 0, slots: 1, process_id: 1, start_ticks: 1, host, by_join: false, log_start: 0 };
+    let record = ProcessRecord {
+        worker: 0,
+        slots: 1,
+        process_id: 1,
+        start_ticks: 1,
+        host,
+        layout: recipe().layout_hash(),
+        by_join: false,
+        log_start: 0,
+    };
     record.write(&paths).unwrap();
     let address = SocketAddr::from(([127, 0, 0, 1], 1));
     ControlFile { address, token: Secret::new("token"), tls: None, dashboard: None, process_id: 1 }.write(&paths).unwrap();

@@ -176,7 +176,16 @@ fn a_slot_of_the_controller_is_left_alone() {
         .spawn()
         .unwrap();
     let (process_id, start_ticks) = (child.id(), super::super::record::start_ticks(child.id()).unwrap());
-    let record = ProcessRecord { worker: 2, slots: 4, process_id, start_ticks, host: host_name(), by_join: false, log_start: 0 };
+    let record = ProcessRecord {
+        worker: 2,
+        slots: 4,
+        process_id,
+        start_ticks,
+        host: host_name(),
+        layout: "l".to_owned(),
+        by_join: false,
+        log_start: 0,
+    };
     record.write(&paths).unwrap();
     let failure = serve_slots(options).unwrap_err().downcast::<Failure>().unwrap();
     assert_eq!(failure.kind, FailureKind::Recipe);
