@@ -89,9 +89,8 @@ pub fn run(worker: &Arc<Worker>, assignment: Assignment, belongings: &mut Belong
     trainer.log_overlap();
     // The step that the copy waits for does not come any more.
     belongings.checkpointer.wait_for_copy();
-    let is_kept = worker.recipe.train.shard == Shard::None && trainer.state_is_whole();
     match steps_done {
-        Some(steps_done) if is_kept => belongings.held.put(trainer.into_state(), steps_done),
+        Some(steps_done) if trainer.state_is_whole() => belongings.held.put(trainer.into_state(), steps_done),
         _ => {}
     }
     result

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use cloze_cluster::protocol::StateSource;
-use cloze_recipes::recipe::Precision;
+use cloze_cluster::protocol::{Share, StateSource};
+use cloze_recipes::recipe::{Precision, Shard};
 use tch::Device;
 
 use crate::checkpoint::{CheckpointState, Loaded, NamedTensorOwned};
@@ -28,6 +28,11 @@ impl Held {
         self.0.as_ref().map(|(_, steps_done)| *steps_done)
     }
 
+    /// Which part of the state it is; `None` where it is the whole, or none.
+    pub fn share(&self) -> Option<Share> {
+        self.0.as_ref().and_then(|(state, _)| share_of(state))
+    }
+
     /// Keeps a state.
     pub fn put(&mut self, state: State, steps_done: u64) {
         self.0 = Some((state, steps_done));
@@ -35,7 +40,9 @@ impl Held {
 
     /// The state and its steps, or an empty one that is still to be filled.
     pub fn take(&mut self, worker: &Worker, collective: &dyn Collective) -> Result<(State, Option<u64>)> {
-        if let Some((state, steps_done)) = self.0.take() {
+        let place = Share { rank: collective.rank() as u32, world_size: collective.world_size() as u32 };
+        // A share of another place is of no use, and gives its memory back before this one's is taken.
+        if let Some((state, steps_done)) = self.0.take().filter(|(state, _)| share_of(state).is_none_or(|share| share == place)) {
             return Ok((state, Some(steps_done)));
         }
         let recipe = &worker.recipe;
@@ -43,6 +50,13 @@ impl Held {
         let config = folder::config_of(&recipe.model, &worker.tokenizer)?;
         Ok((State::new(&recipe.train, config, placement, collective)?, None))
     }
+}
+
+/// Which part of the state this is, where it is shared out.
+fn share_of(state: &State) -> Option<Share> {
+    let parameters = state.model.parameters();
+    let (rank, world_size) = parameters.layout().rank_of();
+    (parameters.shard() != Shard::None).then_some(Share { rank: rank as u32, world_size: world_size as u32 })
 }
 
 /// What a restore came to.
@@ -72,10 +86,11 @@ impl Restored {
 pub fn restore(worker: &Arc<Worker>, trainer: &mut Trainer, source: &StateSource, held: &mut Option<u64>) -> Result<Restored> {
     let restored = match source {
         StateSource::Peer { rank, step } => from_memory(trainer, *rank as usize, *step, held)?,
-        StateSource::Checkpoint => {
-            *held = None;
-            from_checkpoint(worker, trainer)?
-        }
+        StateSource::Shares { step } => match from_shares(trainer, *step, held)? {
+            Some(restored) => restored,
+            None => from_checkpoint(worker, trainer, held)?,
+        },
+        StateSource::Checkpoint => from_checkpoint(worker, trainer, held)?,
     };
     *held = Some(restored.steps_done);
     Ok(restored)
@@ -101,8 +116,17 @@ fn from_memory(trainer: &mut Trainer, rank: usize, step: u64, held: &mut Option<
     Ok(restored)
 }
 
+/// Each worker has its share already; `None`, for all of them, where one lacks it all the same.
+fn from_shares(trainer: &mut Trainer, step: u64, held: &Option<u64>) -> Result<Option<Restored>> {
+    let mut missing = [f32::from(u8::from(*held != Some(step)))];
+    trainer.collective.all_reduce_sum(&mut missing)?;
+    let restored = Restored { steps_done: step, source: "memory".to_owned(), skipped: Vec::new(), newest_known_step: step, peer: None };
+    Ok((missing[0] == 0.0).then_some(restored))
+}
+
 /// The leader reads the newest good checkpoint, or makes first values, and sends them to the others.
-fn from_checkpoint(worker: &Arc<Worker>, trainer: &mut Trainer) -> Result<Restored> {
+fn from_checkpoint(worker: &Arc<Worker>, trainer: &mut Trainer, held: &mut Option<u64>) -> Result<Restored> {
+    *held = None;
     let interval = keep_alive_interval(worker);
     let (reader, expected) = (Arc::clone(worker), state_of(worker, trainer, 0));
     let config = trainer.model.config().clone();

@@ -243,7 +243,7 @@ fn serve(worker: &Arc<Worker>, belongings: &mut Belongings) -> Result<()> {
                     Ok(end) => return worker.client.finish(generation, end.steps_done, end.reason == EndReason::Stopped),
                     Err(error) => survive(worker, generation, error)?,
                 }
-                worker.client.ready(generation, belongings.held.steps_done())?;
+                worker.client.ready_with(generation, belongings.held.steps_done(), belongings.held.share())?;
             }
             // A state in memory may be newer than the newest checkpoint. Its holder waits to be told to save it, or a second time to stop.
             Some(CoordinatorMessage::Stop { .. }) if belongings.held.steps_done().is_none() || is_asked_to_stop => return Ok(()),

@@ -30,7 +30,7 @@ pub use self::exit::report_exit;
 use self::line::{LastWords, Line};
 use self::shares::Shares;
 pub use self::shares::SharesError;
-use crate::protocol::{CoordinatorMessage, FailureClass, Phase, SavedFile, WorkerMessage};
+use crate::protocol::{CoordinatorMessage, FailureClass, Phase, SavedFile, Share, WorkerMessage};
 use crate::secret::Secret;
 use crate::tls::PinnedKey;
 
@@ -138,12 +138,17 @@ impl Client {
     /// Says that this worker has left `generation` (0 for none yet) and waits for the next. `state_step` is the number of steps of
     /// the state in its memory.
     pub fn ready(&self, generation: u64, state_step: Option<u64>) -> anyhow::Result<()> {
+        self.ready_with(generation, state_step, None)
+    }
+
+    /// The same of a worker whose memory holds this share of the state only.
+    pub fn ready_with(&self, generation: u64, state_step: Option<u64>, share: Option<Share>) -> anyhow::Result<()> {
         {
             let mut progress = lock(&self.shared.progress);
             let step = state_step.unwrap_or(0);
             *progress = Progress { generation, step, phase: Phase::Joining, waiting: false, count: progress.count + 1 };
         }
-        self.send(&WorkerMessage::Ready { generation, state_step })
+        self.send(&WorkerMessage::Ready { generation, state_step, share })
     }
 
     /// Sets what the next heartbeats tell, and that the worker has got on.

@@ -26,7 +26,8 @@ pub use event::{Event, Recorded};
 pub use journal::{Journal, Past};
 pub use membership::HangLimits;
 pub use protocol::{
-    CoordinatorMessage, ExitReport, FailureClass, Held, JoinRequest, Phase, SavedFile, StateSource, StepReport, Unreported, WorkerMessage,
+    CoordinatorMessage, ExitReport, FailureClass, Held, JoinRequest, Phase, SavedFile, Share, StateSource, StepReport, Unreported,
+    WorkerMessage,
 };
 pub use secret::Secret;
 pub use tls::{PinnedKey, RunKey};

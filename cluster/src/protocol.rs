@@ -51,8 +51,10 @@ pub enum WorkerMessage {
     Ready {
         /// The generation that it left; 0 for none yet.
         generation: u64,
-        /// Steps done of the state in its memory; `None` where there is no whole state.
+        /// Steps done of the state in its memory; `None` where there is none that belongs to one step.
         state_step: Option<u64>,
+        /// Which part of the state that is; `None` for the whole of it.
+        share: Option<Share>,
     },
     /// One optimizer step is done; only the leader (rank 0) sends it.
     Step {
@@ -304,6 +306,20 @@ pub enum StateSource {
         /// Steps done of its state.
         step: u64,
     },
+    /// The memory of all members: each keeps the share that it has, which is the one of its rank.
+    Shares {
+        /// Steps done of the state.
+        step: u64,
+    },
+}
+
+/// A part of the state, where the workers share it out (`train.shard`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// Rank of its owner.
+    pub rank: u32,
+    /// Number of ranks that share the state out.
+    pub world_size: u32,
 }
 
 /// What a worker does at the moment.

@@ -64,6 +64,17 @@ fn a_hung_worker_is_found_shown_and_replaced() {
 }
 
 #[test]
+fn a_shared_out_state_is_still_there_where_nobody_is_lost() {
+    let world = World::prepared();
+    let whole = world.train("whole", &["--workers", "2", "--quiet", "--set", "train.shard=parameters"]);
+    let settings = ["--set", "train.shard=parameters", "--set", "checkpoint.every_steps=1000000"];
+    let run = world.train("run", &[["--workers", "2", "--quiet", "--drill", "nan:1@20"].as_slice(), &settings].concat());
+    let recovered = only_recovery(&run, "not_finite");
+    assert_eq!(recovered["source"], "memory");
+    expect_same_end(&run, &whole);
+}
+
+#[test]
 fn a_loss_that_is_not_a_number_is_tried_again() {
     let world = World::prepared();
     let (run, whole) = with_drill(&world, "nan:1", &[]);

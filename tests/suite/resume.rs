@@ -56,7 +56,7 @@ fn what_is_missing_of_a_runs_past_is_told() {
     let generations: Vec<Value> = run.events_named("generation_started").into_iter().map(|event| event["generation"].clone()).collect();
     assert_eq!(generations, [1, 2], "the events know the number of the last generation");
 
-    std::fs::write(run.path.join("events.jsonl"), "what is this\n").expect("damage the events");
+    std::fs::write(run.path.join("events.jsonl"), "").expect("empty the events");
     let outcome = world.cloze(&["resume", "run", "--quiet"]).expect_code(4);
     outcome.expect_words(&["the event log names no start of the run", "events.jsonl", "--workers N"]);
     world.done(&["resume", "run", "--workers", "2", "--quiet", "--until-step", "9"]);

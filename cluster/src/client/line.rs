@@ -278,7 +278,7 @@ mod tests {
         assert_eq!(line.held(17), Some(Held { generation: 3, step: 17 }));
         line.note(&WorkerMessage::ShareSaved { generation: 3, step: 17, files: Vec::new() });
         assert!(line.standing.share.is_some());
-        line.note(&WorkerMessage::Ready { generation: 3, state_step: Some(17) });
+        line.note(&WorkerMessage::Ready { generation: 3, state_step: Some(17), share: None });
         assert_eq!(line.held(17), None);
         assert!(line.standing.share.is_none() && line.standing.ready.is_some());
         line.start(4);

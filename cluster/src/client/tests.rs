@@ -227,7 +227,7 @@ fn heartbeats_tell_the_progress(stage: Stage) {
     let wanted = WorkerMessage::Heartbeat { generation: 3, step: 41, phase: Phase::Training, waiting: true, progress: 2 };
     assert!((0..10).any(|_| hear(&mut socket) == wanted));
     client.ready(3, Some(40)).unwrap();
-    assert_eq!(hear_word(&mut socket), WorkerMessage::Ready { generation: 3, state_step: Some(40) });
+    assert_eq!(hear_word(&mut socket), WorkerMessage::Ready { generation: 3, state_step: Some(40), share: None });
     let wanted = WorkerMessage::Heartbeat { generation: 3, step: 40, phase: Phase::Joining, waiting: false, progress: 3 };
     assert_eq!(hear(&mut socket), wanted);
 }
@@ -298,7 +298,7 @@ fn words_are_kept_and_told_again_with_the_generation_that_is_held(stage: Stage) 
     client.send(&broken).unwrap();
     assert_eq!(hear_word(&mut socket), broken);
     client.ready(1, Some(17)).unwrap();
-    let ready = WorkerMessage::Ready { generation: 1, state_step: Some(17) };
+    let ready = WorkerMessage::Ready { generation: 1, state_step: Some(17), share: None };
     assert_eq!(hear_word(&mut socket), ready);
     drop(socket);
 

@@ -150,6 +150,10 @@ pub(super) async fn serve_connection(stream: TcpStream, connection: u64, permit:
 fn tell_of_stranger(error: &anyhow::Error) {
     if error.is::<SaidNothing>() {
         tracing::debug!("{error}");
+    } else if let Some(Failure { what, expected, found, cause, .. }) = error.downcast_ref::<Failure>() {
+        // A log line is one line, and a failure may have several.
+        let (expected, found, cause) = (expected.as_deref(), found.as_deref(), cause.as_deref());
+        tracing::warn!(reason = what, expected, found, cause, "a connection was refused");
     } else {
         tracing::warn!(error = format!("{error:#}"), "a connection was refused");
     }

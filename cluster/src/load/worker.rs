@@ -157,7 +157,9 @@ where
     join(worker, crowd, &mut reader, &mut writer).await?;
     drop(permit);
     crowd.progress.send(Progress::Joined).await.context("report a worker that has joined")?;
-    protocol::write_message(&mut writer, &WorkerMessage::Ready { generation: 0, state_step: None }).await.context("say ready")?;
+    protocol::write_message(&mut writer, &WorkerMessage::Ready { generation: 0, state_step: None, share: None })
+        .await
+        .context("say ready")?;
     let seat = Seat::default();
     tokio::try_join!(listen(&mut reader, worker, crowd, &seat), speak(&mut writer, worker, crowd, &seat))?;
     Ok(())

@@ -6,7 +6,7 @@ use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::reason::workers_text;
 use super::{Decision, Limits, Reason, State, Worker};
-use crate::protocol::StateSource;
+use crate::protocol::{Share, StateSource};
 
 /// The slots, by what they lack.
 struct Census {
@@ -110,10 +110,11 @@ fn start(state: &State, members: Vec<u32>, limits: &Limits) -> Decision {
     Decision::Start { members, source }
 }
 
-/// The newest state in any member's memory, unless a checkpoint is newer.
+/// The newest state in any member's memory, unless a checkpoint is newer. Where it is shared out, all shares of one step are needed.
 fn source(state: &State, members: &[u32], limits: &Limits) -> StateSource {
     if !limits.state_is_replicated {
-        return StateSource::Checkpoint;
+        let step = shared_step(state, members).filter(|&step| step >= state.saved_step);
+        return step.map_or(StateSource::Checkpoint, |step| StateSource::Shares { step });
     }
     let mut newest: Option<(u32, u64)> = None;
     for (rank, &slot) in (0_u32..).zip(members) {
@@ -128,6 +129,19 @@ fn source(state: &State, members: &[u32], limits: &Limits) -> StateSource {
         Some((rank, step)) if step >= state.saved_step => StateSource::Peer { rank, step },
         _ => StateSource::Checkpoint,
     }
+}
+
+/// The step of which each member holds the share of its rank to be.
+fn shared_step(state: &State, members: &[u32]) -> Option<u64> {
+    let world_size = members.len() as u32;
+    let mut common = None;
+    for (rank, &slot) in (0_u32..).zip(members) {
+        let ready = state.present(slot)?.ready?;
+        if ready.share != Some(Share { rank, world_size }) || *common.get_or_insert(ready.state_step?) != ready.state_step? {
+            return None;
+        }
+    }
+    common
 }
 
 fn join_timeout_failure(state: &State, missing: &[u32], limits: &Limits) -> Failure {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use cloze_recipes::failure::Failure;
 use serde::{Deserialize, Serialize};
 
-use crate::protocol::{FailureClass, Phase};
+use crate::protocol::{FailureClass, Phase, Share};
 
 /// Bounds of membership.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -224,6 +224,8 @@ pub struct Presence {
 pub struct Ready {
     /// Steps done of the state in its memory.
     pub state_step: Option<u64>,
+    /// Which part of the state that is; `None` for the whole of it.
+    pub share: Option<Share>,
 }
 
 /// What a worker does, as it last said.

@@ -3,7 +3,7 @@
 use cloze_recipes::failure::FailureKind;
 
 use super::*;
-use crate::protocol::Phase;
+use crate::protocol::{Phase, Share};
 
 /// Seconds since the coordinator's start.
 fn at(seconds: f64) -> Duration {
@@ -50,7 +50,7 @@ fn waiting(since: f64, heard: f64) -> Worker {
 /// A worker that waits for a generation, with a state of so many steps.
 fn ready(heard: f64, state_step: Option<u64>) -> Worker {
     let Worker::Present(mut presence) = doing(Phase::Joining, 0.0, heard) else { panic!("present") };
-    presence.ready = Some(Ready { state_step });
+    presence.ready = Some(Ready { state_step, share: None });
     Worker::Present(presence)
 }
 
@@ -138,6 +138,33 @@ fn the_state_comes_from_the_newest_memory() {
         let state = State { saved_step, ..gathering(0.0, workers) };
         let found = decide(at(1.0), &state, &Limits { state_is_replicated, ..limits() }).0;
         assert_eq!(found, start(&members, wanted), "{name}");
+    }
+}
+
+/// A worker whose memory has this rank's share, among so many, of the state of a step.
+fn sharing(step: u64, rank: u32, world_size: u32) -> Worker {
+    let Worker::Present(mut presence) = ready(1.0, Some(step)) else { panic!("present") };
+    presence.ready = Some(Ready { state_step: Some(step), share: Some(Share { rank, world_size }) });
+    Worker::Present(presence)
+}
+
+#[test]
+fn shares_are_the_state_where_all_of_one_step_are_there() {
+    let both = |first: u64, second: u64| vec![sharing(first, 0, 2), sharing(second, 1, 2)];
+    let cases = [
+        ("all there", both(17, 17), 10, StateSource::Shares { step: 17 }),
+        ("as new as the checkpoint", both(17, 17), 17, StateSource::Shares { step: 17 }),
+        ("a checkpoint is newer", both(17, 17), 18, StateSource::Checkpoint),
+        ("of two steps", both(17, 16), 10, StateSource::Checkpoint),
+        ("one is lost", vec![sharing(17, 0, 2), ready(1.0, None)], 10, StateSource::Checkpoint),
+        ("the other rank's", vec![sharing(17, 1, 2), sharing(17, 0, 2)], 10, StateSource::Checkpoint),
+        ("of another number", vec![sharing(17, 0, 3), sharing(17, 1, 3)], 10, StateSource::Checkpoint),
+        ("one holds the whole", vec![sharing(17, 0, 2), ready(1.0, Some(17))], 10, StateSource::Checkpoint),
+    ];
+    for (name, workers, saved_step, wanted) in cases {
+        let state = State { saved_step, ..gathering(0.0, workers) };
+        let found = decide(at(1.0), &state, &Limits { state_is_replicated: false, ..limits() }).0;
+        assert_eq!(found, start(&[0, 1], wanted), "{name}");
     }
 }
 

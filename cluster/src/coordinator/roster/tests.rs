@@ -86,7 +86,7 @@ fn say(roster: &mut Roster, worker: u32, now: Duration, message: WorkerMessage) 
 }
 
 fn ready(roster: &mut Roster, worker: u32, now: Duration, generation: u64, state_step: Option<u64>) {
-    say(roster, worker, now, WorkerMessage::Ready { generation, state_step });
+    say(roster, worker, now, WorkerMessage::Ready { generation, state_step, share: None });
 }
 
 fn heartbeat(roster: &mut Roster, worker: u32, now: Duration, step: u64) {

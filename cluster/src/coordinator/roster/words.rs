@@ -123,7 +123,7 @@ impl Roster {
     fn take_word(&mut self, worker: u32, at: Duration, message: WorkerMessage) {
         match message {
             WorkerMessage::Join(_) => self.lose(worker, FailureClass::Other, "joined twice on one connection"),
-            WorkerMessage::Ready { generation, state_step } => self.ready(worker, at, generation, state_step),
+            WorkerMessage::Ready { generation, state_step, share } => self.ready(worker, at, generation, Ready { state_step, share }),
             WorkerMessage::ShareSaved { generation, step, files } if self.runs(generation) => {
                 self.forward_share(worker, generation, step, files);
             }
@@ -162,11 +162,11 @@ impl Roster {
     }
 
     /// Word of an earlier generation than the worker's last says nothing about the last.
-    fn ready(&mut self, worker: u32, at: Duration, generation: u64, state_step: Option<u64>) {
+    fn ready(&mut self, worker: u32, at: Duration, generation: u64, ready: Ready) {
         if let Some(presence) = self.state.present_mut(worker)
             && generation >= presence.generation
         {
-            presence.ready = Some(Ready { state_step });
+            presence.ready = Some(ready);
             (presence.activity.phase, presence.activity.waiting, presence.activity.since) = (Phase::Joining, false, at);
             self.failing_devices.remove(&worker);
         }
