@@ -86,7 +86,7 @@ impl Restored {
 pub fn restore(worker: &Arc<Worker>, trainer: &mut Trainer, source: &StateSource, held: &mut Option<u64>) -> Result<Restored> {
     let restored = match source {
         StateSource::Peer { rank, step } => from_memory(trainer, *rank as usize, *step, held)?,
-        StateSource::Shares { step } => match from_shares(trainer, *step, held)? {
+        StateSource::Shares { step } => match from_shares(trainer, *step, *held)? {
             Some(restored) => restored,
             None => from_checkpoint(worker, trainer, held)?,
         },
@@ -117,8 +117,8 @@ fn from_memory(trainer: &mut Trainer, rank: usize, step: u64, held: &mut Option<
 }
 
 /// Each worker has its share already; `None`, for all of them, where one lacks it all the same.
-fn from_shares(trainer: &mut Trainer, step: u64, held: &Option<u64>) -> Result<Option<Restored>> {
-    let mut missing = [f32::from(u8::from(*held != Some(step)))];
+fn from_shares(trainer: &mut Trainer, step: u64, held: Option<u64>) -> Result<Option<Restored>> {
+    let mut missing = [f32::from(u8::from(held != Some(step)))];
     trainer.collective.all_reduce_sum(&mut missing)?;
     let restored = Restored { steps_done: step, source: "memory".to_owned(), skipped: Vec::new(), newest_known_step: step, peer: None };
     Ok((missing[0] == 0.0).then_some(restored))

@@ -114,9 +114,11 @@ impl Shared {
                 self.is_released.store(true, Ordering::SeqCst);
                 return None;
             }
-            // The second one is for launchers.
-            CoordinatorMessage::Welcome { .. } | CoordinatorMessage::Noted {} => return None,
-            CoordinatorMessage::Pulse {} | CoordinatorMessage::Pong { .. } => return None,
+            CoordinatorMessage::Welcome { .. }
+            | CoordinatorMessage::Pulse {}
+            | CoordinatorMessage::Pong { .. }
+            // It answers launchers, never workers.
+            | CoordinatorMessage::Noted {} => return None,
         }
         Some(message)
     }
