@@ -48,6 +48,7 @@ pub enum Event {
         /// Its host.
         host: String,
         /// Its process id there.
+        #[serde(default)]
         process_id: u32,
         /// It is the same process as before and had only lost its connection.
         rejoined: bool,
@@ -121,6 +122,8 @@ pub enum Event {
     StackDumped {
         /// Its slot.
         worker: u32,
+        /// Its process id.
+        process_id: u32,
         /// The file.
         path: String,
     },

@@ -41,7 +41,7 @@ mod tests {
     #[test]
     fn a_program_knows_its_own_hash() {
         let id = executable_id().unwrap();
-        // SHA-1, as linkers write it.
-        assert!(id.len() == 40 && id.bytes().all(|digit| digit.is_ascii_hexdigit()), "{id}");
+        // Linkers write 8 bytes or more, as they are told.
+        assert!(id.len() >= 16 && id.bytes().all(|digit| digit.is_ascii_hexdigit()), "{id}");
     }
 }

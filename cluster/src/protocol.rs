@@ -180,7 +180,9 @@ pub struct ExitReport {
     pub token: Secret,
     /// The worker's slot, from 0.
     pub worker: u32,
-    /// Process id on its host.
+    /// The launcher's host, which was the worker's.
+    pub host: String,
+    /// Process id on that host.
     pub process_id: u32,
     /// Exit code or signal, such as `SIGKILL` or `exit code 1`.
     pub status: String,

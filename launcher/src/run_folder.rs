@@ -159,16 +159,20 @@ impl RunFolder {
         Ok((Self { paths, info, _lock: lock }, recipe))
     }
 
-    /// Changes how the workers of a run that nobody controls share its state out; what is computed stays the same, and so does the
-    /// recipe's hash. Fails as [`RunFolder::open`] does, and with kind `Recipe` where the rest of the recipe does not go with it.
-    pub fn reshard(dir: &Path, shard: &str) -> anyhow::Result<()> {
-        let (run, before) = Self::open(dir)?;
-        let path = run.paths.recipe();
-        let after = cloze_recipes::load(&path, &[format!("train.shard={shard}")])?;
-        if after.train.shard != before.train.shard {
-            write_whole(&path, after.to_yaml().as_bytes(), READABLE)?;
+    /// Keeps a recipe of the same hash in the place of the run's: one whose workers share the state out otherwise. Fails with kind
+    /// `Mismatch` on another recipe, and with kind `Storage` when it cannot be written.
+    pub fn keep_recipe(&self, recipe: &Recipe) -> anyhow::Result<()> {
+        let path = self.paths.recipe();
+        let (expected, found) = (&self.info.recipe_hash, recipe.hash());
+        if *expected != found {
+            let failure = Failure::new(FailureKind::Mismatch, "this is not the recipe of the run").at(path.display());
+            return Err(failure.expected(format!("recipe hash {expected}")).found(format!("recipe hash {found}")).into());
         }
-        Ok(())
+        let text = recipe.to_yaml();
+        if fs::read(&path).is_ok_and(|kept| kept == text.as_bytes()) {
+            return Ok(());
+        }
+        write_whole(&path, text.as_bytes(), READABLE)
     }
 
     /// The folder, absolute.

@@ -249,6 +249,15 @@ evaluation: []
         }
     }
 
+    #[test]
+    fn how_the_state_is_shared_out_is_no_part_of_what_a_recipe_means() {
+        let (_folder, path) = written("r.yaml", RECIPE);
+        let of = |value: &str| load(&path, &[format!("train.shard={value}")]).unwrap();
+        assert_eq!(of("none").hash(), of("parameters").hash());
+        assert_eq!(of("none").layout_hash(), of("none").hash());
+        assert_ne!(of("none").layout_hash(), of("parameters").layout_hash());
+    }
+
     /// Hash of that recipe by a build that knew none of the later keys. Runs and studies of then go on only as long as it stays.
     const HASH_BEFORE_LATER_KEYS: &str = "0364488f33e1b02aec6331cdcce1a4548a3743c8e6e08ac69750467f92e5a733";
 

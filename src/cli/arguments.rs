@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cloze_recipes::recipe::Recipe;
+use cloze_recipes::recipe::Shard;
 
 /// Instruction-tunes masked language models, from a YAML recipe to a table of scores.
 #[derive(Parser)]
@@ -231,8 +232,8 @@ pub struct ResumeArguments {
     #[arg(long)]
     pub here: bool,
     /// Share the state out among the workers in another way than before: none, optimizer, gradients or parameters
-    #[arg(long, value_name = "LEVEL", value_parser = ["none", "optimizer", "gradients", "parameters"])]
-    pub shard: Option<String>,
+    #[arg(long, value_name = "LEVEL")]
+    pub shard: Option<Shard>,
     /// How many workers, and where.
     #[command(flatten)]
     pub workers: WorkerArguments,

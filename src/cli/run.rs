@@ -65,16 +65,15 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Exi
     if let Some(code) = super::submit::resume(arguments, stdout)? {
         return Ok(code);
     }
-    if let Some(shard) = &arguments.shard {
-        RunFolder::reshard(&arguments.run, shard)?;
-    }
-    let (run, recipe, total) = open_to_resume(&arguments.run)?;
-    let before = workers_before(&run, &arguments.workers)?;
+    let (run, mut recipe, total) = open_to_resume(&arguments.run)?;
+    recipe.train.shard = arguments.shard.unwrap_or(recipe.train.shard);
     // The run folder does not say how many machines the recipe wanted.
     let hosts = Hosts::of(&arguments.hosts, || {
         let failure = Failure::new(FailureKind::Recipe, "`--cluster` does not say over which hosts a run goes on");
         Err(failure.hint("name them: `--hosts a,b --workers-per-host N`").into())
     })?;
+    // Hosts decide it themselves.
+    let before = if hosts.is_some() { 1 } else { workers_before(&run, &arguments.workers)? };
     let slots = Slots::of(&arguments.workers, before).over(hosts.as_ref(), arguments.watch.listen)?;
     let plan = plan(slots, &arguments.watch, recipe, total)?;
     go(run, LaunchPlan { resumed: true, ..plan }, hosts.as_ref(), arguments.watch.quiet)

@@ -107,6 +107,7 @@ fn watch_folder(folder: &Path, screen: &mut Screen<'_>) -> Result<RunView> {
         }
         sleep(INTERVAL);
         log.read_new()?;
+        log.expect_events()?;
     }
 }
 
@@ -178,8 +179,7 @@ fn page_text(page: &str, is_first: bool) -> String {
     format!("{erased}{HOME}{lines}{ERASE_BELOW}")
 }
 
-/// Says on stderr what the view leaves out.
-/// Warns of lines that are left out. Fails where nothing is left.
+/// Says on stderr what the view leaves out. Fails where nothing is left.
 fn tell_passed_over(log: &EventLog) -> Result<()> {
     log.expect_events()?;
     let told = [(log.passed_over(), "events of another version of cloze"), (log.damaged(), "damaged lines of the event log")];

@@ -93,10 +93,6 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Opt
     }
     let slurm = Slurm::find(before.slurm()?)?;
     let mut jobs = Jobs::open_here(&slurm, &run)?;
-    if let Some(shard) = &arguments.shard {
-        refuse_living(&mut jobs, &run)?;
-        RunFolder::reshard(&arguments.run, shard)?;
-    }
     // What a job would meet at once is found here.
     check_inputs(&read_recipe(&run, &read_info(&run)?)?)?;
     refuse_misfits(&slurm, &before.resources, before.slurm()?)?;
@@ -105,6 +101,11 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Opt
         let line = format!("the run is finished at step {step}: no job is submitted");
         write_last_line(&mut std::io::stderr(), &line)?;
         return Ok(Some(ExitCode::SUCCESS));
+    }
+    if let Some(shard) = arguments.shard {
+        let (folder, mut recipe) = RunFolder::open(&arguments.run)?;
+        recipe.train.shard = shard;
+        folder.keep_recipe(&recipe)?;
     }
     let submission = Submission { programs: keep_programs(&paths)?, cluster: slurm.cluster_name().or(before.cluster), ..before };
     unmark_cancelled(&paths)?;

@@ -29,6 +29,7 @@ pub(super) fn decide(now: Duration, state: &State, (since, patient): (Duration, 
             Unsaved::Nothing => Decision::Finish { step: state.saved_step, stopped: true },
             Unsaved::NotKnown => Decision::Wait,
             Unsaved::Held { worker, step } => Decision::Start { members: vec![worker], source: StateSource::Peer { rank: 0, step } },
+            Unsaved::Shared { members, step } => Decision::Start { members, source: StateSource::Shares { step } },
         };
         return (decision, Reason::StopRequested { by: by.clone() });
     }
@@ -64,12 +65,14 @@ enum Unsaved {
     NotKnown,
     /// This worker holds the newest state.
     Held { worker: u32, step: u64 },
+    /// These workers hold it together.
+    Shared { members: Vec<u32>, step: u64 },
 }
 
-/// Looks for steps that are in memory only. Where the state is shared out, what the survivors hold is no whole.
+/// Looks for steps that are in memory only. Where the state is shared out, all shares must be there.
 fn unsaved(state: &State, limits: &Limits) -> Unsaved {
     if !limits.state_is_replicated {
-        return Unsaved::Nothing;
+        return unsaved_shares(state);
     }
     let mut newest: Option<(u32, u64)> = None;
     for (slot, worker) in state.slots() {
@@ -84,6 +87,18 @@ fn unsaved(state: &State, limits: &Limits) -> Unsaved {
         }
     }
     newest.map_or(Unsaved::Nothing, |(worker, step)| Unsaved::Held { worker, step })
+}
+
+fn unsaved_shares(state: &State) -> Unsaved {
+    let is_leaving = |worker: &Worker| matches!(worker, Worker::Present(presence) if presence.ready.is_none() && presence.generation > 0);
+    if state.workers.iter().any(is_leaving) {
+        return Unsaved::NotKnown;
+    }
+    let members = count(state).present;
+    match shared_step(state, &members).filter(|&step| step > state.saved_step) {
+        Some(step) => Unsaved::Shared { members, step },
+        None => Unsaved::Nothing,
+    }
 }
 
 fn count(state: &State) -> Census {

@@ -163,9 +163,18 @@ fn shares_are_the_state_where_all_of_one_step_are_there() {
     ];
     for (name, workers, saved_step, wanted) in cases {
         let state = State { saved_step, ..gathering(0.0, workers) };
-        let found = decide(at(1.0), &state, &Limits { state_is_replicated: false, ..limits() }).0;
-        assert_eq!(found, start(&[0, 1], wanted), "{name}");
+        let decided = |state: &State| decide(at(1.0), state, &Limits { state_is_replicated: false, ..limits() }).0;
+        assert_eq!(decided(&state), start(&[0, 1], wanted.clone()), "{name}");
+        // A stop saves what no checkpoint has.
+        let stopped = State { stop: Some("SIGTERM".to_owned()), ..state };
+        let expected = match wanted {
+            StateSource::Shares { step } if step > saved_step => start(&[0, 1], StateSource::Shares { step }),
+            _ => Decision::Finish { step: saved_step, stopped: true },
+        };
+        assert_eq!(decided(&stopped), expected, "{name}");
     }
+    let leaving = State { stop: Some("SIGTERM".to_owned()), ..gathering(0.0, vec![sharing(17, 0, 2), training(1.0)]) };
+    assert_eq!(decide(at(1.0), &leaving, &Limits { state_is_replicated: false, ..limits() }).0, Decision::Wait);
 }
 
 #[test]
@@ -473,8 +482,10 @@ fn a_stop_ends_a_wait_at_the_saved_step() {
     for (name, workers, wanted) in cases {
         let state = State { stop: stop.clone(), saved_step: 50, ..gathering(0.0, workers) };
         assert_eq!(decide(at(1.0), &state, &limits()).0, wanted, "{name}");
+        // One worker's share is no state.
         let sharded = Limits { state_is_replicated: false, ..limits() };
-        assert_eq!(decide(at(1.0), &state, &sharded).0, Decision::Finish { step: 50, stopped: true }, "{name}");
+        let expected = if wanted == Decision::Wait { Decision::Wait } else { Decision::Finish { step: 50, stopped: true } };
+        assert_eq!(decide(at(1.0), &state, &sharded).0, expected, "{name}");
     }
     let training = State { stop, ..running(vec![training(0.5)]) };
     assert_eq!(decide(at(1.0), &training, &limits()).0, Decision::Wait, "workers stop on their own");

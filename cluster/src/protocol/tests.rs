@@ -45,6 +45,7 @@ fn worker_messages() -> Vec<WorkerMessage> {
             protocol_version: PROTOCOL_VERSION,
             token: Secret::new("t"),
             worker: 3,
+            host: "node".to_owned(),
             process_id: 77,
             status: "SIGKILL".to_owned(),
             tail: "last\nwords".to_owned(),

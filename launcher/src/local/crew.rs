@@ -27,6 +27,9 @@ pub(super) const LEAVE_TIMEOUT_S: u64 = 10;
 /// Longest wait for killed processes to be gone.
 pub(super) const KILL_TIMEOUT_S: u64 = 5;
 
+/// Longest usual time between two looks at processes that have not joined. Whoever did not look for longer stood still.
+const USUAL_GAP_S: u64 = 5;
+
 /// The processes of one program.
 pub(super) struct Crew {
     command: WorkerCommand,
@@ -36,6 +39,8 @@ pub(super) struct Crew {
     restarts: u32,
     /// This host is used no more.
     excluded: bool,
+    /// When it was last looked whether processes hang.
+    looked: Option<Instant>,
 }
 
 /// One worker slot.
@@ -89,7 +94,7 @@ impl Crew {
     /// A crew without processes yet.
     pub(super) fn new(command: WorkerCommand, slots: impl IntoIterator<Item = u32>) -> Self {
         let slots = slots.into_iter().map(|worker| (worker, Slot::default())).collect();
-        Self { command, slots, processes: JoinSet::new(), restarts: 0, excluded: false }
+        Self { command, slots, processes: JoinSet::new(), restarts: 0, excluded: false, looked: None }
     }
 
     /// Gives the slots' first processes what they are to practise. A process that lives already cannot be told any more.
@@ -192,15 +197,35 @@ impl Crew {
         }
     }
 
-    /// Ends the processes that should have joined by now, with their stacks written down; returns their slots.
+    /// The slots whose processes should have joined by now. Time in which nobody asked is given back to them: who did not look, or stood
+    /// still, has heard nothing either.
     pub(super) fn hanging(&mut self, now: Instant) -> Vec<u32> {
-        let is_late = |slot: &mut Slot| slot.join_by.take_if(|by| now >= *by).is_some();
-        let late: Vec<u32> = self.slots.iter_mut().filter_map(|(&worker, slot)| is_late(slot).then_some(worker)).collect();
-        for &worker in &late {
-            let process_id = self.slots.get(&worker).map_or(0, |slot| slot.process_id);
-            self.order(worker, ProcessOrder::DumpAndKill(self.command.paths.dump(worker, process_id)));
+        let gap = now.saturating_duration_since(self.looked.replace(now).unwrap_or(now));
+        let excused = if gap > Duration::from_secs(USUAL_GAP_S) { gap } else { Duration::ZERO };
+        for by in self.slots.values_mut().filter_map(|slot| slot.join_by.as_mut()) {
+            *by += excused;
         }
-        late
+        let is_late = |slot: &Slot| slot.join_by.is_some_and(|by| now >= by);
+        self.slots.iter().filter(|(_, slot)| is_late(slot)).map(|(&worker, _)| worker).collect()
+    }
+
+    /// Ends processes that hang before they join, with their stacks written down.
+    pub(super) fn end_hanging(&mut self, late: &[u32]) {
+        for worker in late {
+            let Some(slot) = self.slots.get_mut(worker) else { continue };
+            slot.join_by = None;
+            let dump = self.command.paths.dump(*worker, slot.process_id);
+            self.order(*worker, ProcessOrder::DumpAndKill(dump));
+        }
+    }
+
+    /// Gives processes that have not joined as much time again.
+    pub(super) fn grant(&mut self, late: &[u32], now: Instant) {
+        for worker in late {
+            if let Some(slot) = self.slots.get_mut(worker) {
+                slot.join_by = Some(now + self.command.join_within);
+            }
+        }
     }
 
     /// Kills the processes whose time has come; returns the replacements that are due.
@@ -379,9 +404,16 @@ mod tests {
         let (quick, slow) = (crew.start(0).unwrap(), crew.start(1).unwrap());
         let now = Instant::now();
         crew.hear(&Event::WorkerJoined { worker: 0, host: host_name(), process_id: quick, rejoined: false }, now);
-        assert!(crew.hanging(now + PATIENCE / 2).is_empty());
-        assert_eq!(crew.hanging(now + PATIENCE), [1]);
-        assert!(crew.hanging(now + PATIENCE).is_empty(), "it is told once");
+        assert!(crew.hanging(now).is_empty());
+        assert!(crew.hanging(now + 2 * PATIENCE).is_empty(), "whoever has not looked for so long has not heard of a join either");
+        let looks = (0..60).map(|second| now + 2 * PATIENCE + Duration::from_secs(second));
+        let late: Vec<Instant> = looks.clone().filter(|&at| !crew.hanging(at).is_empty()).collect();
+        assert!(late.is_empty(), "it has its whole time from then on");
+        let end = now + 3 * PATIENCE + Duration::from_secs(1);
+        assert_eq!(crew.hanging(end), [1]);
+        crew.grant(&[1], end);
+        assert!(crew.hanging(end + Duration::from_secs(1)).is_empty());
+        crew.end_hanging(&[1]);
         let exit = next(&mut crew).await;
         assert_eq!((exit.worker, exit.process_id, exit.status.as_str()), (1, slow, "SIGKILL"));
         assert!(exit.dump.as_ref().is_some_and(|dump| dump.as_ref().is_ok_and(|path| path.exists())), "{:?}", exit.dump);

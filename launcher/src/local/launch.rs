@@ -21,7 +21,7 @@ use super::record::ProcessRecord;
 use super::restart::RestartLimits;
 use super::signals::Signals;
 use super::supervisor::{CoordinatorTask, Supervisor, SupervisorLimits, last_signal};
-use super::told::last_told;
+use super::told::{self, last_told};
 use crate::dashboard::{Dashboard, DashboardOptions, DashboardOrder};
 use crate::hosts::{HostCrew, HostsPlan};
 use crate::reporter::{Reporters, TerminalStyle};
@@ -44,6 +44,10 @@ const DASHBOARD_ORDERS: usize = 16;
 
 /// Shortest time for workers of an earlier controller to come back before they are killed; longer than the coordinator waits for them.
 const COME_BACK_TIMEOUT_S: u64 = 15;
+
+/// Shortest time after which a process that has not joined hangs; where half of `--join-timeout` is longer, that is it. A worker reads its
+/// recipe and opens a port before it joins; libraries on a slow disk take most of it.
+const JOIN_WITHIN_S: u64 = 60;
 
 /// Beyond the time that the workers of other hosts have to leave, how long their `cloze join` may take to notice and to end.
 const HOSTS_EXTRA_S: u64 = 10;
@@ -120,6 +124,8 @@ pub fn launch_on_hosts(options: LaunchOptions, hosts: HostsPlan) -> anyhow::Resu
     plan.check()?;
     // Before anything is written: what cannot begin leaves a run that others may still work on as it is.
     let mut inheritance = Inheritance::find(&run, &plan)?;
+    // The workers read it there.
+    run.keep_recipe(&plan.recipe)?;
     let started = Instant::now();
     let terminal = crate::reporter::terminal(output, style, &run, plan.recipe.train.log_every_steps);
     let mut reporters = Reporters::open(&run, terminal)?;
@@ -320,7 +326,7 @@ fn muster(run: &RunFolder, plan: &LaunchPlan, opened: Opened) -> anyhow::Result<
         local_workers: plan.local_workers,
         layout: plan.recipe.layout_hash(),
         by_join: false,
-        join_within: plan.join_timeout / 2,
+        join_within: (plan.join_timeout / 2).max(Duration::from_secs(JOIN_WITHIN_S)),
     };
     let mut crew = Crew::new(command, 0..plan.local_workers);
     let deadline = tokio::time::Instant::now() + plan.come_back_timeout();
@@ -390,21 +396,22 @@ async fn open_anew(run: &RunFolder, plan: &LaunchPlan, inheritance: Inheritance,
     Ok(Opened { coordinator, credentials, living: Vec::new() })
 }
 
-/// The newest generation of a run that nobody works on any more, by its journal and by its events.
+/// The newest generation of a run whose workers are not taken over, by its journal and by the end of its events.
 fn last_generation(paths: &RunPaths, reporters: &mut Reporters) -> anyhow::Result<u64> {
     let path = paths.events();
-    let told = last_told(&path).map_err(|error| storage("read what was told of the run", &path, &error))?;
+    let told = told::last_generation(&path).map_err(|error| storage("read what was told of the run", &path, &error))?;
     let noted = match Journal::read(&paths.journal()) {
         Ok(memory) => memory.generation,
         Err(failure) if failure.kind == FailureKind::Damaged => {
             let found = failure.found.unwrap_or_default();
-            let message = format!("{} is damaged ({found}); it is begun anew, since no worker of the run lives", paths.journal().display());
+            let message =
+                format!("{} is damaged ({found}); it is begun anew, since no worker of the run lives here", paths.journal().display());
             reporters.write(Event::Warning { message })?;
             0
         }
         Err(failure) => return Err(failure.into()),
     };
-    Ok(noted.max(told.map_or(0, |told| told.generation)))
+    Ok(noted.max(told))
 }
 
 async fn open_dashboard(

@@ -34,6 +34,7 @@ pub(super) struct ProcessRecord {
     /// Its host.
     pub host: String,
     /// Hash of the recipe with which it was started, `train.shard` included.
+    #[serde(default)]
     pub layout: String,
     /// Whether `cloze join` started it, and not the controller.
     pub by_join: bool,

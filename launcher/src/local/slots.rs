@@ -7,11 +7,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use cloze_cluster::host::host_name;
 use cloze_cluster::protocol::PROTOCOL_VERSION;
 use cloze_cluster::{Event, ExitReport, PinnedKey, Secret, report_exit};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
-use tokio::task::spawn_blocking;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use super::contact::{Contact, StatedContact, reach};
@@ -28,15 +29,14 @@ use crate::run_folder::{RunPaths, storage};
 /// Interval at which signals, events and due times are looked at.
 const TICK_MS: u64 = 250;
 
+/// Ends of processes that the coordinator is told of at the same time.
+const MAX_REPORTS: usize = 16;
+
 /// Most characters of a log's end that the coordinator is told.
 const MAX_REPORTED_CHARACTERS: usize = 2000;
 
 /// Wait before the coordinator is looked for again.
 const RETRY_MS: u64 = 500;
-
-/// A worker that has not joined for so long after its start hangs. It reads its recipe and opens a port before it joins; libraries on a
-/// slow disk take some of it.
-const JOIN_WITHIN_S: u64 = 60;
 
 /// Exit code of a worker that was asked to stop.
 const EXIT_CODE_STOPPED: i32 = 130;
@@ -100,6 +100,8 @@ struct Outpost<'a> {
     unread_since: Option<Instant>,
     /// Why this ends with a failure.
     failure: Option<Failure>,
+    /// What the coordinator is being told of processes that have ended.
+    reports: JoinSet<()>,
 }
 
 impl<'a> Outpost<'a> {
@@ -116,7 +118,7 @@ impl<'a> Outpost<'a> {
         }
         let local_workers = slots.len() as u32;
         let binary = worker_binary;
-        let join_within = Duration::from_secs(JOIN_WITHIN_S);
+        let join_within = Duration::from_secs(recipe.cluster.hang.init_s);
         let command = WorkerCommand {
             binary,
             paths,
@@ -142,6 +144,7 @@ impl<'a> Outpost<'a> {
             away_since: None,
             unread_since: None,
             failure: None,
+            reports: JoinSet::new(),
         };
         outpost.fill(&slots)?;
         Ok(outpost)
@@ -172,7 +175,7 @@ impl<'a> Outpost<'a> {
             tokio::select! {
                 biased;
                 _ = tick.tick() => self.look_around().await?,
-                Some(exit) = self.crew.next_exit() => self.take_exit(&exit?).await?,
+                Some(exit) = self.crew.next_exit() => self.take_exit(&exit?)?,
             }
         }
         match self.failure.take() {
@@ -198,13 +201,27 @@ impl<'a> Outpost<'a> {
             self.say("the workers did not leave in time and are killed")?;
             self.crew.kill_all();
         }
-        for worker in self.crew.hanging(now) {
-            self.say(&format!("worker {worker} has not joined within {JOIN_WITHIN_S} s of its start and is killed"))?;
-        }
+        self.end_hanging(now).await?;
         for replacement in self.crew.due(now) {
             self.replace(replacement, now).await?;
         }
         Ok(())
+    }
+
+    /// Ends the workers that have not joined in time. Where the coordinator cannot be reached, or its events not be read, that is not their fault.
+    async fn end_hanging(&mut self, now: Instant) -> anyhow::Result<()> {
+        let late = self.crew.hanging(now);
+        if late.is_empty() {
+            return Ok(());
+        }
+        if self.unread_since.is_some() || reach(&self.crew.command().paths, &self.stated).await.is_err() {
+            self.crew.grant(&late, now);
+            return Ok(());
+        }
+        self.crew.end_hanging(&late);
+        let seconds = self.recipe.cluster.hang.init_s;
+        late.iter()
+            .try_for_each(|worker| self.say(&format!("worker {worker} has not joined within {seconds} s of its start and is killed")))
     }
 
     fn take_signal(&mut self, signal: &str, now: Instant) -> anyhow::Result<()> {
@@ -279,7 +296,7 @@ impl<'a> Outpost<'a> {
         }
     }
 
-    async fn take_exit(&mut self, exit: &Exit) -> anyhow::Result<()> {
+    fn take_exit(&mut self, exit: &Exit) -> anyhow::Result<()> {
         let worker = exit.worker;
         let is_done = self.leaving || matches!(exit.code, Some(0 | EXIT_CODE_STOPPED));
         self.say(&format!("worker {worker} (process {}) ended with {}", exit.process_id, exit.status))?;
@@ -291,7 +308,7 @@ impl<'a> Outpost<'a> {
         let verdict = self.crew.take_exit(exit, is_done, &self.limits);
         let log_path = self.crew.command().paths.log(worker);
         if !is_done && !verdict.finished {
-            self.report(exit, matches!(verdict.decision, ExitDecision::Restart { .. })).await;
+            self.report(exit, matches!(verdict.decision, ExitDecision::Restart { .. }));
         }
         match verdict.decision {
             ExitDecision::Expected | ExitDecision::Restart { .. } => Ok(()),
@@ -307,22 +324,30 @@ impl<'a> Outpost<'a> {
     }
 
     /// Tells the coordinator how a process ended, which it cannot see itself. It notices the loss also where it is not told.
-    async fn report(&self, exit: &Exit, is_replaced: bool) {
+    fn report(&mut self, exit: &Exit, is_replaced: bool) {
+        while self.reports.try_join_next().is_some() {}
+        if self.reports.len() >= MAX_REPORTS {
+            tracing::info!(worker = exit.worker, "the coordinator is not told how a worker ended: it has not answered for others yet");
+            return;
+        }
         let Contact { coordinator, token, key } = self.crew.command().contact.clone();
         let report = ExitReport {
             protocol_version: PROTOCOL_VERSION,
             token,
             worker: exit.worker,
+            host: host_name(),
             process_id: exit.process_id,
             status: exit.status.clone(),
-            tail: exit.tail.chars().take(MAX_REPORTED_CHARACTERS).collect(),
+            tail: last_characters(&exit.tail, MAX_REPORTED_CHARACTERS),
             dump: exit.dump.as_ref().and_then(|dump| dump.as_ref().ok()).map(|path| path.display().to_string()),
             is_replaced,
         };
-        let told = spawn_blocking(move || report_exit(&coordinator, key.as_ref(), report)).await;
-        if let Ok(Err(error)) = told {
-            tracing::info!(worker = exit.worker, error = format!("{error:#}"), "the coordinator was not told how a worker ended");
-        }
+        let worker = exit.worker;
+        self.reports.spawn_blocking(move || {
+            if let Err(error) = report_exit(&coordinator, key.as_ref(), report) {
+                tracing::info!(worker, error = format!("{error:#}"), "the coordinator was not told how a worker ended");
+            }
+        });
     }
 
     fn start(&mut self, worker: u32) -> anyhow::Result<()> {
@@ -337,6 +362,12 @@ impl<'a> Outpost<'a> {
             result => result.context("write progress to standard error"),
         }
     }
+}
+
+/// The end of a text.
+fn last_characters(text: &str, count: usize) -> String {
+    let surplus = text.chars().count().saturating_sub(count);
+    text.chars().skip(surplus).collect()
 }
 
 /// Waits until no other `cloze join` fills one of the slots; `None` when the run ends before that.

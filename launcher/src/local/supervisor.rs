@@ -127,7 +127,13 @@ impl<'a> Supervisor<'a> {
             tokio::select! {
                 biased;
                 end = &mut coordinator.end => break end,
-                _ = tick.tick() => self.look_around(&coordinator.control)?,
+                _ = tick.tick() => {
+                    // Before somebody is judged who was not heard.
+                    while let Ok(event) = coordinator.events.try_recv() {
+                        self.take_event(event)?;
+                    }
+                    self.look_around(&coordinator.control)?;
+                }
                 Some(event) = coordinator.events.recv() => self.take_event(event)?,
                 Some(exit) = self.crew.next_exit() => self.take_exit(&coordinator.control, &exit?)?,
                 Some(order) = orders.recv() => self.take_order(&coordinator.control, order)?,
@@ -160,9 +166,11 @@ impl<'a> Supervisor<'a> {
             self.warn(format!("the workers did not leave within {seconds} s (`checkpoint.stop_timeout_s`) and are killed"))?;
             self.kill_all(control)?;
         }
-        for worker in self.crew.hanging(now) {
+        let late = self.crew.hanging(now);
+        self.crew.end_hanging(&late);
+        for worker in late {
             let seconds = self.crew.command().join_within.as_secs();
-            self.warn(format!("worker {worker} has not joined within {seconds} s of its start (half of --join-timeout) and is killed"))?;
+            self.warn(format!("worker {worker} has not joined within {seconds} s of its start and is killed"))?;
         }
         for replacement in self.crew.due(now) {
             let (worker, attempt, budget_left) = (replacement.worker, replacement.attempt, replacement.budget_left);
@@ -271,7 +279,10 @@ impl<'a> Supervisor<'a> {
         let worker = exit.worker;
         match &exit.dump {
             None => {}
-            Some(Ok(path)) => self.reporters.write(Event::StackDumped { worker, path: path.display().to_string() })?,
+            Some(Ok(path)) => {
+                let (process_id, path) = (exit.process_id, path.display().to_string());
+                self.reporters.write(Event::StackDumped { worker, process_id, path })?;
+            }
             Some(Err(error)) => self.warn(format!("the stacks of worker {worker} could not be written: {error}"))?,
         }
         let Verdict { decision, reason, finished } = self.crew.take_exit(exit, self.stop != Stop::No, &self.limits.restart);

@@ -11,22 +11,42 @@ const MAX_TAIL_BYTES: u64 = 1 << 20;
 
 /// The newest step of which a log tells, or the state with which its generation began. Lines that cannot be read are passed over.
 pub(super) fn last_told(events: &Path) -> io::Result<Option<Held>> {
+    Ok(last_step(&tail_of(events)?))
+}
+
+/// The newest generation of which a log tells; 0 where it tells of none.
+pub(super) fn last_generation(events: &Path) -> io::Result<u64> {
+    let tail = tail_of(events)?;
+    let found = newest_first(&tail).find_map(|event| match event {
+        Event::GenerationStarted { generation, .. } | Event::Step { generation, .. } | Event::Progress { generation, .. } => {
+            Some(generation)
+        }
+        _ => None,
+    });
+    Ok(found.unwrap_or(0))
+}
+
+/// The end of a log; nothing where there is none.
+fn tail_of(events: &Path) -> io::Result<Vec<u8>> {
+    let mut tail = Vec::new();
     let mut file = match File::open(events) {
         Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(tail),
         Err(error) => return Err(error),
     };
     let length = file.metadata()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(MAX_TAIL_BYTES)))?;
-    let mut tail = Vec::new();
     file.take(MAX_TAIL_BYTES).read_to_end(&mut tail)?;
-    Ok(last_step(&tail))
+    Ok(tail)
+}
+
+fn newest_first(lines: &[u8]) -> impl Iterator<Item = Event> + use<'_> {
+    let recorded = lines.rsplit(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice::<Recorded>(line).ok());
+    recorded.map(|recorded| recorded.event)
 }
 
 fn last_step(lines: &[u8]) -> Option<Held> {
-    lines.rsplit(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice::<Recorded>(line).ok()).find_map(|recorded| match recorded
-        .event
-    {
+    newest_first(lines).find_map(|event| match event {
         Event::Step { generation, report } => Some(Held { generation, step: report.step }),
         Event::Restored { generation, step, .. } => Some(Held { generation, step }),
         _ => None,
@@ -71,5 +91,15 @@ mod tests {
         assert!(text.len() as u64 > 2 * MAX_TAIL_BYTES);
         std::fs::write(&path, text).unwrap();
         assert_eq!(last_told(&path).unwrap(), Some(Held { generation: 1, step: 20_000 }));
+    }
+
+    #[test]
+    fn a_generation_that_came_to_nothing_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("events.jsonl");
+        assert_eq!(last_generation(&path).unwrap(), 0);
+        let text = line(step(1, 7, 0.5)) + &line(crate::view::fixtures::generation(2, &[0])) + &line(Event::RunStopped { step: 7 });
+        std::fs::write(&path, text).unwrap();
+        assert_eq!(last_generation(&path).unwrap(), 2);
     }
 }

@@ -191,7 +191,13 @@ impl Check {
         let reached: Vec<&Node> = self.nodes.iter().filter(|node| node.ready.is_some()).collect();
         let rounds = rounds(reached.len());
         let mut pairs = self.measure_rounds(&reached, &rounds, progress).await?;
-        let is_broken = |seats: &(usize, usize)| pairs.get(seats).is_some_and(|pair| pair.error.is_some());
+        let mut answers = Vec::new();
+        for node in &reached {
+            answers.push(node.agent.lock().await.is_some());
+        }
+        // One whose agent is gone would not do better.
+        let can_again = |&(a, b): &(usize, usize)| answers[a] && answers[b];
+        let is_broken = |seats: &(usize, usize)| can_again(seats) && pairs.get(seats).is_some_and(|pair| pair.error.is_some());
         let broken: Vec<Vec<(usize, usize)>> = rounds
             .iter()
             .map(|round| round.iter().copied().filter(is_broken).collect::<Vec<_>>())

@@ -192,7 +192,7 @@ fn life_line(event: &Event) -> Option<(Tone, String)> {
         Event::WorkerExited { worker, process_id, status, .. } => {
             (Tone::Plain, format!("worker {worker} (process {process_id}) ended with {status}"))
         }
-        Event::StackDumped { worker, path } => (Tone::Plain, format!("stacks of worker {worker} written to {path}")),
+        Event::StackDumped { worker, path, .. } => (Tone::Plain, format!("stacks of worker {worker} written to {path}")),
         Event::HostExcluded { host, failures } => {
             (Tone::Bad, format!("host {host} is used no more after {}", sentences::count(u64::from(*failures), "failure")))
         }
@@ -386,7 +386,7 @@ mod tests {
             (Event::DashboardListening { url: "http://127.0.0.1:4243/".to_owned() }, "dashboard: http://127.0.0.1:4243/\n"),
             (Event::WorkerExited { worker: 1, process_id: 7, status, tail }, "worker 1 (process 7) ended with SIGKILL\n"),
             (
-                Event::StackDumped { worker: 1, path: "/r/dumps/worker-1-7.txt".to_owned() },
+                Event::StackDumped { worker: 1, process_id: 7, path: "/r/dumps/worker-1-7.txt".to_owned() },
                 "stacks of worker 1 written to /r/dumps/worker-1-7.txt\n",
             ),
             (Event::HostExcluded { host: "node-a".to_owned(), failures: 3 }, "host node-a is used no more after 3 failures\n"),

@@ -94,7 +94,7 @@ impl Attempt<'_> {
             worker_build: self.options.worker_build.clone(),
             bind: machines.listen()?,
             join_timeout: Duration::from_secs(JOIN_TIMEOUT_S),
-            resumed: paths.events().exists(),
+            resumed: paths.events().exists() || paths.journal().exists(),
             dashboard: Some(([127, 0, 0, 1], 0).into()),
             drills: Vec::new(),
             until_step: self.until_step,

@@ -160,11 +160,7 @@ impl Ledger {
                 self.aborted(FailureRecord { generation: *generation, step: *step, ..record });
             }
             Event::WorkerExited { worker, process_id, status, .. } => self.exited(*worker, *process_id, status),
-            Event::StackDumped { worker, path } => {
-                if let Some(open) = self.newest_of(*worker) {
-                    open.record.dump = Some(path.clone());
-                }
-            }
+            Event::StackDumped { worker, process_id, path } => self.dumped(recorded.time, *worker, *process_id, path),
             Event::WorkerRestarted { worker, .. } => self.decide(Decision::Replaced, |record| record.worker == Some(*worker)),
             Event::WorkerJoined { worker, host, process_id, rejoined } => {
                 self.hosts.insert(*worker, host.clone());
@@ -338,8 +334,17 @@ impl Ledger {
         }
     }
 
-    fn newest_of(&mut self, worker: u32) -> Option<&mut Open> {
-        self.open.iter_mut().rev().find(|open| open.record.worker == Some(worker))
+    /// A process that was never lost, since it never had a seat, hung before it joined: that is a failure of its own.
+    fn dumped(&mut self, time: f64, worker: u32, process_id: u32, path: &str) {
+        let is_of_it = |open: &&mut Open| open.record.worker == Some(worker) && open.process_id == Some(process_id);
+        if let Some(open) = self.open.iter_mut().rev().find(is_of_it) {
+            open.record.dump = Some(path.to_owned());
+            return;
+        }
+        let record = self.record(time, FailureClass::Hung, "did not join after its start");
+        let record = FailureRecord { worker: Some(worker), dump: Some(path.to_owned()), ..record };
+        let exit_by = Some(time + ELSEWHERE_WAIT_S);
+        self.open.push(Open { record, process_id: Some(process_id), exit_by, waits_for: Expected::Generation, class_is_guessed: false });
     }
 
     fn take_complete(&mut self, now: f64) -> Vec<FailureRecord> {
@@ -358,9 +363,10 @@ impl Process {
         Self { id, exit: None, is_new: false, is_elsewhere: true }
     }
 
-    /// A process joins in this one's slot: itself, or one that no controller has started.
+    /// A process joins in this one's slot: itself, perhaps as the child of what a controller has started, or one of another launcher.
     fn come(&mut self, id: u32) {
-        if self.id != id {
+        let is_its_own = !self.is_elsewhere && self.exit.is_none();
+        if self.id != id && !is_its_own {
             *self = Self::elsewhere(id);
         }
     }

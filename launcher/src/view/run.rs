@@ -344,7 +344,9 @@ impl RunView {
             }
             Event::WorkerJoined { worker, host, process_id, rejoined } => {
                 let Some(worker) = self.slot(*worker) else { return };
-                (worker.host, worker.process_id) = (Some(host.clone()), Some(*process_id));
+                worker.host = Some(host.clone());
+                // What a controller has started may be the parent of what joins.
+                worker.process_id.get_or_insert(*process_id);
                 worker.becomes(WorkerState::Joined, if *rejoined { "joined again" } else { "joined" });
             }
             Event::GenerationStarted { workers, .. } => self.seat(workers),
@@ -363,7 +365,7 @@ impl RunView {
                     _ => worker.becomes(WorkerState::Lost, format!("its process ended: {status}")),
                 }
             }
-            Event::StackDumped { worker, path } => {
+            Event::StackDumped { worker, path, .. } => {
                 let Some(worker) = self.slot(*worker) else { return };
                 worker.says(format!("{}; stacks in {path}", worker.last_word));
             }

@@ -70,14 +70,20 @@ impl Roster {
     /// A launcher on another host saw a process end. The coordinator's own launcher tells of its own.
     pub(in crate::coordinator) fn exited_elsewhere(&mut self, report: ExitReport) {
         self.has_changed = true;
-        let ExitReport { worker, process_id, status, tail, dump, is_replaced, .. } = report;
-        if worker as usize >= self.seats.len() {
-            tracing::warn!(worker, status, "a worker without a slot is said to have ended");
+        let ExitReport { worker, host, process_id, status, tail, dump, is_replaced, .. } = report;
+        // The same slot may be filled from another host by now, where process ids mean other processes.
+        let is_of_the_slot = match self.state.workers.get(worker as usize) {
+            Some(Worker::Present(presence)) => presence.host == host,
+            Some(Worker::Absent(absence)) => absence.host == host || absence.host.is_empty(),
+            Some(Worker::Finished { .. }) | None => false,
+        };
+        if !is_of_the_slot {
+            tracing::info!(worker, host, process_id, status, "a process ended whose slot is not that host's");
             return;
         }
         self.exited(worker, process_id, &status);
         if let Some(path) = dump {
-            self.events.push(Event::StackDumped { worker, path });
+            self.events.push(Event::StackDumped { worker, process_id, path });
         }
         self.events.push(Event::WorkerExited { worker, process_id, status, tail });
         if !is_replaced {

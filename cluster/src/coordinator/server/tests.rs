@@ -273,6 +273,7 @@ async fn the_end_of_a_process_on_another_host_is_told(key: Option<RunKey>) {
         protocol_version: PROTOCOL_VERSION,
         token: Secret::new("token"),
         worker: 1,
+        host: crate::host::host_name(),
         process_id: std::process::id(),
         status: "SIGSEGV".to_owned(),
         tail: "last words".to_owned(),
@@ -283,6 +284,8 @@ async fn the_end_of_a_process_on_another_host_is_told(key: Option<RunKey>) {
     let failure = tell_exit(&sandbox, stranger).await.unwrap_err().downcast::<Failure>().unwrap();
     assert_eq!(failure.what, "the coordinator does not know this token");
     tell_exit(&sandbox, ExitReport { worker: 7, ..report.clone() }).await.unwrap();
+    // On another host the same number is another process.
+    tell_exit(&sandbox, ExitReport { host: "elsewhere".to_owned(), ..report.clone() }).await.unwrap();
     // The connection of the worker is still open: it is lost by the word alone.
     tell_exit(&sandbox, report).await.unwrap();
     let mut seen = Vec::new();
@@ -294,7 +297,7 @@ async fn the_end_of_a_process_on_another_host_is_told(key: Option<RunKey>) {
     assert_eq!(lost, Some((1, &"process ended with SIGSEGV".to_owned())));
     let (path, tail) = ("/dumps/1".to_owned(), "last words".to_owned());
     let exited = Event::WorkerExited { worker: 1, process_id: std::process::id(), status: "SIGSEGV".to_owned(), tail };
-    assert!(seen.contains(&Event::StackDumped { worker: 1, path }) && seen.contains(&exited), "{seen:?}");
+    assert!(seen.contains(&Event::StackDumped { worker: 1, process_id: std::process::id(), path }) && seen.contains(&exited), "{seen:?}");
     assert_eq!(seen.iter().filter(|event| matches!(event, Event::WorkerExited { .. })).count(), 1);
     drop(victim);
     let replacement = sandbox.join(1).await;

@@ -92,12 +92,25 @@ fn decisions() {
 
 #[test]
 fn a_record_waits_for_the_end_of_its_process() {
-    let dumped = Event::StackDumped { worker: 1, path: "dumps/worker-1-101.txt".to_owned() };
+    let dumped = Event::StackDumped { worker: 1, process_id: 101, path: "dumps/worker-1-101.txt".to_owned() };
     let events = vec![lost(Some(1)), aborted(1, 57), generation(2, &[0]), recovered(2, 1, CLOSED), dumped, exited()];
     let (records, before) = story(events);
     assert_eq!((before, records.len()), (0, 1));
     assert_eq!(records[0].exit.as_deref(), Some("signal 9 (SIGKILL)"));
     assert_eq!(records[0].dump.as_deref(), Some("dumps/worker-1-101.txt"));
+}
+
+#[test]
+fn a_process_that_never_joined_has_a_record_of_its_own() {
+    let dumped = Event::StackDumped { worker: 1, process_id: 111, path: "dumps/worker-1-111.txt".to_owned() };
+    let ended = Event::WorkerExited { worker: 1, process_id: 111, status: "SIGKILL".to_owned(), tail: String::new() };
+    let started = |process_id| Event::WorkerStarted { worker: 1, process_id };
+    let events = vec![lost(Some(1)), aborted(1, 57), exited(), restarted(), started(111), dumped, ended, restarted(), started(121)];
+    let (records, _) = story([events, vec![joined(false), generation(2, &[0, 1]), recovered(2, 1, CLOSED)]].concat());
+    let told = records.iter().map(|record| (record.class, record.dump.is_some(), record.exit.as_deref(), record.decision));
+    let replaced = Some(Decision::Replaced);
+    let expected = [(FailureClass::Hung, true, Some("SIGKILL"), replaced), (CLOSED, false, Some("signal 9 (SIGKILL)"), replaced)];
+    assert_eq!(told.collect::<Vec<_>>(), expected);
 }
 
 #[test]
