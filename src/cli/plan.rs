@@ -4,6 +4,7 @@ mod checks;
 mod facts;
 mod script;
 mod text;
+mod trials;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,8 @@ use serde::Serialize;
 use super::arguments::RecipeArguments;
 use super::run::{RUNS_FOLDER, check_data};
 use super::sweep::study_folder;
+
+pub(super) use trials::refuse_large_trials;
 
 /// Arguments of `cloze plan`.
 #[derive(Args)]
@@ -131,6 +134,7 @@ fn compute(wanted: &Wanted<'_>, tokens_per_second: Option<f64>) -> Printed {
         let facts = facts::facts(wanted, tokens_per_second, model, data);
         let plan = RunPlan::new(&facts, steps(&facts));
         checks.push(check_memory(&facts, &plan.memory));
+        checks.extend(wanted.trials.iter().flat_map(|trials| trials::memory_of_others(wanted, &trials.graph)));
         checks.push(check_time(&plan, &facts.machine));
         plan
     });

@@ -37,6 +37,7 @@ use cancel::{CancelArguments, cancel};
 use machines::{check_machines, of_queue};
 
 use super::inputs::check_inputs;
+use super::plan::refuse_large_trials;
 use super::reproduce::report_study;
 use super::run::write_last_line;
 use super::worker_process::worker_binary;
@@ -245,6 +246,7 @@ pub(super) struct Driven {
 /// Runs a study to its end, or goes on with it.
 pub(super) fn run_study(study: &Study, folder: &Path, site: Option<Site>, wish: &WishArguments) -> Result<Driven> {
     check_inputs(study, folder)?;
+    refuse_large_trials(study, folder, site.as_ref())?;
     let pack = study.sweep.as_ref().map_or(1, |sweep| sweep.pack);
     let cluster = check_machines(&study.resources, pack, site.as_ref())?;
     let options = SweepOptions { site, journal: wish.journal.as_deref().map(absolute_url).transpose()?, cluster };
