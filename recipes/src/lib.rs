@@ -20,6 +20,7 @@ pub mod study;
 
 mod check;
 mod compose;
+mod job_time;
 mod load;
 mod load_site;
 mod load_study;
@@ -31,6 +32,7 @@ mod schema;
 mod tree;
 mod validate;
 
+pub use job_time::check_job_time;
 pub use load::{load, load_with_profile};
 pub use load_site::load_site;
 pub use load_study::{CheckedFile, check_file, load_study};

@@ -130,6 +130,7 @@ fn compute(wanted: &Wanted<'_>, tokens_per_second: Option<f64>) -> Printed {
     checks::evaluation(wanted, &mut checks);
     checks::places(wanted, &mut checks);
     checks::machines(wanted, &mut checks);
+    checks.extend(job_time(wanted));
     let plan = model.map(|model| {
         let facts = facts::facts(wanted, tokens_per_second, model, data);
         let plan = RunPlan::new(&facts, steps(&facts));
@@ -148,6 +149,7 @@ fn compute(wanted: &Wanted<'_>, tokens_per_second: Option<f64>) -> Printed {
 /// once.
 pub(super) fn refuse(recipe: &Path, study: &Study, site: &Site, mut checks: Vec<Check>) -> Result<()> {
     let wanted = Wanted { offline: true, ..Wanted::new(study, site, None)? };
+    checks.extend(job_time(&wanted));
     let model = checks::model(&wanted, &mut checks);
     if let Err(error) = check_data(&study.recipe) {
         checks.push(Check::error("prepared data", &error));
@@ -164,6 +166,12 @@ pub(super) fn refuse(recipe: &Path, study: &Study, site: &Site, mut checks: Vec<
         }
     }
     verdict(recipe, &told).map(drop)
+}
+
+/// What is wrong with the time limit of the recipe at this site.
+fn job_time(wanted: &Wanted<'_>) -> Option<Check> {
+    let error = cloze_recipes::check_job_time(wanted.study, wanted.site).err()?;
+    Some(Check::error("time limit", &error))
 }
 
 /// Steps of the run, where the recipe or prepared data says so.

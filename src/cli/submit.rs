@@ -10,7 +10,9 @@ use clap::Args;
 use cloze_cluster::protocol::build_name;
 use cloze_launcher::plan::Check;
 use cloze_launcher::run_folder::{read_info, read_recipe};
-use cloze_launcher::slurm::{JobId, JobPaths, Jobs, Programs, Role, SUBMIT_SETTLED_S, Slurm, Submission, Wanted, Wish, unmark_cancelled};
+use cloze_launcher::slurm::{
+    JobId, JobPaths, Jobs, Programs, Role, SUBMIT_SETTLED_S, Slurm, Submission, Wanted, Wish, unmark_cancelled, view_jobs,
+};
 use cloze_launcher::view::{EventLog, RunState};
 use cloze_launcher::{NewRun, RunFolder, RunPaths};
 use cloze_recipes::failure::{Failure, FailureKind};
@@ -61,6 +63,7 @@ struct Request {
 pub fn submit(arguments: &SubmitArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
     let request = Request::check(arguments)?;
     if arguments.dry_run {
+        request.check_folder()?;
         write!(stdout, "{}", request.preview()?).context("print the batch script")?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -159,6 +162,19 @@ impl Request {
         let name = split(&self.folder)?.1;
         let wanted = Wanted { name: submission.job_name(&name, 1), role: Role::Asked, exclude: Vec::new() };
         Ok(submission.script(&paths, &wanted, self.slurm.version())?)
+    }
+
+    /// Fails where the run's folder is not free for this run, as [`Request::open_run`] and [`refuse_living`] do, and makes nothing.
+    fn check_folder(&self) -> Result<()> {
+        let Err(error) = RunFolder::check_free(&self.folder) else { return Ok(()) };
+        let run = self.never_started().ok_or(error)?;
+        let Some(view) = view_jobs(&run)? else { return Ok(()) };
+        if let Some(failure) = view.unasked {
+            return Err(failure.into());
+        }
+        let states = view.jobs.iter().filter_map(|job| Some((job.job?, job.state.as_ref()?.state)));
+        let living: Vec<String> = states.filter(|(_, state)| !state.is_end()).map(|(job, state)| format!("job {job}, {state}")).collect();
+        if living.is_empty() { Ok(()) } else { Err(has_living(&run, &living).into()) }
     }
 
     /// Makes the run's folder. One whose submission came to nothing before serves as well, if it is of the same recipe and data.
@@ -294,10 +310,13 @@ fn refuse_living(jobs: &mut Jobs<'_>, run: &RunPaths) -> Result<()> {
         return Ok(());
     }
     let shown: Vec<String> = living.iter().map(|(id, job)| format!("job {id}, {}", job.state)).collect();
+    Err(has_living(run, &shown).into())
+}
+
+fn has_living(run: &RunPaths, shown: &[String]) -> Failure {
     let folder: &Path = run.root();
-    Err(Failure::new(FailureKind::Run, "this run has jobs that are not over")
+    Failure::new(FailureKind::Run, "this run has jobs that are not over")
         .at(folder.display())
         .found(shown.join("; "))
         .hint(format!("`cloze status {0}` shows them, `cloze cancel {0}` cancels them", folder.display()))
-        .into())
 }

@@ -246,6 +246,9 @@ pub(super) struct Driven {
 /// Runs a study to its end, or goes on with it.
 pub(super) fn run_study(study: &Study, folder: &Path, site: Option<Site>, wish: &WishArguments) -> Result<Driven> {
     check_inputs(study, folder)?;
+    if let Some(site) = &site {
+        cloze_recipes::check_job_time(study, site)?;
+    }
     refuse_large_trials(study, folder, site.as_ref())?;
     let pack = study.sweep.as_ref().map_or(1, |sweep| sweep.pack);
     let cluster = check_machines(&study.resources, pack, site.as_ref())?;

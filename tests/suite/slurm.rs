@@ -359,7 +359,21 @@ fn everything_that_a_run_would_meet_is_told_before_it_is_submitted() {
     let outcome = submit(RECIPE, &["--set", "resources.memory_per_node_mib=1"]).expect_code(3);
     outcome.expect_words(&["memory: the recipe does not fit"]);
     assert!(!world.path("run").exists(), "a run folder was made for nothing");
-    assert!(submit(RECIPE, &["--dry-run"]).expect_code(0).stdout.contains("#SBATCH --partition=main\n"));
+    let short = ["--set", "resources.time_limit_minutes=2"];
+    let words = ["resources.time_limit_minutes: found 2, expected at least 3", "hint: raise `resources.time_limit_minutes`"];
+    submit(RECIPE, &short).expect_code(3).expect_words(&words);
+    world.cloze(&[["check", RECIPE, "--cluster", "main.yaml"].as_slice(), &short].concat()).expect_code(3).expect_words(&words);
+    let dry = || submit(RECIPE, &["--dry-run"]);
+    assert!(dry().expect_code(0).stdout.contains("#SBATCH --partition=main\n"));
+    // A folder that is another run's is refused as without `--dry-run`, and left as it is.
+    fs::create_dir(world.path("run")).unwrap();
+    world.write("run/notes.txt", "mine");
+    for more in [["--dry-run"].as_slice(), &[]] {
+        submit(RECIPE, more).expect_code(3).expect_words(&["the run folder is not empty", "found: notes.txt"]);
+    }
+    fs::remove_dir_all(world.path("run")).unwrap();
+    world.train("run", &[]);
+    dry().expect_code(3).expect_words(&["this run already exists"]);
 }
 
 #[test]
