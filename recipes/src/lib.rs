@@ -34,7 +34,7 @@ mod validate;
 
 pub use job_time::check_job_time;
 pub use load::{load, load_with_profile};
-pub use load_site::load_site;
+pub use load_site::{load_site, place_in_site};
 pub use load_study::{CheckedFile, check_file, load_study};
 pub use rendered::read_rendered;
 pub use schema::{schema_json, site_schema_json};

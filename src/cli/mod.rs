@@ -24,6 +24,7 @@ pub mod worker_process;
 mod bucket_runs;
 mod errors;
 mod inputs;
+mod partition;
 mod run_place;
 mod trial;
 

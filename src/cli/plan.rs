@@ -73,6 +73,8 @@ struct Printed {
 struct Wanted<'a> {
     study: &'a Study,
     site: &'a Site,
+    /// The cluster file, where one was named.
+    site_file: Option<&'a Path>,
     workers: u32,
     offline: bool,
     /// The run folder of a single run.
@@ -101,7 +103,7 @@ impl<'a> Wanted<'a> {
         };
         let usual = || site.folder.as_deref().unwrap_or(Path::new("")).join(RUNS_FOLDER).join(&study.recipe.name);
         let folder = folder.map_or_else(usual, Path::to_owned);
-        Ok(Self { study, site, workers, offline: false, folder, trials })
+        Ok(Self { study, site, site_file: None, workers, offline: false, folder, trials })
     }
 }
 
@@ -112,6 +114,7 @@ pub fn plan(arguments: &PlanArguments, stdout: &mut dyn Write) -> Result<ExitCod
     let site = arguments.cluster.as_deref().map_or_else(|| Ok(Site::local()), cloze_recipes::load_site)?;
     let mut wanted = Wanted::new(&study, &site, arguments.folder.as_deref())?;
     wanted.offline = arguments.offline;
+    wanted.site_file = arguments.cluster.as_deref();
     wanted.workers = arguments.workers.unwrap_or(wanted.workers);
     let printed = compute(&wanted, arguments.tokens_per_second);
     if arguments.json {

@@ -214,7 +214,7 @@ fn reopen(folder: &Path, journal: Option<&str>, cluster: Option<&Path>) -> Resul
     let site = cluster.map(cloze_recipes::load_site).transpose()?;
     let mut study = OpenStudy::open(folder, journal, site.as_ref())?;
     let wanted = site.as_ref().or(study.plan.site.as_ref());
-    let name = check_machines(&study.plan.resources, study.plan.pack, wanted)?;
+    let name = check_machines(&study.plan.resources, study.plan.pack, (wanted, cluster))?;
     study.check_in(name.as_deref())?;
     if let Some(site) = site {
         study.move_to(site)?;
@@ -251,7 +251,7 @@ pub(super) fn run_study(study: &Study, folder: &Path, site: Option<Site>, wish: 
     }
     refuse_large_trials(study, folder, site.as_ref())?;
     let pack = study.sweep.as_ref().map_or(1, |sweep| sweep.pack);
-    let cluster = check_machines(&study.resources, pack, site.as_ref())?;
+    let cluster = check_machines(&study.resources, pack, (site.as_ref(), wish.cluster.as_deref()))?;
     let options = SweepOptions { site, journal: wish.journal.as_deref().map(absolute_url).transpose()?, cluster };
     drive(OpenStudy::create(study, folder, options)?, wish.quiet)
 }

@@ -41,7 +41,7 @@ mod version;
 mod watch;
 
 pub use allocation::{AllocationOptions, JobOutcome, run_in_job};
-pub use client::{SUBMIT_SETTLED_S, Slurm, Told};
+pub use client::{PARTITION_KEY, SUBMIT_SETTLED_S, Slurm, Told};
 pub use element::array_element;
 pub use exclusion::{Avoided, avoid};
 pub use job::{ExitStatus, JobId, JobState, State};
@@ -49,7 +49,7 @@ pub use journal::{AttemptEvent, JobEvent, JobRecord, Role};
 pub use logs::{LogChoice, show_logs};
 pub use machines::{has_container, step_on_this_node};
 pub use overview::{AttemptView, JobView, JobsView, jobs_text, view_jobs};
-pub use partition::{Partition, Wish};
+pub use partition::{Fit, NodeGroup, Partition, Wish};
 pub use paths::JobPaths;
 pub use poll::{SILENCE_MAX_S, Silence, after_silence, next_poll};
 pub use quote::{shell_word, shell_words};

@@ -64,7 +64,7 @@ fn too_large<'a>(study: &Study, site: &Site, graph: &'a Graph) -> Vec<(&'a Trial
         let Some(sizes) = sizes.clone() else { continue };
         let of_trial = Study { recipe: trial.recipe.clone(), ..study.clone() };
         let workers = study.resources.nodes.saturating_mul(study.resources.workers_per_node);
-        let wanted = Wanted { study: &of_trial, site, workers, offline: true, folder: PathBuf::new(), trials: None };
+        let wanted = Wanted { study: &of_trial, site, site_file: None, workers, offline: true, folder: PathBuf::new(), trials: None };
         let facts = facts(&wanted, None, sizes, DataFacts::Unknown);
         let check = check_memory(&facts, &RunPlan::new(&facts, steps(&facts)).memory);
         if check.level == CheckLevel::Fail {
