@@ -207,6 +207,39 @@ sweep: {seeds: [1], metric: {score: loss}}
     assert_eq!(cluster.node_state("n2"), "IDLE", "the node lives");
 }
 
+/// Each trial has a node of its own; that of one of them fails its pre-flight, so the trial is tried elsewhere before it has begun.
+#[test]
+fn a_trial_of_one_node_leaves_a_node_that_fails_its_preflight() {
+    let options = SlurmOptions { num_nodes: 3, gpus_per_node: 0, ..SlurmOptions::default() };
+    let Some(cluster) = SlurmCluster::start("the pre-flight of trials of one node", options) else { return };
+    let world = World::with_corpus(2000);
+    let around = "\
+resources: {nodes: 1, workers_per_node: 1, cpus_per_worker: 4, time_limit_minutes: 10}
+sweep: {seeds: [1, 2, 3], concurrency: 3, metric: {score: loss}}
+";
+    world.write("unfit.yaml", RECIPE_TEXT.replace("name: small", "name: unfit") + around);
+    world.write("cluster.yaml", "version: 1\nname: tests\nkind: slurm\nslurm: {partition: main, poll_s: 1}\n");
+    let worker = world.worker_broken_on("n2", 1);
+    let arguments = ["sweep", "run", "unfit.yaml", "--cluster", "cluster.yaml"];
+    let outcome = run_command(world.command_by(cluster.command(crate::sandbox::CLOZE), &arguments).env("CLOZE_WORKER", worker));
+    outcome.expect_code(0).expect_words(&["no job that begins from now on uses n2", "the node of the job cannot be used", "3 of 3 done"]);
+    let records = records(&world, "unfit");
+    let mut attempts: Vec<u64> = records.values().map(|record| record["attempts"].as_u64().expect("a number")).collect();
+    attempts.sort_unstable();
+    assert_eq!(attempts, [1, 1, 2]);
+    for (name, record) in &records {
+        assert_eq!((record["state"].as_str(), steps(&world, "unfit", name)), (Some("done"), (1..=40).collect()), "{name}");
+        assert!(!hosts(&world, "unfit", name).contains("n2"), "{:?}", hosts(&world, "unfit", name));
+        if record["attempts"] == 2 {
+            let hash = record["hash"].as_str().expect("a hash");
+            let first: Value = serde_json::from_slice(&world.read(&format!("studies/unfit/jobs/outcomes/{hash}-1.json"))).expect("JSON");
+            assert_eq!((first["bad_nodes"][0].as_str(), first["failure"]["place"].as_str()), (Some("n2"), Some("n2")), "{first}");
+            assert!(first["failure"]["cause"].as_str().expect("a cause").contains("its devices could not be checked"), "{first}");
+        }
+    }
+    assert_eq!(cluster.node_state("n2"), "IDLE", "the node lives");
+}
+
 /// Without accounting nobody knows how a job has ended once SLURM has forgotten it. The controller stands still meanwhile, so that it has not
 /// heard of the end before.
 #[test]

@@ -52,6 +52,7 @@ pub use overview::{AttemptView, JobView, JobsView, jobs_text, view_jobs};
 pub use partition::{Fit, NodeGroup, Partition, Wish};
 pub use paths::JobPaths;
 pub use poll::{SILENCE_MAX_S, Silence, after_silence, next_poll};
+pub use preflight::{BadNode, NodeCheck, check_this_node};
 pub use quote::{shell_word, shell_words};
 pub use script::{ArrayRange, Dependency, JobRequest, container_options, cpus_per_node, render};
 pub use snapshot::Programs;
