@@ -10,6 +10,7 @@ use cloze_launcher::report::{ReportFormat, report_folders};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::nearest;
 
+use super::expectation::expected_today;
 use super::run::write_last_line;
 use super::sweep::{WishArguments, run_study};
 
@@ -59,7 +60,7 @@ pub fn reproduce(arguments: &ReproduceArguments, stdout: &mut dyn Write) -> Resu
 
 /// Writes the report into the study's folder, and prints its table.
 pub(super) fn report_study(folder: &Path, stdout: &mut dyn Write) -> Result<()> {
-    let report = report_folders(&[folder.to_owned()], None)?;
+    let report = report_folders(&[folder.to_owned()], expected_today(folder)?)?;
     let output = folder.join("report");
     report.write_all(&output)?;
     stdout.write_all(report.render(ReportFormat::Table)?.as_bytes()).context("print the table")?;
