@@ -107,6 +107,20 @@ impl<'a> Wanted<'a> {
     }
 }
 
+/// Prints the plan of a study in a folder at a site, whose file may be known, as [`plan`] does.
+pub(super) fn plan_study(
+    study: &Study,
+    site: Option<&Site>,
+    (file, folder): (Option<&Path>, &Path),
+    stdout: &mut dyn Write,
+) -> Result<ExitCode> {
+    let local = Site::local();
+    let wanted = Wanted { site_file: file, ..Wanted::new(study, site.unwrap_or(&local), Some(folder))? };
+    let printed = compute(&wanted, None);
+    write!(stdout, "\n{}", text::text(&printed)).context("print the plan")?;
+    verdict(&study.file, &printed.checks)
+}
+
 /// Prints numbers, script and checks. A check that failed decides the exit code; one of the recipe comes before all others.
 pub fn plan(arguments: &PlanArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
     let changes = &arguments.recipe.changes;

@@ -20,7 +20,7 @@ use cloze_launcher::sweep::journal::read_records;
 use cloze_launcher::sweep::local::Local;
 use cloze_launcher::sweep::lock::FileLock;
 use cloze_launcher::sweep::open::OpenStudy;
-use cloze_launcher::sweep::outlook::{is_over, is_queued, newest_step};
+use cloze_launcher::sweep::outlook::{first_jobs_text, is_over, is_queued, newest_step};
 use cloze_launcher::sweep::queue::{Queue, QueueOptions};
 use cloze_launcher::sweep::record::{TrialRecord, TrialState};
 use cloze_launcher::sweep::share::Part;
@@ -229,7 +229,7 @@ fn start(arguments: &RunArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
     let site = wish.site()?;
     let folder = wish.folder_of(&study.recipe.name, site.as_ref());
     if arguments.preview {
-        preview(&study, &folder, stdout)?;
+        preview(&study, &folder, site.as_ref(), stdout)?;
         return Ok(ExitCode::SUCCESS);
     }
     finish(&run_study(&study, &folder, site, wish)?, stdout)
@@ -356,11 +356,16 @@ pub(super) fn study_folder(name: &str, profile: Option<&str>, site: Option<&Site
     root.join(STUDIES_FOLDER).join(format!("{name}{profile}"))
 }
 
-fn preview(study: &Study, folder: &Path, stdout: &mut dyn Write) -> Result<()> {
+/// Prints the trials of a study, what they share, and the jobs that they become first at this site.
+pub(super) fn preview(study: &Study, folder: &Path, site: Option<&Site>, stdout: &mut dyn Write) -> Result<()> {
     let root = std::path::absolute(folder).context("find the current folder")?;
     let graph = Graph::new(study.trials(&root)?)?;
     let plan = SweepPlan::new(study, &graph, SweepOptions::default());
-    write!(stdout, "{}", preview_text(&graph, &plan)).context("print the preview")
+    write!(stdout, "{}", preview_text(&graph, &plan)).context("print the preview")?;
+    if of_queue(site).is_some() {
+        writeln!(stdout, "{}", first_jobs_text(&plan)).context("print the preview")?;
+    }
+    Ok(())
 }
 
 fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
