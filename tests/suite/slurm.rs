@@ -210,6 +210,15 @@ fn put_back_on_a_warning(site: &Site, undisturbed: &Undisturbed) {
     for part in ["attempt 1 (1 of at most 5)", "attempt 2", "the run is finished"] {
         assert!(logs.contains(part), "`{part}` is missing in:\n{logs}");
     }
+    // What the other node says is in its own log and in the job's, and shown once.
+    let by_job =
+        |line: &str| line.starts_with("job ") && ["n1", "n2", "n3", "n4"].iter().any(|node| line.contains(&format!(" | {node}: ")));
+    assert!(logs.contains("\nnode n") && !logs.lines().any(by_job), "{logs}");
+    let first = site.cloze(&["logs", &run_path, "--attempt", "1"]).expect_code(0).stdout;
+    assert!(first.contains("attempt 1 (1 of at most 5)") && !first.contains("attempt 2 ("), "{first}");
+    site.cloze(&["logs", &run_path, "--attempt", "9"]).expect_code(3).expect_words(&["the run has no such attempt", "expected: 1 to "]);
+    // The run is over, so following its logs ends.
+    assert_eq!(site.cloze(&["logs", &run_path, "--follow"]).expect_code(0).stdout.lines().count(), logs.lines().count());
     let status = site.cloze(&["status", &run_path]).expect_code(0).stdout;
     assert!(status.contains(&format!("job {job}: completed")) && status.contains("attempt 2 on "), "{status}");
 }

@@ -23,6 +23,7 @@ mod element;
 mod exclusion;
 mod job;
 mod journal;
+mod log_end;
 mod logs;
 mod machines;
 mod overview;
