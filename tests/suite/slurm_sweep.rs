@@ -240,6 +240,46 @@ sweep: {seeds: [1, 2, 3], concurrency: 3, metric: {score: loss}}
     assert_eq!(cluster.node_state("n2"), "IDLE", "the node lives");
 }
 
+/// Nobody takes in what happens to a trial while no controller lives; whoever asks is told all the same.
+#[test]
+fn a_trial_whose_job_is_gone_is_not_shown_as_training() {
+    let options = SlurmOptions { num_nodes: 1, gpus_per_node: 0, ..SlurmOptions::default() };
+    let Some(cluster) = SlurmCluster::start("the status of a trial whose job is gone", options) else { return };
+    let world = World::with_corpus(2000);
+    let recipe = RECIPE_TEXT.replace("name: small", "name: left").replace("steps: 40", "steps: 400");
+    let around = "\
+resources: {nodes: 1, workers_per_node: 1, cpus_per_worker: 2, time_limit_minutes: 10}
+sweep: {seeds: [1], metric: {score: loss}}
+";
+    world.write("left.yaml", recipe + around);
+    world.write("cluster.yaml", "version: 1\nname: tests\nkind: slurm\nslurm: {partition: main, poll_s: 1}\n");
+    let arguments = ["sweep", "run", "left.yaml", "--cluster", "cluster.yaml"];
+    let process = Process::start(&mut world.command_by(cluster.command(crate::sandbox::CLOZE), &arguments), "");
+    let done = || records(&world, "left").keys().map(|name| steps(&world, "left", name).len()).max().unwrap_or(0);
+    wait_until("the trial trains", PATIENCE, || done() >= 40);
+    process.kill();
+    let status = |more: &[&str]| {
+        let arguments = [["sweep", "status", "studies/left"].as_slice(), more].concat();
+        run_command(&mut world.command_by(cluster.command(crate::sandbox::CLOZE), &arguments)).expect_code(0).stdout
+    };
+    let text = status(&[]);
+    assert!(text.contains("training") && text.contains("no controller lives here; the last one, process "), "{text}");
+    let job: u64 = cluster.run("squeue", &["--noheader", "--format=%A"]).expect_code(0).stdout.trim().parse().expect("one job");
+    cluster.kill_script(job);
+    wait_until("the job is seen to be gone", PATIENCE, || status(&[]).contains(" is gone: job "));
+    let text = status(&[]);
+    assert!(!text.contains("training") && text.contains("1 gone;") && text.contains("`cloze sweep resume "), "{text}");
+    let json: Value = serde_json::from_str(&status(&["--json"])).expect("the status is JSON");
+    assert_eq!(json["gone"].as_object().map(serde_json::Map::len), Some(1), "{json}");
+    // Where nobody can ask, that is said.
+    let mut blind = world.command(&["sweep", "status", "studies/left"]);
+    let blind = run_command(blind.env("PATH", "/nowhere")).expect_code(0).stdout;
+    assert!(blind.contains("what is out may be gone: the batch system could not be asked"), "{blind}");
+    let resume = ["sweep", "resume", "studies/left"];
+    let resumed = run_command(&mut world.command_by(cluster.command(crate::sandbox::CLOZE), &resume));
+    resumed.expect_code(0).expect_words(&["1 of 1 done"]);
+}
+
 /// Without accounting nobody knows how a job has ended once SLURM has forgotten it. The controller stands still meanwhile, so that it has not
 /// heard of the end before.
 #[test]
