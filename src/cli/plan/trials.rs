@@ -20,6 +20,9 @@ const MAX_NAMED: usize = 20;
 /// Extents of a model and rows of its embedding; `None` where they cannot be read.
 type Sizes = Option<(ModelShape, u64)>;
 
+/// What the sizes of a model depend on: its folder, its shape, its tokenizer.
+type Identity = (Option<PathBuf>, String, PathBuf);
+
 /// Refuses a study, before anything of it is made, that has trials for which the machines have too little memory; all of them are named.
 /// Fails with kind `Recipe`.
 pub(in crate::cli) fn refuse_large_trials(study: &Study, folder: &Path, site: Option<&Site>) -> Result<()> {
@@ -56,7 +59,7 @@ pub(super) fn memory_of_others(wanted: &Wanted<'_>, graph: &Graph) -> Vec<Check>
 
 /// The trials that do not fit, and why. One whose model cannot be read says so when it is tried.
 fn too_large<'a>(study: &Study, site: &Site, graph: &'a Graph) -> Vec<(&'a Trial, Check)> {
-    let mut known: BTreeMap<String, Sizes> = BTreeMap::new();
+    let mut known: BTreeMap<Identity, Sizes> = BTreeMap::new();
     let mut found = Vec::new();
     for trial in graph.nodes.iter().map(|node| &node.trial) {
         let model = first_model(trial);
@@ -83,8 +86,8 @@ fn first_model(trial: &Trial) -> &ModelRecipe {
     &first.recipe.model
 }
 
-fn identity(model: &ModelRecipe) -> String {
-    format!("{:?} {:?} {:?}", model.path, model.shape, model.tokenizer)
+fn identity(model: &ModelRecipe) -> Identity {
+    (model.path.clone(), format!("{:?}", model.shape), model.tokenizer.clone())
 }
 
 /// A trial by what tells it from the others.
