@@ -146,6 +146,27 @@ impl RunFolder {
         Ok(Self { paths, info, _lock: lock })
     }
 
+    /// Fails as [`RunFolder::create`] does where this folder cannot become that of a new run; nothing is made or written.
+    pub fn check_free(path: &Path) -> anyhow::Result<()> {
+        if !path.exists() {
+            return Ok(());
+        }
+        let paths = RunPaths::find(path)?;
+        let lock_path = paths.root().join(LOCK_FILE);
+        if !lock_path.exists() {
+            let entry = first_entry(paths.root(), |_| Ok(false))?;
+            return entry.map_or(Ok(()), |entry| Err(taken(paths.root(), &entry).into()));
+        }
+        let mut lock = File::open(&lock_path).map_err(|error| storage("open the run folder's lock", &lock_path, &error))?;
+        match lock.try_lock_shared() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(held(paths.root(), &mut lock).into()),
+            Err(TryLockError::Error(error)) => return Err(storage("look at the run folder's lock", &lock_path, &error).into()),
+        }
+        let entry = first_entry(paths.root(), |entry| is_of_a_start(&paths, entry))?;
+        entry.map_or(Ok(()), |entry| Err(taken(paths.root(), &entry).into()))
+    }
+
     /// Opens an existing run to resume it. Fails with kind `Input` when there is none, with kind `Mismatch` when its recipe was
     /// changed, and with kind `Run` when another live process controls it.
     pub fn open(dir: &Path) -> anyhow::Result<(Self, Recipe)> {

@@ -20,6 +20,7 @@ pub mod study;
 
 mod check;
 mod compose;
+mod job_time;
 mod load;
 mod load_site;
 mod load_study;
@@ -31,8 +32,9 @@ mod schema;
 mod tree;
 mod validate;
 
+pub use job_time::check_job_time;
 pub use load::{load, load_with_profile};
-pub use load_site::load_site;
+pub use load_site::{load_site, place_in_site};
 pub use load_study::{CheckedFile, check_file, load_study};
 pub use rendered::read_rendered;
 pub use schema::{schema_json, site_schema_json};

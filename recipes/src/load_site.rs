@@ -23,6 +23,12 @@ pub fn load_site(path: &Path) -> anyhow::Result<Site> {
     check::check_site(&root, problems, &current_folder).map_err(|problems| problems.into_failure(&path.display().to_string()).into())
 }
 
+/// Where a cluster file states a key, as `FILE:LINE:COLUMN: KEY`; `None` where the file cannot be read any more.
+pub fn place_in_site(path: &Path, key: &str) -> Option<String> {
+    let root = compose::read_alone(path, "cluster file").ok()?;
+    Some(format!("{}: {key}", root.place_of(key)))
+}
+
 impl Site {
     /// This machine, as it is used without a cluster file.
     pub fn local() -> Self {

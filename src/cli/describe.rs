@@ -8,25 +8,41 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use cloze_recipes::CheckedFile;
 use cloze_recipes::site::{Site, SiteKind};
+use cloze_recipes::study::Study;
 
 use super::arguments::{CheckArguments, SchemaArguments};
 
 /// Checks a recipe with all its profiles and trials, and a cluster file; prints what is right, or the resolved recipe.
 pub fn check(arguments: &CheckArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
     let mut text = String::new();
+    let mut checked_site = None;
     if let Some(file) = &arguments.cluster {
         let site = cloze_recipes::load_site(file)?;
         if !arguments.resolved {
             text.push_str(&site_text(file, &site));
         }
+        checked_site = Some(site);
     }
     if let Some(recipe) = &arguments.recipe {
         let changes = &arguments.changes;
         let checked = cloze_recipes::check_file(recipe, &changes.overrides, changes.profile.as_deref())?;
+        if let Some(site) = &checked_site {
+            check_job_times(&checked, site)?;
+        }
         text.push_str(&if arguments.resolved { checked.study.recipe.to_yaml() } else { recipe_text(recipe, &checked) });
     }
     stdout.write_all(text.as_bytes()).context("print the recipe")?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The time limit of the recipe, under every profile that was checked, at this site.
+fn check_job_times(checked: &CheckedFile, site: &Site) -> Result<()> {
+    let Study { file, overrides, .. } = &checked.study;
+    cloze_recipes::check_job_time(&checked.study, site)?;
+    for (profile, _) in &checked.profiles {
+        cloze_recipes::check_job_time(&cloze_recipes::load_study(file, overrides, Some(profile))?, site)?;
+    }
+    Ok(())
 }
 
 /// Prints the JSON Schema.

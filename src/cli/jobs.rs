@@ -31,7 +31,7 @@ pub struct CancelArguments {
 pub struct LogsArguments {
     /// Run folder
     pub run: PathBuf,
-    /// Go on while the logs grow
+    /// Go on while the logs grow, until the run is over
     #[arg(long, short)]
     pub follow: bool,
     /// Only the log of this worker
@@ -40,6 +40,9 @@ pub struct LogsArguments {
     /// Only the log of this job, as in `12`
     #[arg(long, value_name = "ID")]
     pub job: Option<String>,
+    /// Only what this attempt has written into the log of its job; `cloze status` lists the attempts
+    #[arg(long, value_name = "N", conflicts_with_all = ["worker", "job"])]
+    pub attempt: Option<u32>,
 }
 
 /// Arguments of `cloze allocation`.
@@ -117,7 +120,7 @@ pub fn logs(arguments: &LogsArguments, stdout: &mut dyn Write) -> Result<ExitCod
             "`cloze sweep status {study}` names its trials; their logs are in {study}/jobs, and `cloze logs {study}/runs/TRIAL` shows those of a run"
         )
     })?;
-    let choice = LogChoice { worker: arguments.worker, job: arguments.job.clone(), follow: arguments.follow };
+    let choice = LogChoice { worker: arguments.worker, job: arguments.job.clone(), attempt: arguments.attempt, follow: arguments.follow };
     match show_logs(&run, &choice, stdout) {
         Ok(true) => Ok(ExitCode::SUCCESS),
         Ok(false) => Err(Failure::new(FailureKind::Input, "there is no such log yet")

@@ -23,7 +23,9 @@ pub mod worker_process;
 
 mod bucket_runs;
 mod errors;
+mod expectation;
 mod inputs;
+mod partition;
 mod run_place;
 mod trial;
 

@@ -4,6 +4,7 @@ mod checks;
 mod facts;
 mod script;
 mod text;
+mod trials;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,8 @@ use serde::Serialize;
 use super::arguments::RecipeArguments;
 use super::run::{RUNS_FOLDER, check_data};
 use super::sweep::study_folder;
+
+pub(super) use trials::refuse_large_trials;
 
 /// Arguments of `cloze plan`.
 #[derive(Args)]
@@ -70,6 +73,8 @@ struct Printed {
 struct Wanted<'a> {
     study: &'a Study,
     site: &'a Site,
+    /// The cluster file, where one was named.
+    site_file: Option<&'a Path>,
     workers: u32,
     offline: bool,
     /// The run folder of a single run.
@@ -98,8 +103,22 @@ impl<'a> Wanted<'a> {
         };
         let usual = || site.folder.as_deref().unwrap_or(Path::new("")).join(RUNS_FOLDER).join(&study.recipe.name);
         let folder = folder.map_or_else(usual, Path::to_owned);
-        Ok(Self { study, site, workers, offline: false, folder, trials })
+        Ok(Self { study, site, site_file: None, workers, offline: false, folder, trials })
     }
+}
+
+/// Prints the plan of a study in a folder at a site, whose file may be known, as [`plan`] does.
+pub(super) fn plan_study(
+    study: &Study,
+    site: Option<&Site>,
+    (file, folder): (Option<&Path>, &Path),
+    stdout: &mut dyn Write,
+) -> Result<ExitCode> {
+    let local = Site::local();
+    let wanted = Wanted { site_file: file, ..Wanted::new(study, site.unwrap_or(&local), Some(folder))? };
+    let printed = compute(&wanted, None);
+    write!(stdout, "\n{}", text::text(&printed)).context("print the plan")?;
+    verdict(&study.file, &printed.checks)
 }
 
 /// Prints numbers, script and checks. A check that failed decides the exit code; one of the recipe comes before all others.
@@ -109,6 +128,7 @@ pub fn plan(arguments: &PlanArguments, stdout: &mut dyn Write) -> Result<ExitCod
     let site = arguments.cluster.as_deref().map_or_else(|| Ok(Site::local()), cloze_recipes::load_site)?;
     let mut wanted = Wanted::new(&study, &site, arguments.folder.as_deref())?;
     wanted.offline = arguments.offline;
+    wanted.site_file = arguments.cluster.as_deref();
     wanted.workers = arguments.workers.unwrap_or(wanted.workers);
     let printed = compute(&wanted, arguments.tokens_per_second);
     if arguments.json {
@@ -127,10 +147,12 @@ fn compute(wanted: &Wanted<'_>, tokens_per_second: Option<f64>) -> Printed {
     checks::evaluation(wanted, &mut checks);
     checks::places(wanted, &mut checks);
     checks::machines(wanted, &mut checks);
+    checks.extend(job_time(wanted));
     let plan = model.map(|model| {
         let facts = facts::facts(wanted, tokens_per_second, model, data);
         let plan = RunPlan::new(&facts, steps(&facts));
         checks.push(check_memory(&facts, &plan.memory));
+        checks.extend(wanted.trials.iter().flat_map(|trials| trials::memory_of_others(wanted, &trials.graph)));
         checks.push(check_time(&plan, &facts.machine));
         plan
     });
@@ -144,6 +166,7 @@ fn compute(wanted: &Wanted<'_>, tokens_per_second: Option<f64>) -> Printed {
 /// once.
 pub(super) fn refuse(recipe: &Path, study: &Study, site: &Site, mut checks: Vec<Check>) -> Result<()> {
     let wanted = Wanted { offline: true, ..Wanted::new(study, site, None)? };
+    checks.extend(job_time(&wanted));
     let model = checks::model(&wanted, &mut checks);
     if let Err(error) = check_data(&study.recipe) {
         checks.push(Check::error("prepared data", &error));
@@ -160,6 +183,12 @@ pub(super) fn refuse(recipe: &Path, study: &Study, site: &Site, mut checks: Vec<
         }
     }
     verdict(recipe, &told).map(drop)
+}
+
+/// What is wrong with the time limit of the recipe at this site.
+fn job_time(wanted: &Wanted<'_>) -> Option<Check> {
+    let error = cloze_recipes::check_job_time(wanted.study, wanted.site).err()?;
+    Some(Check::error("time limit", &error))
 }
 
 /// Steps of the run, where the recipe or prepared data says so.

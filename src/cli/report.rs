@@ -10,6 +10,8 @@ use cloze_launcher::report::{ReportFormat, report_folders};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::study::Expected;
 
+use super::expectation::expected_today;
+
 /// Arguments of `cloze report`.
 #[derive(Args)]
 pub struct ReportArguments {
@@ -47,7 +49,10 @@ pub enum FormatName {
 pub fn report(arguments: &ReportArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
     let expected = match &arguments.expected {
         Some(recipe) => Some(expected_of(recipe, arguments.profile.as_deref())?),
-        None => None,
+        None => match arguments.folders.as_slice() {
+            [folder] => expected_today(folder)?,
+            _ => None,
+        },
     };
     let report = report_folders(&arguments.folders, expected)?;
     if let Some(folder) = output_folder(arguments) {

@@ -10,8 +10,10 @@ use cloze_launcher::report::{ReportFormat, report_folders};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::nearest;
 
+use super::expectation::expected_today;
+use super::plan::plan_study;
 use super::run::write_last_line;
-use super::sweep::{WishArguments, run_study};
+use super::sweep::{WishArguments, preview, run_study};
 
 /// Most recipe files that are looked at for a list.
 const MAX_FILES: usize = 10_000;
@@ -31,6 +33,9 @@ pub struct ReproduceArguments {
     /// List the tables that there are
     #[arg(long)]
     pub list: bool,
+    /// Say what it takes, trials, stages, jobs and what is wrong, and start nothing
+    #[arg(long, conflicts_with = "list")]
+    pub preview: bool,
 }
 
 /// Runs a table's sweep, or goes on with it, and ends in the report.
@@ -50,6 +55,10 @@ pub fn reproduce(arguments: &ReproduceArguments, stdout: &mut dyn Write) -> Resu
     let study = wish.study(&file)?;
     let site = wish.site()?;
     let folder = wish.folder_of(&table.replace('/', "-"), site.as_ref());
+    if arguments.preview {
+        preview(&study, &folder, site.as_ref(), stdout)?;
+        return plan_study(&study, site.as_ref(), (wish.cluster.as_deref(), &folder), stdout);
+    }
     let driven = run_study(&study, &folder, site, wish)?;
     driven.check()?;
     report_study(&driven.folder, stdout)?;
@@ -59,7 +68,7 @@ pub fn reproduce(arguments: &ReproduceArguments, stdout: &mut dyn Write) -> Resu
 
 /// Writes the report into the study's folder, and prints its table.
 pub(super) fn report_study(folder: &Path, stdout: &mut dyn Write) -> Result<()> {
-    let report = report_folders(&[folder.to_owned()], None)?;
+    let report = report_folders(&[folder.to_owned()], expected_today(folder)?)?;
     let output = folder.join("report");
     report.write_all(&output)?;
     stdout.write_all(report.render(ReportFormat::Table)?.as_bytes()).context("print the table")?;

@@ -8,9 +8,11 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Args;
 use cloze_cluster::protocol::build_name;
-use cloze_launcher::plan::Check;
+use cloze_launcher::plan::{Check, CheckLevel};
 use cloze_launcher::run_folder::{read_info, read_recipe};
-use cloze_launcher::slurm::{JobId, JobPaths, Jobs, Programs, Role, SUBMIT_SETTLED_S, Slurm, Submission, Wanted, Wish, unmark_cancelled};
+use cloze_launcher::slurm::{
+    JobId, JobPaths, Jobs, Programs, Role, SUBMIT_SETTLED_S, Slurm, Submission, Wanted, unmark_cancelled, view_jobs,
+};
 use cloze_launcher::view::{EventLog, RunState};
 use cloze_launcher::{NewRun, RunFolder, RunPaths};
 use cloze_recipes::failure::{Failure, FailureKind};
@@ -19,6 +21,7 @@ use cloze_recipes::site::{Site, SiteKind, SlurmSite};
 use cloze_recipes::study::{Resources, Study};
 
 use super::arguments::{RecipeArguments, ResumeArguments};
+use super::partition;
 use super::plan::refuse;
 use super::run::{RUNS_FOLDER, check_data, check_inputs, split, write_last_line};
 use super::worker_process::worker_binary;
@@ -61,6 +64,7 @@ struct Request {
 pub fn submit(arguments: &SubmitArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
     let request = Request::check(arguments)?;
     if arguments.dry_run {
+        request.check_folder()?;
         write!(stdout, "{}", request.preview()?).context("print the batch script")?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -95,7 +99,8 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Opt
     let mut jobs = Jobs::open_here(&slurm, &run)?;
     // What a job would meet at once is found here.
     check_inputs(&read_recipe(&run, &read_info(&run)?)?)?;
-    refuse_misfits(&slurm, &before.resources, before.slurm()?)?;
+    let cluster = paths.cluster();
+    check_partition(&slurm, partition::Request { resources: &before.resources, site: before.slurm()?, file: Some(&cluster) })?;
     refuse_living(&mut jobs, &run)?;
     if let Some(step) = finished_at(&run)? {
         let line = format!("the run is finished at step {step}: no job is submitted");
@@ -136,10 +141,16 @@ impl Request {
         let slurm_site = slurm_of(&site)?;
         study.resources.nodes = arguments.nodes.unwrap_or(study.resources.nodes);
         let slurm = Slurm::find(slurm_site);
-        let mut checks = checks_of_site(slurm.as_ref(), &study.resources, slurm_site);
+        let wanted = partition::Request { resources: &study.resources, site: slurm_site, file: Some(&arguments.cluster) };
+        let mut checks = wanted.checks(slurm.as_ref());
+        let warnings: Vec<Check> = checks.iter().filter(|check| check.level == CheckLevel::Warn).cloned().collect();
         checks.extend(worker_binary().err().map(|error| Check::error("worker binary", &error)));
         checks.extend(too_few_workers(&study).map(|failure| Check::fail("workers", &failure)));
         refuse(recipe_file, &study, &site, checks)?;
+        for warning in warnings {
+            let hint = warning.hint.unwrap_or_default();
+            write_last_line(&mut std::io::stderr(), &format!("warning: {}; {hint}", warning.found))?;
+        }
         let (slurm, dataset) = (slurm?, check_data(&study.recipe)?);
         let Study { recipe, resources, .. } = study;
         let folder = arguments.run.clone().unwrap_or_else(|| {
@@ -160,6 +171,19 @@ impl Request {
         let name = split(&self.folder)?.1;
         let wanted = Wanted { name: submission.job_name(&name, 1), role: Role::Asked, exclude: Vec::new() };
         Ok(submission.script(&paths, &wanted, self.slurm.version())?)
+    }
+
+    /// Fails where the run's folder is not free for this run, as [`Request::open_run`] and [`refuse_living`] do, and makes nothing.
+    fn check_folder(&self) -> Result<()> {
+        let Err(error) = RunFolder::check_free(&self.folder) else { return Ok(()) };
+        let run = self.never_started().ok_or(error)?;
+        let Some(view) = view_jobs(&run)? else { return Ok(()) };
+        if let Some(failure) = view.unasked {
+            return Err(failure.into());
+        }
+        let states = view.jobs.iter().filter_map(|job| Some((job.job?, job.state.as_ref()?.state)));
+        let living: Vec<String> = states.filter(|(_, state)| !state.is_end()).map(|(job, state)| format!("job {job}, {state}")).collect();
+        if living.is_empty() { Ok(()) } else { Err(has_living(&run, &living).into()) }
     }
 
     /// Makes the run's folder. One whose submission came to nothing before serves as well, if it is of the same recipe and data.
@@ -251,14 +275,6 @@ fn refuse_studies(study: &Study) -> Result<(), Failure> {
     Err(Failure::new(FailureKind::Recipe, what).at(study.file.display()).hint("`cloze sweep run` submits all runs that it needs"))
 }
 
-/// What is wrong with the batch system, or what it cannot give.
-fn checks_of_site(slurm: Result<&Slurm, &Failure>, resources: &Resources, site: &SlurmSite) -> Vec<Check> {
-    let wish = Wish::of(resources, site.gpu_type.as_deref(), site.time_limit_minutes);
-    let misfits = slurm.map_err(Failure::clone).and_then(|slurm| slurm.misfits(&wish));
-    let failures = misfits.unwrap_or_else(|failure| vec![failure]);
-    failures.iter().map(|failure| Check::fail("partition", failure)).collect()
-}
-
 fn too_few_workers(study: &Study) -> Option<Failure> {
     let Resources { nodes, workers_per_node, .. } = study.resources;
     let workers = nodes.saturating_mul(workers_per_node);
@@ -268,19 +284,12 @@ fn too_few_workers(study: &Study) -> Option<Failure> {
     Some(failure.found(format!("{workers}, on {nodes} nodes (`resources`)")))
 }
 
-/// Everything that the cluster cannot give, at once.
-pub(super) fn refuse_misfits(slurm: &Slurm, resources: &Resources, site: &SlurmSite) -> Result<(), Failure> {
-    let wish = Wish::of(resources, site.gpu_type.as_deref(), site.time_limit_minutes);
-    let mut misfits = slurm.misfits(&wish)?;
-    match misfits.len() {
-        0 => Ok(()),
-        1 => Err(misfits.remove(0)),
-        count => {
-            let texts: Vec<String> = misfits.iter().map(|failure| failure.to_string().replace('\n', "\n    ")).collect();
-            Err(Failure::new(FailureKind::Recipe, format!("the cluster cannot give {count} things that the run wants"))
-                .because(format!("\n    {}", texts.join("\n    "))))
-        }
+/// Refuses what the partition cannot give, and says what it cannot give at present.
+pub(super) fn check_partition(slurm: &Slurm, request: partition::Request<'_>) -> Result<()> {
+    if let Some(shortage) = request.refuse_misfits(slurm)? {
+        write_last_line(&mut std::io::stderr(), &format!("warning: {shortage}"))?;
     }
+    Ok(())
 }
 
 /// A run has one job at a time, and one that waits for it. What an earlier submission has left open is settled first.
@@ -295,10 +304,13 @@ fn refuse_living(jobs: &mut Jobs<'_>, run: &RunPaths) -> Result<()> {
         return Ok(());
     }
     let shown: Vec<String> = living.iter().map(|(id, job)| format!("job {id}, {}", job.state)).collect();
+    Err(has_living(run, &shown).into())
+}
+
+fn has_living(run: &RunPaths, shown: &[String]) -> Failure {
     let folder: &Path = run.root();
-    Err(Failure::new(FailureKind::Run, "this run has jobs that are not over")
+    Failure::new(FailureKind::Run, "this run has jobs that are not over")
         .at(folder.display())
         .found(shown.join("; "))
         .hint(format!("`cloze status {0}` shows them, `cloze cancel {0}` cancels them", folder.display()))
-        .into())
 }

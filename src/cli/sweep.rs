@@ -2,12 +2,12 @@
 
 mod cancel;
 mod machines;
+mod status;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
@@ -16,27 +16,26 @@ use cloze_launcher::sweep::controller::{Controller, SweepEnd};
 use cloze_launcher::sweep::executor::Executor;
 use cloze_launcher::sweep::folder::{StudyFolder, SweepOptions, SweepPlan};
 use cloze_launcher::sweep::graph::Graph;
-use cloze_launcher::sweep::journal::read_records;
 use cloze_launcher::sweep::local::Local;
-use cloze_launcher::sweep::lock::FileLock;
 use cloze_launcher::sweep::open::OpenStudy;
-use cloze_launcher::sweep::outlook::{is_over, is_queued, newest_step};
+use cloze_launcher::sweep::outlook::first_jobs_text;
 use cloze_launcher::sweep::queue::{Queue, QueueOptions};
 use cloze_launcher::sweep::record::{TrialRecord, TrialState};
 use cloze_launcher::sweep::share::Part;
-use cloze_launcher::sweep::talk::{Talk, counts, counts_with_queued};
+use cloze_launcher::sweep::talk::{Talk, counts};
 use cloze_launcher::sweep::text::{preview_text, status_table};
 use cloze_launcher::sweep::work::{WorkOptions, work as work_on};
 use cloze_launcher::words::{counted, is_or_are};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::site::Site;
 use cloze_recipes::study::Study;
-use serde_json::json;
 
 use cancel::{CancelArguments, cancel};
 use machines::{check_machines, of_queue};
+use status::{StatusArguments, status};
 
 use super::inputs::check_inputs;
+use super::plan::refuse_large_trials;
 use super::reproduce::report_study;
 use super::run::write_last_line;
 use super::worker_process::worker_binary;
@@ -104,16 +103,6 @@ pub struct WishArguments {
     /// Print no progress
     #[arg(long, short)]
     pub quiet: bool,
-}
-
-/// Arguments of `cloze sweep status`.
-#[derive(Args)]
-pub struct StatusArguments {
-    /// Study folder
-    pub folder: PathBuf,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// Arguments of `cloze sweep resume`.
@@ -213,7 +202,7 @@ fn reopen(folder: &Path, journal: Option<&str>, cluster: Option<&Path>) -> Resul
     let site = cluster.map(cloze_recipes::load_site).transpose()?;
     let mut study = OpenStudy::open(folder, journal, site.as_ref())?;
     let wanted = site.as_ref().or(study.plan.site.as_ref());
-    let name = check_machines(&study.plan.resources, study.plan.pack, wanted)?;
+    let name = check_machines(&study.plan.resources, study.plan.pack, (wanted, cluster))?;
     study.check_in(name.as_deref())?;
     if let Some(site) = site {
         study.move_to(site)?;
@@ -228,7 +217,7 @@ fn start(arguments: &RunArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
     let site = wish.site()?;
     let folder = wish.folder_of(&study.recipe.name, site.as_ref());
     if arguments.preview {
-        preview(&study, &folder, stdout)?;
+        preview(&study, &folder, site.as_ref(), stdout)?;
         return Ok(ExitCode::SUCCESS);
     }
     finish(&run_study(&study, &folder, site, wish)?, stdout)
@@ -245,8 +234,12 @@ pub(super) struct Driven {
 /// Runs a study to its end, or goes on with it.
 pub(super) fn run_study(study: &Study, folder: &Path, site: Option<Site>, wish: &WishArguments) -> Result<Driven> {
     check_inputs(study, folder)?;
+    if let Some(site) = &site {
+        cloze_recipes::check_job_time(study, site)?;
+    }
+    refuse_large_trials(study, folder, site.as_ref())?;
     let pack = study.sweep.as_ref().map_or(1, |sweep| sweep.pack);
-    let cluster = check_machines(&study.resources, pack, site.as_ref())?;
+    let cluster = check_machines(&study.resources, pack, (site.as_ref(), wish.cluster.as_deref()))?;
     let options = SweepOptions { site, journal: wish.journal.as_deref().map(absolute_url).transpose()?, cluster };
     drive(OpenStudy::create(study, folder, options)?, wish.quiet)
 }
@@ -294,7 +287,7 @@ fn controller_over(study: OpenStudy, executor: Executor, quiet: bool) -> Result<
 /// The table, and how the sweep ended as an exit code.
 fn finish(driven: &Driven, stdout: &mut dyn Write) -> Result<ExitCode> {
     driven.check()?;
-    let table = status_table(&driven.plan, &driven.end.records, true, &BTreeSet::new());
+    let table = status_table(&driven.plan, &driven.end.records, true, &BTreeMap::new());
     write!(stdout, "{table}").context("print the table")?;
     let shown = driven.folder.display();
     write_last_line(&mut std::io::stderr(), &format!("{}; study folder: {shown}", counts(&driven.end.records, true)))?;
@@ -351,52 +344,16 @@ pub(super) fn study_folder(name: &str, profile: Option<&str>, site: Option<&Site
     root.join(STUDIES_FOLDER).join(format!("{name}{profile}"))
 }
 
-fn preview(study: &Study, folder: &Path, stdout: &mut dyn Write) -> Result<()> {
+/// Prints the trials of a study, what they share, and the jobs that they become first at this site.
+pub(super) fn preview(study: &Study, folder: &Path, site: Option<&Site>, stdout: &mut dyn Write) -> Result<()> {
     let root = std::path::absolute(folder).context("find the current folder")?;
     let graph = Graph::new(study.trials(&root)?)?;
     let plan = SweepPlan::new(study, &graph, SweepOptions::default());
-    write!(stdout, "{}", preview_text(&graph, &plan)).context("print the preview")
-}
-
-fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Result<ExitCode> {
-    let folder = StudyFolder::find(&arguments.folder)?;
-    let (info, plan) = (folder.info()?, folder.plan()?);
-    let mut known = read_records(&folder, &plan)?;
-    let mut records: Vec<TrialRecord> = plan
-        .trials
-        .iter()
-        .map(|trial| known.remove(&trial.hash).unwrap_or_else(|| TrialRecord::new(trial, plan.parent_hash(trial))))
-        .collect();
-    let is_over = is_over(now()?, &plan, &records);
-    // A record knows the newest saved step; what is out is further.
-    for record in records.iter_mut().filter(|record| record.state == TrialState::Training) {
-        record.step = record.step.max(newest_step(&folder.run_path(&record.name)));
+    write!(stdout, "{}", preview_text(&graph, &plan)).context("print the preview")?;
+    if of_queue(site).is_some() {
+        writeln!(stdout, "{}", first_jobs_text(&plan)).context("print the preview")?;
     }
-    let mut queued = BTreeSet::new();
-    for record in &records {
-        if is_queued(&folder, &plan, record) {
-            queued.insert(record.hash.clone());
-        }
-    }
-    let controller = FileLock::holder(&folder.lock_path())?;
-    if arguments.json {
-        let trials: Vec<_> = records.iter().map(|record| TrialRecord { evaluation: None, ..record.clone() }).collect();
-        let text = json!({
-            "name": info.name, "hash": info.hash, "controller": controller, "over": is_over, "queued": queued, "trials": trials,
-        });
-        serde_json::to_writer_pretty(&mut *stdout, &text).context("print the status")?;
-        writeln!(stdout).context("print the status")?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    write!(stdout, "{}", status_table(&plan, &records, is_over, &queued)).context("print the table")?;
-    let controller = controller.map_or_else(|| "no controller lives".to_owned(), |holder| format!("controlled by {holder}"));
-    writeln!(stdout, "{}; {controller}", counts_with_queued(&records, is_over, &queued)).context("print the status")?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Unix time, in seconds.
-fn now() -> Result<f64> {
-    Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("read the time of day")?.as_secs_f64())
+    Ok(())
 }
 
 fn work(arguments: &WorkArguments) -> Result<ExitCode> {

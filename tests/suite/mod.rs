@@ -23,6 +23,7 @@ mod recipes;
 mod recovery;
 mod reference;
 mod report;
+mod reproduce;
 mod resume;
 mod sharding;
 mod slurm;

@@ -110,3 +110,29 @@ fn a_recipe_that_does_not_fit_says_what_would_help() {
     assert!(outcome.stdout.contains("FAIL  memory: the recipe does not fit: "), "{}", outcome.stdout);
     outcome.expect_words(&["memory: the recipe does not fit", "`train.shard=parameters`"]);
 }
+
+/// Nothing is made for a study of which trials cannot run where it is to run; all of them are told, with what would help.
+#[test]
+fn a_study_with_trials_that_do_not_fit_is_not_begun() {
+    let world = World::with_corpus(2000);
+    let around = "\
+resources: {nodes: 1, workers_per_node: 1, memory_per_node_mib: 600}
+sweep:
+  list:
+    - {train.learning_rate: 0.001}
+    - {model.shape: {hidden_size: 512, intermediate_size: 768, num_hidden_layers: 16, num_attention_heads: 8}}
+    - {model.shape: {hidden_size: 768, intermediate_size: 1152, num_hidden_layers: 16, num_attention_heads: 8}}
+";
+    world.write("large.yaml", format!("extends: recipe.yaml\nversion: 1\nname: large\n{around}"));
+    let outcome = world.cloze(&["sweep", "run", "large.yaml"]).expect_code(3);
+    let outcome = outcome.expect_words(&["2 of 3 trials and earlier stages need more memory than there is", "hint: of the first one, "]);
+    for size in ["\"hidden_size\":512", "\"hidden_size\":768"] {
+        let line = outcome.stderr.lines().find(|line| line.contains(size)).unwrap_or_else(|| panic!("{size} in {}", outcome.stderr));
+        assert!(line.contains("the recipe does not fit: ") && line.contains(" of 600 MiB of a worker"), "{line}");
+    }
+    assert!(!world.path("studies").exists(), "nothing was made");
+    let plan = world.cloze(&["plan", "large.yaml"]).expect_code(3).stdout;
+    assert_eq!(plan.matches("FAIL  memory: large-").count(), 2, "{plan}");
+    // The other trial alone fits.
+    world.done(&["sweep", "run", "large.yaml", "--set", "sweep.list=[{train.learning_rate: 0.001}]", "--set", "train.steps=2"]);
+}

@@ -210,6 +210,15 @@ fn put_back_on_a_warning(site: &Site, undisturbed: &Undisturbed) {
     for part in ["attempt 1 (1 of at most 5)", "attempt 2", "the run is finished"] {
         assert!(logs.contains(part), "`{part}` is missing in:\n{logs}");
     }
+    // What the other node says is in its own log and in the job's, and shown once.
+    let by_job =
+        |line: &str| line.starts_with("job ") && ["n1", "n2", "n3", "n4"].iter().any(|node| line.contains(&format!(" | {node}: ")));
+    assert!(logs.contains("\nnode n") && !logs.lines().any(by_job), "{logs}");
+    let first = site.cloze(&["logs", &run_path, "--attempt", "1"]).expect_code(0).stdout;
+    assert!(first.contains("attempt 1 (1 of at most 5)") && !first.contains("attempt 2 ("), "{first}");
+    site.cloze(&["logs", &run_path, "--attempt", "9"]).expect_code(3).expect_words(&["the run has no such attempt", "expected: 1 to "]);
+    // The run is over, so following its logs ends.
+    assert_eq!(site.cloze(&["logs", &run_path, "--follow"]).expect_code(0).stdout.lines().count(), logs.lines().count());
     let status = site.cloze(&["status", &run_path]).expect_code(0).stdout;
     assert!(status.contains(&format!("job {job}: completed")) && status.contains("attempt 2 on "), "{status}");
 }
@@ -359,7 +368,21 @@ fn everything_that_a_run_would_meet_is_told_before_it_is_submitted() {
     let outcome = submit(RECIPE, &["--set", "resources.memory_per_node_mib=1"]).expect_code(3);
     outcome.expect_words(&["memory: the recipe does not fit"]);
     assert!(!world.path("run").exists(), "a run folder was made for nothing");
-    assert!(submit(RECIPE, &["--dry-run"]).expect_code(0).stdout.contains("#SBATCH --partition=main\n"));
+    let short = ["--set", "resources.time_limit_minutes=2"];
+    let words = ["resources.time_limit_minutes: found 2, expected at least 3", "hint: raise `resources.time_limit_minutes`"];
+    submit(RECIPE, &short).expect_code(3).expect_words(&words);
+    world.cloze(&[["check", RECIPE, "--cluster", "main.yaml"].as_slice(), &short].concat()).expect_code(3).expect_words(&words);
+    let dry = || submit(RECIPE, &["--dry-run"]);
+    assert!(dry().expect_code(0).stdout.contains("#SBATCH --partition=main\n"));
+    // A folder that is another run's is refused as without `--dry-run`, and left as it is.
+    fs::create_dir(world.path("run")).unwrap();
+    world.write("run/notes.txt", "mine");
+    for more in [["--dry-run"].as_slice(), &[]] {
+        submit(RECIPE, more).expect_code(3).expect_words(&["the run folder is not empty", "found: notes.txt"]);
+    }
+    fs::remove_dir_all(world.path("run")).unwrap();
+    world.train("run", &[]);
+    dry().expect_code(3).expect_words(&["this run already exists"]);
 }
 
 #[test]
@@ -385,4 +408,44 @@ fn a_machine_without_slurm_is_told_so() {
     command.env("PATH", world.path("nothing"));
     run_command(&mut command).expect_code(5).expect_words(&["sbatch", "hint:"]);
     assert!(!world.path("run").exists(), "a run folder was made for nothing");
+}
+
+#[test]
+fn the_nodes_of_a_partition_are_counted_before_anything_is_submitted() {
+    let options = SlurmOptions { num_nodes: 3, gpus_per_node: 0, ..SlurmOptions::default() };
+    let Some(site) = Site::start("the nodes of a partition", options) else { return };
+    site.world.write("few.yaml", cluster_file("partition: main, exclude: [\"n[2-3]\"]"));
+    site.world.write("sweep.yaml", "extends: recipe.yaml\nversion: 1\nname: many\nresources: {nodes: 2}\nsweep: {seeds: [1, 2]}\n");
+    let few = "the partition has fewer nodes for the run than it wants";
+    let refused = site.cloze(&submit_arguments("few.yaml", "run", &["--dry-run"])).expect_code(3);
+    refused.expect_words(&[few, "expected at most 1, ", "found 2"]);
+    site.cloze(&["sweep", "run", "sweep.yaml", "--cluster", "few.yaml"]).expect_code(3).expect_words(&[few, "expected: at most 1, "]);
+    let two = ["--set", "resources.nodes=2"];
+    let planned = site.cloze(&[["plan", RECIPE, "--cluster", "few.yaml"].as_slice(), &two].concat()).expect_code(3);
+    assert!(planned.stdout.contains(&format!("FAIL  partition: {few}; at partition main;")), "{}", planned.stdout);
+    // A partition that is not there has its place in the cluster file, whoever asks.
+    let (missing, place) = ("the cluster has no such partition", "nowhere.yaml:4:20: slurm.partition");
+    site.cloze(&submit_arguments("nowhere.yaml", "run", &[])).expect_code(3).expect_words(&[missing, place]);
+    site.cloze(&["sweep", "run", "sweep.yaml", "--cluster", "nowhere.yaml"]).expect_code(3).expect_words(&[missing, place]);
+    assert!(!site.world.path("studies").exists() && !site.world.path("run").exists(), "nothing was made");
+    // A node that is out of use may come back: the job would wait, and that is said.
+    site.cluster.run("scontrol", &["update", "NodeName=n3", "State=DRAIN", "Reason=test"]).expect_code(0);
+    let short = "2 of 3 nodes that the run wants are in use in partition main: 1 drained";
+    let shown = site.cloze(&submit_arguments("main.yaml", "run", &["--dry-run", "--set", "resources.nodes=3"])).expect_code(0);
+    shown.expect_words(&["warning: ", short, "`sinfo -R`"]);
+    let planned = site.cloze(&["plan", RECIPE, "--cluster", "main.yaml", "--set", "resources.nodes=3"]).expect_code(0);
+    assert!(planned.stdout.contains(&format!("WARN  partition: {short}")), "{}", planned.stdout);
+    let quiet = site.cloze(&submit_arguments("main.yaml", "run", &["--dry-run"])).expect_code(0);
+    assert!(!quiet.stderr.contains("warning: "), "two nodes are left: {}", quiet.stderr);
+    // A run whose job waits is refused by a dry run as by another submission.
+    for node in ["n1", "n2"] {
+        site.cluster.run("scontrol", &["update", &format!("NodeName={node}"), "State=DRAIN", "Reason=test"]).expect_code(0);
+    }
+    let (run, job) = site.submit("main.yaml", "waiting", &[]);
+    for more in [["--dry-run"].as_slice(), &[]] {
+        let again = site.cloze(&submit_arguments("main.yaml", "waiting", more)).expect_code(9);
+        again.expect_words(&["this run has jobs that are not over", &format!("job {job}, pending")]);
+    }
+    site.cloze(&["cancel", &run.path.display().to_string()]).expect_code(0);
+    site.expect_no_job(&run);
 }

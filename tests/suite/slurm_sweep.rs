@@ -207,6 +207,79 @@ sweep: {seeds: [1], metric: {score: loss}}
     assert_eq!(cluster.node_state("n2"), "IDLE", "the node lives");
 }
 
+/// Each trial has a node of its own; that of one of them fails its pre-flight, so the trial is tried elsewhere before it has begun.
+#[test]
+fn a_trial_of_one_node_leaves_a_node_that_fails_its_preflight() {
+    let options = SlurmOptions { num_nodes: 3, gpus_per_node: 0, ..SlurmOptions::default() };
+    let Some(cluster) = SlurmCluster::start("the pre-flight of trials of one node", options) else { return };
+    let world = World::with_corpus(2000);
+    let around = "\
+resources: {nodes: 1, workers_per_node: 1, cpus_per_worker: 4, time_limit_minutes: 10}
+sweep: {seeds: [1, 2, 3], concurrency: 3, metric: {score: loss}}
+";
+    world.write("unfit.yaml", RECIPE_TEXT.replace("name: small", "name: unfit") + around);
+    world.write("cluster.yaml", "version: 1\nname: tests\nkind: slurm\nslurm: {partition: main, poll_s: 1}\n");
+    let worker = world.worker_broken_on("n2", 1);
+    let arguments = ["sweep", "run", "unfit.yaml", "--cluster", "cluster.yaml"];
+    let outcome = run_command(world.command_by(cluster.command(crate::sandbox::CLOZE), &arguments).env("CLOZE_WORKER", worker));
+    outcome.expect_code(0).expect_words(&["no job that begins from now on uses n2", "the node of the job cannot be used", "3 of 3 done"]);
+    let records = records(&world, "unfit");
+    let mut attempts: Vec<u64> = records.values().map(|record| record["attempts"].as_u64().expect("a number")).collect();
+    attempts.sort_unstable();
+    assert_eq!(attempts, [1, 1, 2]);
+    for (name, record) in &records {
+        assert_eq!((record["state"].as_str(), steps(&world, "unfit", name)), (Some("done"), (1..=40).collect()), "{name}");
+        assert!(!hosts(&world, "unfit", name).contains("n2"), "{:?}", hosts(&world, "unfit", name));
+        if record["attempts"] == 2 {
+            let hash = record["hash"].as_str().expect("a hash");
+            let first: Value = serde_json::from_slice(&world.read(&format!("studies/unfit/jobs/outcomes/{hash}-1.json"))).expect("JSON");
+            assert_eq!((first["bad_nodes"][0].as_str(), first["failure"]["place"].as_str()), (Some("n2"), Some("n2")), "{first}");
+            assert!(first["failure"]["cause"].as_str().expect("a cause").contains("its devices could not be checked"), "{first}");
+        }
+    }
+    assert_eq!(cluster.node_state("n2"), "IDLE", "the node lives");
+}
+
+/// Nobody takes in what happens to a trial while no controller lives; whoever asks is told all the same.
+#[test]
+fn a_trial_whose_job_is_gone_is_not_shown_as_training() {
+    let options = SlurmOptions { num_nodes: 1, gpus_per_node: 0, ..SlurmOptions::default() };
+    let Some(cluster) = SlurmCluster::start("the status of a trial whose job is gone", options) else { return };
+    let world = World::with_corpus(2000);
+    let recipe = RECIPE_TEXT.replace("name: small", "name: left").replace("steps: 40", "steps: 400");
+    let around = "\
+resources: {nodes: 1, workers_per_node: 1, cpus_per_worker: 2, time_limit_minutes: 10}
+sweep: {seeds: [1], metric: {score: loss}}
+";
+    world.write("left.yaml", recipe + around);
+    world.write("cluster.yaml", "version: 1\nname: tests\nkind: slurm\nslurm: {partition: main, poll_s: 1}\n");
+    let arguments = ["sweep", "run", "left.yaml", "--cluster", "cluster.yaml"];
+    let process = Process::start(&mut world.command_by(cluster.command(crate::sandbox::CLOZE), &arguments), "");
+    let done = || records(&world, "left").keys().map(|name| steps(&world, "left", name).len()).max().unwrap_or(0);
+    wait_until("the trial trains", PATIENCE, || done() >= 40);
+    process.kill();
+    let status = |more: &[&str]| {
+        let arguments = [["sweep", "status", "studies/left"].as_slice(), more].concat();
+        run_command(&mut world.command_by(cluster.command(crate::sandbox::CLOZE), &arguments)).expect_code(0).stdout
+    };
+    let text = status(&[]);
+    assert!(text.contains("training") && text.contains("no controller lives here; the last one, process "), "{text}");
+    let job: u64 = cluster.run("squeue", &["--noheader", "--format=%A"]).expect_code(0).stdout.trim().parse().expect("one job");
+    cluster.kill_script(job);
+    wait_until("the job is seen to be gone", PATIENCE, || status(&[]).contains(" is gone: job "));
+    let text = status(&[]);
+    assert!(!text.contains("training") && text.contains("1 gone;") && text.contains("`cloze sweep resume "), "{text}");
+    let json: Value = serde_json::from_str(&status(&["--json"])).expect("the status is JSON");
+    assert_eq!(json["gone"].as_object().map(serde_json::Map::len), Some(1), "{json}");
+    // Where nobody can ask, that is said.
+    let mut blind = world.command(&["sweep", "status", "studies/left"]);
+    let blind = run_command(blind.env("PATH", "/nowhere")).expect_code(0).stdout;
+    assert!(blind.contains("what is out may be gone: the batch system could not be asked"), "{blind}");
+    let resume = ["sweep", "resume", "studies/left"];
+    let resumed = run_command(&mut world.command_by(cluster.command(crate::sandbox::CLOZE), &resume));
+    resumed.expect_code(0).expect_words(&["1 of 1 done"]);
+}
+
 /// Without accounting nobody knows how a job has ended once SLURM has forgotten it. The controller stands still meanwhile, so that it has not
 /// heard of the end before.
 #[test]

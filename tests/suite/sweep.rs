@@ -180,7 +180,11 @@ sweep:
     assert_eq!((steps, status["over"].as_bool()), (2, Some(false)), "what trains shows its newest step: {status}");
     // A second controller is refused by name.
     world.cloze(&["sweep", "resume", &folder]).expect_code(9).expect_words(&["another live controller has this sweep", "process "]);
+    let holder = world.done(&["sweep", "status", &folder]).stdout;
+    assert!(holder.contains("; controlled by process ") && holder.contains(", for "), "{holder}");
     process.kill();
+    let orphaned = world.done(&["sweep", "status", &folder]).stdout;
+    assert!(orphaned.contains("2 out; no controller lives here; the last one, process ") && !orphaned.contains("gone"), "{orphaned}");
     let out: Vec<String> = study.records().into_iter().filter(|(_, record)| record["state"] == "training").map(|(name, _)| name).collect();
     let before: Vec<usize> = out.iter().map(|name| study.steps(name).len()).collect();
     wait_until("what is out goes on without a controller", PATIENCE, || {

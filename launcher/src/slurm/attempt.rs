@@ -70,7 +70,7 @@ impl Attempt<'_> {
         let paths = &self.options.paths;
         submission.programs.check()?;
         if submission.site.preflight.enabled {
-            let verdict = check_nodes(&machines.preflight(slurm, submission, paths))?;
+            let verdict = check_nodes(&machines.preflight(slurm, submission, paths), None)?;
             if !verdict.ok {
                 let reasons: Vec<String> = verdict.bad_nodes.iter().map(|bad| format!("{}: {}", bad.node, bad.reason)).collect();
                 bad_nodes.extend(verdict.bad_nodes.into_iter().map(|bad| bad.node));

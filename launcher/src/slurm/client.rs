@@ -11,7 +11,7 @@ use cloze_recipes::site::SlurmSite;
 use super::command::Question;
 use super::job::{JobId, JobState};
 use super::parse;
-use super::partition::{Partition, Wish};
+use super::partition::{Fit, Partition, Wish};
 use super::version::{Dialect, Version};
 
 /// Longest wait for a question, in seconds.
@@ -38,6 +38,9 @@ const SHOWN_JOBS_MAX: usize = 64;
 
 /// What `scontrol` says of an element that has begun since it was last looked at.
 const NOT_WAITING: &str = "no longer pending";
+
+/// The key of a cluster file that names the partition.
+pub const PARTITION_KEY: &str = "slurm.partition";
 
 /// What the programs say of a job that they have forgotten, or that is over.
 const FORGOTTEN: [&str; 3] = ["Invalid job id", "already completing or completed", "Job has already finished"];
@@ -224,32 +227,25 @@ impl Slurm {
         Ok(parse::partitions(&self.question("sinfo", arguments, ASK_DEADLINE_S).ask_well()?))
     }
 
-    /// Everything that a job wants and the site's partition cannot give. Without a named partition, there must be one that can give it.
-    pub fn misfits(&self, wish: &Wish) -> Result<Vec<Failure>, Failure> {
+    /// What the site's partition has for a job. Without a named partition, there must be one that can give all.
+    pub fn fit(&self, wish: &Wish) -> Result<Fit, Failure> {
         let partitions = self.partitions()?;
-        let Some(name) = &self.site.partition else {
-            let found: Vec<Vec<Failure>> = partitions.iter().map(|partition| partition.misfits(wish)).collect();
+        let Some(names) = &self.site.partition else {
             // The cluster chooses its default, which is not known here; what fits nowhere does not fit there.
-            return Ok(found.into_iter().min_by_key(Vec::len).unwrap_or_default());
+            return Ok(best_of(partitions.iter().map(|partition| partition.fit(wish))));
         };
         // A list of partitions is allowed; the job starts in one of them.
-        let mut fewest: Option<Vec<Failure>> = None;
-        for name in name.split(',') {
+        let mut fits = Vec::new();
+        for name in names.split(',') {
             let Some(partition) = partitions.iter().find(|partition| partition.name == name) else {
                 let known: Vec<&str> = partitions.iter().map(|partition| partition.name.as_str()).collect();
-                return Ok(vec![
-                    Failure::new(FailureKind::Recipe, "the cluster has no such partition")
-                        .at("slurm.partition")
-                        .expected(format!("one of {}", known.join(", ")))
-                        .found(name),
-                ]);
+                let failure = Failure::new(FailureKind::Recipe, "the cluster has no such partition").at(PARTITION_KEY);
+                let failure = failure.expected(format!("one of {}", known.join(", "))).found(name);
+                return Ok(Fit { misfits: vec![failure], shortage: None });
             };
-            let misfits = partition.misfits(wish);
-            if fewest.as_ref().is_none_or(|fewest| misfits.len() < fewest.len()) {
-                fewest = Some(misfits);
-            }
+            fits.push(partition.fit(wish));
         }
-        Ok(fewest.unwrap_or_default())
+        Ok(best_of(fits.into_iter()))
     }
 
     /// The names in a list of nodes such as `n[1-3,7]`, in order.
@@ -328,6 +324,11 @@ pub(crate) fn other_cluster(theirs: &str, here: &str, file: &str) -> Failure {
         .hint(format!(
             "go on from a host of `{theirs}`; where that cluster is gone, or only its name has changed, set `cluster` to null in {file}"
         ))
+}
+
+/// The one that lacks least.
+fn best_of(fits: impl Iterator<Item = Fit>) -> Fit {
+    fits.min_by_key(|fit| (fit.misfits.len(), fit.shortage.is_some())).unwrap_or_default()
 }
 
 /// Whether there are complaints, and all of them say this.

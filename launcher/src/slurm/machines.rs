@@ -21,7 +21,7 @@ const SOME_PORT: u16 = 9;
 const JOIN_TIMEOUT_S: u32 = 120;
 
 /// Environment variable with the name of this process's node.
-const NODE_VARIABLE: &str = "SLURMD_NODENAME";
+pub(super) const NODE_VARIABLE: &str = "SLURMD_NODENAME";
 
 /// The job around this process.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::job::{ExitStatus, JobId, JobState, State};
-use super::partition::Partition;
+use super::partition::{NodeGroup, Partition};
 
 /// What `squeue -o` is asked for: job, state, reason, time used, time limit, nodes. Names could hold a bar, so they are not asked for.
 pub(super) const QUEUE_FORMAT: &str = "%i|%T|%M|%l|%N|%r";
@@ -11,8 +11,8 @@ pub(super) const QUEUE_FORMAT: &str = "%i|%T|%M|%l|%N|%r";
 /// What `sacct --format` is asked for.
 pub(super) const ACCOUNT_FORMAT: &str = "JobID,State,ExitCode,ElapsedRaw,NodeList";
 
-/// What `sinfo -o` is asked for: partition, availability, time limit, nodes, cores, memory in MiB, generic resources.
-pub(super) const PARTITION_FORMAT: &str = "%R|%a|%l|%D|%c|%m|%G";
+/// What `sinfo -o` is asked for: partition, availability, time limit, nodes, cores, memory in MiB, generic resources, state, names.
+pub(super) const PARTITION_FORMAT: &str = "%R|%a|%l|%D|%c|%m|%G|%T|%N";
 
 /// Most nodes of one bracket in a list of nodes; the largest clusters have some ten thousand.
 const MAX_LIST_NODES: usize = 1 << 16;
@@ -136,20 +136,30 @@ pub(super) fn jobs_of_name(output: &str, name: &str) -> Vec<JobId> {
 pub(super) fn partitions(output: &str) -> Vec<Partition> {
     let mut found: Vec<Partition> = Vec::new();
     for line in output.lines() {
-        let mut fields = line.splitn(7, '|').map(str::trim);
+        let mut fields = line.splitn(9, '|').map(str::trim);
         let (Some(name), Some(state), Some(limit), Some(nodes), Some(cpus), Some(memory), Some(gres)) =
             (fields.next(), fields.next(), fields.next(), fields.next(), fields.next(), fields.next(), fields.next())
         else {
             continue;
         };
+        let (node_state, names) = (fields.next().unwrap_or_default(), fields.next().unwrap_or_default());
+        let alike = NodeGroup {
+            nodes: count(nodes),
+            cpus: count(cpus),
+            memory_mib: u64::from(count(memory)),
+            gpus: gpus_of(gres),
+            state: node_state.to_owned(),
+            names: nodes_of_lists([names]),
+        };
         let group = Partition {
             name: name.trim_end_matches('*').to_owned(),
             is_up: state == "up",
             limit_s: duration_s(limit),
-            nodes: count(nodes),
-            cpus_per_node: count(cpus),
-            memory_per_node_mib: u64::from(count(memory)),
-            gpus_per_node: gpus_of(gres),
+            nodes: alike.nodes,
+            cpus_per_node: alike.cpus,
+            memory_per_node_mib: alike.memory_mib,
+            gpus_per_node: alike.gpus.clone(),
+            groups: vec![alike],
         };
         match found.iter_mut().find(|partition| partition.name == group.name) {
             Some(partition) => partition.add(&group),

@@ -4,6 +4,9 @@
 //! want the next one only one gets it. Its holder renews it by writing it again, and leaves when it finds a newer one. Whoever finds the
 //! newest lease too old takes the next number. Times are those of the hosts' clocks, so a lease from the future is named and not judged.
 
+use std::collections::BTreeMap;
+use std::fmt;
+
 use anyhow::Context as _;
 use cloze_cluster::host::host_name;
 use cloze_data::store::{self, ConditionalPut, Store};
@@ -61,6 +64,71 @@ fn judge(now: f64, newest: Option<&Text>) -> Judgement {
         Some(age_s) if age_s < -MAX_CLOCK_SKEW_S => Judgement::Future((-age_s) as u64),
         Some(age_s) if age_s <= LEASE_S => Judgement::Held(age_s.max(0.0) as u64),
         None | Some(_) => Judgement::Free,
+    }
+}
+
+/// What the lease of a journal says to somebody who only looks.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum LeaseState {
+    /// Nobody has it, and the last one gave it back.
+    Free,
+    /// A controller has it, which lives or did so many seconds ago.
+    Held {
+        /// `process 7 of host`.
+        holder: String,
+        /// Seconds since it was renewed.
+        renewed_s_ago: u64,
+    },
+    /// Its controller has not renewed it for so long that another one may take it.
+    Over {
+        /// `process 7 of host`.
+        holder: String,
+        /// Seconds since it was renewed.
+        renewed_s_ago: u64,
+    },
+    /// It is from the future, by this host's clock.
+    Future {
+        /// `process 7 of host`.
+        holder: String,
+        /// By so many seconds.
+        ahead_s: u64,
+    },
+}
+
+impl LeaseState {
+    /// Looks at the lease of the journal at this URL; nothing is written.
+    pub fn look(url: &str, now: f64) -> anyhow::Result<Self> {
+        let store = store::open(url, &BTreeMap::new())?;
+        Ok(Self::of(now, newest(&store)?.map(|(_, text)| text)))
+    }
+
+    fn of(now: f64, newest: Option<Text>) -> Self {
+        let judgement = judge(now, newest.as_ref());
+        let Some(Text { holder, renewed }) = newest else { return Self::Free };
+        match judgement {
+            Judgement::Free => Self::Over { holder, renewed_s_ago: (now - renewed) as u64 },
+            Judgement::Held(renewed_s_ago) => Self::Held { holder, renewed_s_ago },
+            Judgement::Future(ahead_s) => Self::Future { holder, ahead_s },
+        }
+    }
+
+    /// Whether a controller may live.
+    pub fn may_live(&self) -> bool {
+        matches!(self, Self::Held { .. } | Self::Future { .. })
+    }
+}
+
+impl fmt::Display for LeaseState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Free => write!(f, "nobody has the lease"),
+            Self::Held { holder, renewed_s_ago } => write!(f, "{holder} has the lease, renewed {renewed_s_ago} s ago"),
+            Self::Over { holder, renewed_s_ago } => {
+                write!(f, "the lease of {holder} is over, since it was renewed {renewed_s_ago} s ago and holds {LEASE_S} s")
+            }
+            Self::Future { holder, ahead_s } => write!(f, "the lease of {holder} is {ahead_s} s from the future; the clocks differ"),
+        }
     }
 }
 
@@ -164,8 +232,6 @@ fn lost(store: &Store, holder: Option<&str>) -> Failure {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
 
     fn failure(result: anyhow::Result<Lease>) -> Failure {
@@ -185,6 +251,9 @@ mod tests {
         ];
         for (text, expected) in cases {
             assert_eq!(judge(1000.0, text.as_ref()), expected, "{text:?}");
+            let state = LeaseState::of(1000.0, text.clone());
+            assert_eq!(state.may_live(), !matches!(expected, Judgement::Free), "{text:?}");
+            assert!(text.is_none_or(|text| state.to_string().contains(&text.holder)), "{state}");
         }
     }
 
@@ -193,6 +262,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = store::open(&folder.path().display().to_string(), &BTreeMap::new()).unwrap();
         let mut first = Lease::take(&store, 1000.0).unwrap();
+        let url = folder.path().display().to_string();
+        let holder = format!("process {} of {}", std::process::id(), host_name());
+        assert_eq!(LeaseState::look(&url, 1050.0).unwrap(), LeaseState::Held { holder: holder.clone(), renewed_s_ago: 50 });
+        assert_eq!(LeaseState::look(&url, 1301.0).unwrap(), LeaseState::Over { holder, renewed_s_ago: 301 });
         let second = failure(Lease::take(&store, 1050.0));
         assert_eq!((second.kind, second.what.as_str()), (FailureKind::Run, "another controller has this sweep"));
         assert_eq!(second.found.unwrap(), format!("process {} of {}, 50 s ago", std::process::id(), host_name()));
@@ -205,6 +278,7 @@ mod tests {
         let lost = first.renew(1370.0).unwrap_err().downcast::<Failure>().unwrap();
         assert_eq!(lost.what, "another controller has taken this sweep over");
         other.release().unwrap();
+        assert_eq!(LeaseState::look(&url, 1371.0).unwrap().to_string(), "nobody has the lease");
         Lease::take(&store, 1371.0).unwrap();
     }
 }

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Read as _, Seek as _, Write as _};
 use std::path::Path;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use cloze_cluster::host::host_name;
 use cloze_recipes::failure::Failure;
@@ -69,6 +69,18 @@ impl FileLock {
     }
 }
 
+/// Who took a lock last, whether or not it is still held, and when; `None` where nobody ever has.
+pub fn last_holder(path: &Path) -> Result<Option<(String, SystemTime)>, Failure> {
+    let mut file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(storage("open a lock", path, &error)),
+    };
+    // Whoever takes a lock writes it, and nobody else does.
+    let taken = file.metadata().and_then(|found| found.modified()).map_err(|error| storage("look at a lock", path, &error))?;
+    Ok(Some((holder_text(&mut file), taken)))
+}
+
 /// Process id and host that a lock names: `7 host`. `None` where it is not held, or its owner has not written yet.
 pub fn holder_process(path: &Path) -> Result<Option<(u32, String)>, Failure> {
     if FileLock::holder(path)?.is_none() {
@@ -108,7 +120,10 @@ mod tests {
         let Taken::Held(found) = FileLock::take(&path).unwrap() else { panic!("it is held") };
         assert_eq!((&found, FileLock::holder(&path).unwrap().as_ref()), (&holder, Some(&holder)));
         assert_eq!(holder_process(&path).unwrap(), Some((std::process::id(), host_name())));
+        let taken = last_holder(&path).unwrap().unwrap();
         drop(lock);
+        assert_eq!((last_holder(&path).unwrap().unwrap(), taken.0.clone()), (taken, holder.clone()), "also when it is free again");
+        assert_eq!(last_holder(&folder.path().join("none")).unwrap(), None);
         // A process that another test starts has the file open too, from its fork to its exec.
         let deadline = Instant::now() + Duration::from_secs(10);
         while FileLock::holder(&path).unwrap().is_some() && Instant::now() < deadline {

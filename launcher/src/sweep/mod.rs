@@ -21,6 +21,7 @@ pub mod ladder;
 pub mod lease;
 pub mod local;
 pub mod lock;
+pub mod lost;
 pub mod open;
 pub mod outlook;
 pub mod queue;

@@ -19,6 +19,7 @@ use super::queue::{MAX_ELEMENTS, QueueOptions, elements_at_once, share_of};
 use super::record::{TrialRecord, TrialState};
 use crate::report::event_sample::{self, Sampling};
 use crate::slurm::Version;
+use crate::words::counted;
 
 /// How the event log of a trial is looked at: its first and its last bytes.
 const SAMPLING: Sampling = Sampling { max_bytes: 64 << 10, num_blocks: 2 };
@@ -92,6 +93,18 @@ pub fn first_script(study: &Study, graph: &Graph, folder: &StudyFolder, (site, v
         concurrency: (plan.concurrency, plan.pack),
     };
     Ok(first_script_of(&options, &plan, version)?)
+}
+
+/// The jobs that a sweep submits first, in words.
+pub fn first_jobs_text(plan: &SweepPlan) -> String {
+    let (batch, open_elements) = first_batch(plan);
+    let (first, at_once) = (batch.elements.len(), elements_at_once((plan.concurrency, plan.pack)));
+    let later = plan.trials.len() - batch.elements.iter().map(Vec::len).sum::<usize>();
+    let arrays = open_elements.div_ceil(MAX_ELEMENTS);
+    let arrays =
+        if arrays > 1 { format!("{arrays} arrays, the first of {first} jobs") } else { format!("1 array of {}", counted(first, "job")) };
+    let later = if later > 0 { format!("; {} when these have ended", counted(later, "trial")) } else { String::new() };
+    format!("jobs at first: {arrays}, at most {at_once} at the same time, {} each{later}", counted(plan.resources.nodes as usize, "node"))
 }
 
 fn first_script_of(options: &QueueOptions, plan: &SweepPlan, version: Version) -> Result<String, Failure> {
@@ -187,6 +200,16 @@ exec /bin/cloze sweep work /shared/studies/demo --batch 1 --cores 6
         // Alone in an element, of which four run at the same time.
         let of_early_stopping = SweepPlan { early_stopping: Some((10, 3)), concurrency: 1, pack: 1, ..plan() };
         assert!(script(of_early_stopping).contains("--array=0-0%"), "early stopping hands out no more than run");
+    }
+
+    #[test]
+    fn the_first_jobs_are_told_in_words() {
+        let text = "jobs at first: 1 array of 2 jobs, at most 2 at the same time, 1 node each; 2 trials when these have ended";
+        assert_eq!(first_jobs_text(&plan()), text);
+        let many = (0..2500).map(|number| trial(&format!("t{number}"))).collect();
+        let text =
+            "jobs at first: 3 arrays, the first of 1000 jobs, at most 4 at the same time, 1 node each; 1500 trials when these have ended";
+        assert_eq!(first_jobs_text(&fixtures::plan(many)), text);
     }
 
     #[test]

@@ -305,15 +305,10 @@ impl Queue {
         let Some(id) = job.id else {
             return is_missed.then(|| "its job was never submitted".to_owned());
         };
-        match states.get(&id.element(out.place.element)) {
-            Some(state) if state.state.is_end() => Some(match &state.exit {
-                Some(exit) => format!("job {}: {}, {exit}", id.element(out.place.element), state.state),
-                None => format!("job {}: {}", id.element(out.place.element), state.state),
-            }),
-            Some(_) => None,
-            // Elements that still wait are told of as a whole by some versions.
-            None if states.get(&id).is_some_and(|state| !state.state.is_end()) => None,
-            None => is_missed.then(|| format!("the batch system does not know job {} any more", id.element(out.place.element))),
+        match told(id, out.place.element, states) {
+            Word::Ended(how) => Some(how),
+            Word::Goes => None,
+            Word::Nothing => is_missed.then(|| unknown(id, out.place.element)),
         }
     }
 
@@ -403,6 +398,37 @@ impl fmt::Display for LeftBehind {
             None => write!(f, "job {name} was not found; should it show up in `squeue --name={name}`: scancel --name={name}"),
         }
     }
+}
+
+/// What a batch system says of an element of an array.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Word {
+    /// It is over, in words.
+    Ended(String),
+    /// It waits or runs.
+    Goes,
+    /// Nothing.
+    Nothing,
+}
+
+/// What these states say of an element of an array.
+pub(super) fn told(array: JobId, element: u32, states: &BTreeMap<JobId, JobState>) -> Word {
+    let id = array.element(element);
+    match states.get(&id) {
+        Some(state) if state.state.is_end() => Word::Ended(match &state.exit {
+            Some(exit) => format!("job {id}: {}, {exit}", state.state),
+            None => format!("job {id}: {}", state.state),
+        }),
+        Some(_) => Word::Goes,
+        // Elements that still wait are told of as a whole by some versions.
+        None if states.get(&array).is_some_and(|state| !state.state.is_end()) => Word::Goes,
+        None => Word::Nothing,
+    }
+}
+
+/// How an element has ended of which the batch system says nothing.
+pub(super) fn unknown(array: JobId, element: u32) -> String {
+    format!("the batch system does not know job {} any more", array.element(element))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What a sweep says while it runs: a line for each change, and on a terminal one line below them that is rewritten.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write;
 
@@ -9,6 +9,7 @@ use cloze_recipes::study::{Metric, Score};
 
 use super::decide::Reason;
 use super::graph::plain;
+use super::lost::OutState;
 use super::record::{TrialRecord, TrialState};
 
 /// Where a sweep says how it is.
@@ -94,19 +95,22 @@ impl Talk {
 
 /// How many trials of the sweep are how far. Once nothing is left to do, a trial that waits at its rung was stopped early.
 pub fn counts(records: &[TrialRecord], is_over: bool) -> String {
-    counts_with_queued(records, is_over, &BTreeSet::new())
+    counts_with_outs(records, is_over, &BTreeMap::new())
 }
 
-/// The same where it is known which trials that are out only wait in a queue, by their hashes.
-pub fn counts_with_queued(records: &[TrialRecord], is_over: bool, queued: &BTreeSet<String>) -> String {
+/// The same where more is known of trials that are out, by their hashes.
+pub fn counts_with_outs(records: &[TrialRecord], is_over: bool, outs: &BTreeMap<String, OutState>) -> String {
     let count = |state| records.iter().filter(|record| record.wanted && record.state == state).count();
     let total = records.iter().filter(|record| record.wanted).count();
     let mut text = format!("{} of {total} done", count(TrialState::Done));
     let paused = if is_over { "stopped early" } else { "paused at a rung" };
-    let num_queued = records.iter().filter(|record| record.wanted && queued.contains(&record.hash)).count();
+    let known: Vec<&OutState> = records.iter().filter(|record| record.wanted).filter_map(|record| outs.get(&record.hash)).collect();
+    let of = |name: &str| known.iter().filter(|out| out.name() == name).count();
     let others = [
-        (count(TrialState::Training).saturating_sub(num_queued), "out"),
-        (num_queued, "queued"),
+        (count(TrialState::Training).saturating_sub(known.len()), "out"),
+        (of("queued"), "queued"),
+        (of("ended"), "ended"),
+        (of("gone"), "gone"),
         (count(TrialState::StoppedEarly), paused),
         (count(TrialState::Failed), "failed"),
     ];

@@ -1,12 +1,13 @@
 //! A sweep as text: its preview, and the table of its trials.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use cloze_recipes::study::Score;
 
 use super::folder::SweepPlan;
 use super::graph::{Graph, parameters_text, plain};
+use super::lost::OutState;
 use super::record::{TrialRecord, TrialState};
 use crate::words::counted;
 
@@ -40,8 +41,8 @@ pub fn preview_text(graph: &Graph, plan: &SweepPlan) -> String {
 }
 
 /// The trials that the sweep asks for, and the earlier stages that are not done, as a table. Once nothing is left to do, a trial that
-/// waits at its rung was stopped early. Of `queued`, the hashes of trials that are out, nothing has begun.
-pub fn status_table(plan: &SweepPlan, records: &[TrialRecord], is_over: bool, queued: &BTreeSet<String>) -> String {
+/// waits at its rung was stopped early. Of trials that are out `outs` says by their hashes what is known besides their records.
+pub fn status_table(plan: &SweepPlan, records: &[TrialRecord], is_over: bool, outs: &BTreeMap<String, OutState>) -> String {
     let shown: Vec<&TrialRecord> = records.iter().filter(|record| record.wanted || record.state != TrialState::Done).collect();
     let mut keys: Vec<&String> = Vec::new();
     let mut seen = BTreeSet::new();
@@ -65,7 +66,7 @@ pub fn status_table(plan: &SweepPlan, records: &[TrialRecord], is_over: bool, qu
         row.extend(keys.iter().map(|key| record.parameters.get(*key).filter(|_| record.wanted).map_or_else(|| "-".to_owned(), plain)));
         row.extend([
             record.seed.to_string(),
-            if queued.contains(&record.hash) { "queued".to_owned() } else { state_text(record.state, is_over) },
+            outs.get(&record.hash).map_or_else(|| state_text(record.state, is_over), |out| out.name().to_owned()),
             record.step.to_string(),
         ]);
         row.push(record.metric.map_or_else(|| "-".to_owned(), |value| number(plan.metric.score, value)));
@@ -130,14 +131,14 @@ demo-aaaa  -            1     waiting        0     -
 demo-bbbb  10           1     stopped early  10    25.60
 demo-cccc  10           2     waiting        0     -
 ";
-        let table = |records: &[TrialRecord], is_over| status_table(&plan, records, is_over, &BTreeSet::new());
+        let table = |records: &[TrialRecord], is_over| status_table(&plan, records, is_over, &BTreeMap::new());
         assert_eq!(table(&records, true), expected);
         assert!(table(&records, false).contains("1     paused, waits at its rung  10    25.60"));
         records[0].state = TrialState::Done;
         assert!(!table(&records, true).contains("demo-aaaa"));
         records[1].state = TrialState::Training;
         records[2].state = TrialState::Training;
-        let queued = status_table(&plan, &records, false, &["cccc".to_owned()].into());
+        let queued = status_table(&plan, &records, false, &BTreeMap::from([("cccc".to_owned(), OutState::Queued)]));
         let states: Vec<&str> = queued.lines().skip(1).filter_map(|line| line.split_whitespace().nth(3)).collect();
         assert_eq!(states, ["training", "queued"], "{queued}");
     }

@@ -3,6 +3,7 @@
 //! Everything here can be done twice. Data and exports that are there are used, a run goes on from its newest state, and an attempt whose
 //! outcome is written is over; so an element that a batch system starts again on another node goes on where it was.
 
+mod node;
 mod results;
 
 use std::ffi::OsStr;
@@ -19,6 +20,7 @@ use cloze_recipes::recipe::Recipe;
 use cloze_recipes::study::Score;
 use serde_json::Value;
 
+use self::node::{Unfit, unfit};
 pub(super) use self::results::run_facts;
 use self::results::{RunFacts, as_failure, metric};
 use super::batch::{Assignment, Batch, End, Outcome};
@@ -78,7 +80,10 @@ pub fn work(options: &WorkOptions) -> anyhow::Result<()> {
     let signals = Signals::listen().context("listen to signals")?;
     let stop = StopLevel::default();
     let entrance = entrance(&folder, &plan)?;
-    let workshop = Workshop { folder: &folder, plan: &plan, options, stop: &stop, entrance: &entrance };
+    // A stop that is asked for meanwhile waits until it is over; no trial begins then.
+    let unfit = unfit(&options.program, &folder, &plan, assignments)?;
+    let workshop = Workshop { folder: &folder, plan: &plan, options, stop: &stop, entrance: &entrance, unfit: unfit.as_ref() };
+    heed(&signals, &stop);
     let results: Vec<anyhow::Result<Outcome>> = thread::scope(|scope| {
         let of = assignments.len() as u32;
         let attempts: Vec<_> = (0_u32..)
@@ -135,6 +140,8 @@ struct Workshop<'a> {
     stop: &'a StopLevel,
     /// Words before a program that is to run in the container.
     entrance: &'a [String],
+    /// Why nothing can be tried on this node.
+    unfit: Option<&'a Unfit>,
 }
 
 /// One attempt at one trial.
@@ -169,9 +176,11 @@ impl Workshop<'_> {
         }
         let recipe = cloze_recipes::load(&self.folder.recipe_path(trial), &[])?;
         let attempt_of = Attempt { shop: self, trial: planned, recipe, until_step: *until_step, part };
-        let result = attempt_of.go();
+        let (result, bad_nodes) = match self.unfit {
+            Some(unfit) => (Err(unfit.failure.clone().into()), unfit.bad_nodes.clone()),
+            None => (attempt_of.go(), attempt_of.take_bad_nodes()?),
+        };
         let facts = attempt_of.run_facts()?;
-        let bad_nodes = attempt_of.take_bad_nodes()?;
         let outcome = |end, metric, evaluation, failure| Outcome {
             trial: trial.clone(),
             attempt: *attempt,

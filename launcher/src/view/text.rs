@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::ledger::{FailureRecord, class_name};
-use super::{RunState, RunView, WorkerState, WorkerView};
+use super::{RunState, RunView, WarningView, WorkerState, WorkerView};
 use crate::reporter::numbers::{clock_text, compact};
 
 /// Most rows of the workers' table; those that do not train come first.
@@ -45,9 +45,16 @@ pub fn status_page(view: &RunView, controller: bool, now: f64) -> String {
         add("dashboard", url.clone());
     }
     add("last event", format!("{} ago", clock_text(now - view.updated)));
-    let warnings = view.warnings.len().saturating_sub(1);
-    view.warnings.iter().skip(warnings).for_each(|warning| add("warning", warning.message.clone()));
+    if let Some(warning) = view.warnings.back().filter(|warning| !is_stale(view, warning)) {
+        add("warning", warning.message.clone());
+    }
     text + &workers_text(&view.workers) + &failures_text(&view.failures)
+}
+
+/// Whether the run has gone on since a warning: its controller is a later one, a checkpoint was saved, or all steps are done.
+fn is_stale(view: &RunView, warning: &WarningView) -> bool {
+    let is_saved_since = view.checkpoints.back().is_some_and(|checkpoint| checkpoint.time > warning.time);
+    view.started > warning.time || is_saved_since || view.state == RunState::Finished
 }
 
 /// One line, for a file that is watched.

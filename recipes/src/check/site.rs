@@ -1,6 +1,7 @@
 //! The cluster file: what its kind needs, and nothing that a script or a command line would take for something else.
 
 use super::{Context, job};
+use crate::job_time::{JOB_START_S, least_minutes};
 use crate::raw::{PreflightRaw, SiteKindRaw, SiteRaw, SlurmRaw, SshRaw};
 use crate::site::{Preflight, Site, SiteKind, SlurmSite, SshSite};
 use crate::tree::shortened;
@@ -113,9 +114,10 @@ fn slurm_site(context: &mut Context<'_>, raw: SlurmRaw) -> SlurmSite {
     for (index, option) in raw.options.iter().enumerate() {
         check_option(context, &["slurm", "options", &index.to_string()], option);
     }
-    if let Some(minutes) = raw.time_limit_minutes.filter(|minutes| raw.warning_s >= minutes * 60) {
-        let expected = format!("less than slurm.time_limit_minutes, which is {minutes} minutes");
-        context.mismatch("slurm.warning_s", raw.warning_s, expected);
+    let least = least_minutes(raw.warning_s);
+    if let Some(minutes) = raw.time_limit_minutes.filter(|minutes| *minutes < least) {
+        let expected = format!("at least {least}: slurm.warning_s is {} s, and a job starts in {JOB_START_S} s or more", raw.warning_s);
+        context.mismatch("slurm.time_limit_minutes", minutes, expected);
     }
     SlurmSite {
         partition: raw.partition,

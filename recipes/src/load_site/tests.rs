@@ -129,7 +129,7 @@ fn each_contradiction_has_its_words() {
         ),
         (
             "kind: slurm\nslurm: {time_limit_minutes: 2}",
-            "c.yaml:4:1: slurm.warning_s: found 120, expected less than slurm.time_limit_minutes, which is 2 minutes",
+            "c.yaml:4:29: slurm.time_limit_minutes: found 2, expected at least 3: slurm.warning_s is 120 s, and a job starts in 15 s or more",
         ),
         ("kind: local\nfolder: s3://b/x", "c.yaml:4:9: folder: found `s3://b/x`, expected a path on this machine, without a scheme"),
         ("kind: local\nsetup: [\"a\\tb\"]", "c.yaml:4:9: setup.0: found `a b`, expected one line without control characters"),

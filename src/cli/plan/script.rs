@@ -3,12 +3,12 @@
 use anyhow::{Context, Result};
 use cloze_launcher::RunPaths;
 use cloze_launcher::plan::Check;
-use cloze_launcher::slurm::{JobPaths, Programs, Role, Slurm, Submission, Version, Wanted, Wish};
+use cloze_launcher::slurm::{JobPaths, Programs, Role, Slurm, Submission, Version, Wanted};
 use cloze_launcher::sweep::outlook::first_script;
-use cloze_recipes::failure::Failure;
 use cloze_recipes::site::{SiteKind, SlurmSite};
 
 use super::Wanted as Planned;
+use crate::cli::partition;
 use crate::cli::run::split;
 
 /// Stands for the characters that tell the jobs of a run, and its programs, from those of others.
@@ -68,20 +68,16 @@ fn version(wanted: &Planned<'_>) -> Version {
 
 /// Whether the batch system is there and has what the run wants.
 pub(super) fn check_machines(wanted: &Planned<'_>, site: &SlurmSite, checks: &mut Vec<Check>) {
-    let name = "partition";
+    let name = partition::NAME;
     let shown = site.partition.as_deref().unwrap_or("the default one");
     if wanted.offline {
         checks.push(Check::warn(name, format!("{shown} was not looked at"), "leave `--offline` out"));
         return;
     }
-    match misfits(wanted, site) {
-        Err(failure) => checks.push(Check::fail(name, &failure)),
-        Ok(misfits) if misfits.is_empty() => checks.push(Check::ok(name, format!("{shown} is up and has what the run wants"))),
-        Ok(misfits) => checks.extend(misfits.iter().map(|failure| Check::fail(name, failure))),
+    let request = partition::Request { resources: &wanted.study.resources, site, file: wanted.site_file };
+    let found = request.checks(Slurm::find(site).as_ref());
+    if found.is_empty() {
+        checks.push(Check::ok(name, format!("{shown} is up and has what the run wants")));
     }
-}
-
-fn misfits(wanted: &Planned<'_>, site: &SlurmSite) -> Result<Vec<Failure>, Failure> {
-    let wish = Wish::of(&wanted.study.resources, site.gpu_type.as_deref(), site.time_limit_minutes);
-    Slurm::find(site)?.misfits(&wish)
+    checks.extend(found);
 }

@@ -2,8 +2,10 @@
 
 use std::fs;
 
+use cloze_recipes::study::Resources;
+
 use super::super::job::{ExitStatus, State};
-use super::fixtures::{cluster, site};
+use super::fixtures::{cluster, resources, site};
 use super::*;
 
 fn id(text: &str) -> JobId {
@@ -99,18 +101,17 @@ fn a_cluster_says_what_it_is_called() {
 #[test]
 fn partitions_are_checked_by_name() {
     let (_folder, slurm) = cluster(&[("sinfo", "printf 'main|up|1:00:00|4|4|4096|(null)\\nbig|up|infinite|99|64|4096|gpu:8\\n'")]);
-    let wish =
-        Wish { nodes: 8, cpus_per_node: None, memory_per_node_mib: None, gpus_per_node: 0, gpu_type: None, time_limit_minutes: None };
-    assert_eq!(slurm.misfits(&wish).unwrap().len(), 1);
+    let wish = Wish::of(&Resources { nodes: 8, gpus_per_node: 0, cpus_per_worker: None, ..resources(1) }, &site());
+    assert_eq!(slurm.fit(&wish).unwrap().misfits.len(), 1);
     let named = |partition: Option<&str>| Slurm {
         site: SlurmSite { partition: partition.map(str::to_owned), ..site() },
         folder: slurm.folder.clone(),
         version: slurm.version,
         no_accounting: AtomicBool::new(false),
     };
-    assert!(named(None).misfits(&wish).unwrap().is_empty());
-    assert!(named(Some("main,big")).misfits(&wish).unwrap().is_empty());
-    let missing = named(Some("bgi")).misfits(&wish).unwrap();
+    assert!(named(None).fit(&wish).unwrap().misfits.is_empty());
+    assert!(named(Some("main,big")).fit(&wish).unwrap().misfits.is_empty());
+    let missing = named(Some("bgi")).fit(&wish).unwrap().misfits;
     assert_eq!((missing[0].expected.as_deref(), missing[0].found.as_deref()), (Some("one of main, big"), Some("bgi")));
 }
 

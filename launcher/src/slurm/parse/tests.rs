@@ -90,13 +90,16 @@ fn names_are_compared_whole() {
 
 #[test]
 fn partitions_of_unequal_nodes_are_put_together() {
-    let output = "main*|up|1-00:00:00|2|64|512000+|gpu:h100:8(S:0-1)\nmain|up|1-00:00:00|1|32|256000|gpu:a100:4(S:0,2),nvme:1\n\
+    let output = "main*|up|1-00:00:00|2|64|512000+|gpu:h100:8(S:0-1)|idle|n[01-02]\nmain|up|1-00:00:00|1|32|256000|gpu:a100:4(S:0,2),nvme:1|down*|n7\n\
                   debug|down|30:00|4+|8|4096|(null)\nold|up|infinite|1|8|4096|gpu:2\n";
     let partitions = partitions(output);
     assert_eq!(partitions.iter().map(|partition| partition.name.as_str()).collect::<Vec<_>>(), ["main", "debug", "old"]);
     let main = &partitions[0];
     assert_eq!((main.nodes, main.cpus_per_node, main.memory_per_node_mib, main.limit_s), (3, 64, 512_000, Some(86_400)));
     assert_eq!(main.gpus_per_node, BTreeMap::from([("a100".to_owned(), 4), ("h100".to_owned(), 8)]));
+    let groups: Vec<_> = main.groups.iter().map(|group| (group.state.as_str(), group.cpus, group.names.len())).collect();
+    assert_eq!(groups, [("idle", 64, 2), ("down*", 32, 1)]);
+    assert_eq!((partitions[1].groups[0].state.as_str(), partitions[1].groups[0].names.len()), ("", 0));
     assert!(!partitions[1].is_up && partitions[1].gpus_per_node.is_empty());
     assert_eq!((partitions[1].limit_s, partitions[1].nodes, partitions[2].limit_s), (Some(1800), 4, None));
     assert_eq!(partitions[2].gpus_per_node, BTreeMap::from([(String::new(), 2)]));

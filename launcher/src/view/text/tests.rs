@@ -60,6 +60,27 @@ fn a_page_while_a_worker_is_replaced() {
 }
 
 #[test]
+fn a_warning_is_shown_until_the_run_has_gone_on() {
+    let warning = || Event::Warning { message: "disk is slow".to_owned() };
+    let saved = |step| Event::CheckpointSaved { step, url: "file:///c".to_owned(), bytes: 1, seconds: 0.1, blocked_s: 0.0 };
+    let run = |more: Vec<Event>| start().into_iter().chain([saved(5), warning()]).chain(more);
+    let cases = [
+        (run(Vec::new()), true),
+        (run(vec![step(1, 6, 1.0)]), true),
+        (run(vec![saved(10)]), false),
+        (run(vec![saved(10), warning()]), true),
+        (run(start()), false),
+        (run(vec![Event::RunFinished { step: 300, seconds: 9.0 }]), false),
+        (run(vec![Event::RunStopped { step: 6 }]), true),
+    ];
+    for (events, is_shown) in cases {
+        let events: Vec<Event> = events.collect();
+        let text = status_page(&view(events.clone()), true, 4000.0);
+        assert_eq!(text.contains("  warning     disk is slow\n"), is_shown, "{events:?}: {text}");
+    }
+}
+
+#[test]
 fn a_page_after_the_end() {
     let failed = Event::RunFailed {
         failure: Failure::new(FailureKind::Damaged, "a shard is damaged").at("shard 3").because("hash\u{1b}[2J differs").hint("prepare"),

@@ -1,0 +1,208 @@
+//! What has become of trials that are out, for whoever only looks while no controller lives: nobody takes their ends in, and their records
+//! stay as they were.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cloze_recipes::failure::Failure;
+use serde::Serialize;
+
+use super::folder::{StudyFolder, StudyInfo, SweepPlan};
+use super::lock::FileLock;
+use super::outlook::is_queued;
+use super::queue::{Word, job_name, site_of_jobs, told, unknown};
+use super::record::{Place, TrialRecord, TrialState};
+use crate::slurm::{JobId, JobState, Slurm, other_cluster};
+
+/// Most batches whose jobs are looked for by name; each takes a question or two.
+const MAX_BATCHES: usize = 64;
+
+/// What is known of a trial that is out, besides its record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OutState {
+    /// It waits in a queue, and nobody has begun to work on it.
+    Queued,
+    /// It has ended, and its outcome waits for a controller.
+    Ended,
+    /// Nobody works on it any more, as these words say, and it has no outcome.
+    Gone(String),
+}
+
+impl OutState {
+    /// It in a word.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Ended => "ended",
+            Self::Gone(_) => "gone",
+        }
+    }
+}
+
+/// The trials that only wait in a queue, by hash.
+pub fn queued(folder: &StudyFolder, plan: &SweepPlan, records: &[TrialRecord]) -> BTreeMap<String, OutState> {
+    let waiting = records.iter().filter(|record| is_queued(folder, plan, record));
+    waiting.map(|record| (record.hash.clone(), OutState::Queued)).collect()
+}
+
+/// Adds what has become of the other trials that are out, where no controller lives. Returns why the batch system could not be asked.
+pub fn add_lost(folder: &StudyFolder, plan: &SweepPlan, records: &[TrialRecord], outs: &mut BTreeMap<String, OutState>) -> Option<Failure> {
+    let mut open: Vec<(&TrialRecord, Place)> = Vec::new();
+    for record in records.iter().filter(|record| record.state == TrialState::Training) {
+        if folder.outcome_path(&record.hash, record.attempts).exists() {
+            outs.insert(record.hash.clone(), OutState::Ended);
+        } else if let Some(place) = record.place.filter(|_| !is_worked_on(folder, record)) {
+            open.push((record, place));
+        }
+    }
+    if open.is_empty() {
+        return None;
+    }
+    if !plan.has_queue() {
+        let gone = || OutState::Gone("no process of this machine works on it".to_owned());
+        outs.extend(open.into_iter().map(|(record, _)| (record.hash.clone(), gone())));
+        return None;
+    }
+    match jobs_of(folder, plan, open.iter().map(|(_, place)| place.batch).collect()) {
+        Err(failure) => Some(failure),
+        Ok(jobs) => {
+            let gone = open.iter().filter_map(|(record, place)| Some((record.hash.clone(), OutState::Gone(jobs.end_of(*place)?))));
+            outs.extend(gone);
+            None
+        }
+    }
+}
+
+/// Where that is not known, somebody may.
+fn is_worked_on(folder: &StudyFolder, record: &TrialRecord) -> bool {
+    FileLock::holder(&folder.trial_lock_path(&record.hash)).map_or(true, |holder| holder.is_some())
+}
+
+/// The jobs of some batches.
+#[derive(Debug, Default)]
+struct Jobs {
+    /// By batch; `None` where there is no job of its name.
+    ids: BTreeMap<u32, Option<JobId>>,
+    states: BTreeMap<JobId, JobState>,
+}
+
+impl Jobs {
+    /// How the element of a trial has ended; `None` where it has not, or was not asked for.
+    fn end_of(&self, place: Place) -> Option<String> {
+        let Some(id) = self.ids.get(&place.batch)? else { return Some("the batch system knows no job of its batch".to_owned()) };
+        match told(*id, place.element, &self.states) {
+            Word::Ended(how) => Some(how),
+            Word::Goes => None,
+            Word::Nothing => Some(unknown(*id, place.element)),
+        }
+    }
+}
+
+fn jobs_of(folder: &StudyFolder, plan: &SweepPlan, batches: BTreeSet<u32>) -> Result<Jobs, Failure> {
+    let Some(site) = &plan.site else { return Ok(Jobs::default()) };
+    let slurm = Slurm::find(site_of_jobs(&plan.resources, plan.pack, site)?)?;
+    look(&slurm, &folder.info()?, batches)
+}
+
+/// Asks for the jobs of these batches, whose names begin with the study's.
+fn look(slurm: &Slurm, info: &StudyInfo, batches: BTreeSet<u32>) -> Result<Jobs, Failure> {
+    if let (Some(theirs), Some(here)) = (&info.cluster, slurm.cluster_name())
+        && *theirs != here
+    {
+        return Err(other_cluster(theirs, &here, "study.json"));
+    }
+    let mut jobs = Jobs::default();
+    for batch in batches.into_iter().take(MAX_BATCHES) {
+        let found = slurm.find_by_name(&job_name(info, batch))?;
+        jobs.ids.insert(batch, found.last().map(|id| JobId::whole(id.job)));
+    }
+    let ids: Vec<JobId> = jobs.ids.values().filter_map(|id| *id).collect();
+    if !ids.is_empty() {
+        jobs.states = slurm.states(&ids)?;
+    }
+    Ok(jobs)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::PathBuf;
+
+    use cloze_recipes::study::{Metric, Score};
+
+    use super::super::fixtures::{self, site, trial};
+    use super::super::lock::Taken;
+    use super::*;
+    use crate::slurm::fixtures::cluster;
+
+    /// A study of three trials that are out as the elements of one batch.
+    fn study(root: &std::path::Path) -> (StudyFolder, SweepPlan, Vec<TrialRecord>) {
+        let folder = StudyFolder::new(root.to_owned());
+        folder.make().unwrap();
+        let plan = fixtures::plan(["a", "b", "c"].map(trial).to_vec());
+        let out = |(element, trial): (u32, _)| {
+            let place = Some(Place { batch: 1, element });
+            TrialRecord { state: TrialState::Training, attempts: 1, place, ..TrialRecord::new(trial, None) }
+        };
+        let records = (0_u32..).zip(&plan.trials).map(out).collect();
+        (folder, plan, records)
+    }
+
+    #[test]
+    fn what_nobody_works_on_is_gone() {
+        let root = tempfile::tempdir().unwrap();
+        let (folder, plan, mut records) = study(root.path());
+        fs::write(folder.outcome_path("a", 1), "{}").unwrap();
+        let Taken::Ours(_lock) = FileLock::take(&folder.trial_lock_path("b")).unwrap() else { panic!("nobody has it") };
+        let mut outs = BTreeMap::new();
+        assert_eq!(add_lost(&folder, &plan, &records, &mut outs), None);
+        let gone = OutState::Gone("no process of this machine works on it".to_owned());
+        assert_eq!(outs, BTreeMap::from([("a".to_owned(), OutState::Ended), ("c".to_owned(), gone)]));
+        records[2].state = TrialState::Done;
+        let mut outs = BTreeMap::new();
+        add_lost(&folder, &plan, &records, &mut outs);
+        assert_eq!(outs.len(), 1, "only what is out is looked for");
+    }
+
+    #[test]
+    fn a_batch_system_that_is_not_there_is_told() {
+        let root = tempfile::tempdir().unwrap();
+        let (folder, plan, records) = study(root.path());
+        let plan = SweepPlan { site: Some(site("mine", "kind: slurm")), ..plan };
+        let mut outs = BTreeMap::new();
+        assert!(add_lost(&folder, &plan, &records, &mut outs).is_some(), "the folder lacks study.json, or there is no SLURM");
+        assert!(outs.is_empty(), "of what could not be asked nothing is said");
+    }
+
+    #[test]
+    fn elements_are_looked_up_by_the_name_of_their_batch() {
+        let queue = r#"case "$*" in
+*--name=*-000001*) echo '77|cloze-demo-ab-k-000001';;
+*--name=*) ;;
+*) echo '77_0|RUNNING|0:10|1:00|n1|None'; echo '77_1|FAILED|0:10|1:00|n1|None';;
+esac"#;
+        let (_programs, slurm) = cluster(&[("squeue", queue), ("sacct", "exit 1"), ("scontrol", "echo 'ClusterName = here'")]);
+        let info = StudyInfo {
+            version: 1,
+            name: "demo".to_owned(),
+            file: PathBuf::from("demo.yaml"),
+            profile: None,
+            overrides: Vec::new(),
+            hash: "ab".to_owned(),
+            key: "k".to_owned(),
+            cluster: None,
+            expected: None,
+            metric: Metric { task: None, score: Score::Loss },
+            keys: Vec::new(),
+            created: 0.0,
+        };
+        let jobs = look(&slurm, &info, BTreeSet::from([1, 2])).unwrap();
+        let of = |batch, element| jobs.end_of(Place { batch, element });
+        assert_eq!(of(1, 0), None, "it runs");
+        assert_eq!(of(1, 1).as_deref(), Some("job 77_1: failed"));
+        assert_eq!(of(1, 2).as_deref(), Some("the batch system does not know job 77_2 any more"));
+        assert_eq!(of(2, 0).as_deref(), Some("the batch system knows no job of its batch"));
+        let elsewhere = StudyInfo { cluster: Some("there".to_owned()), ..info };
+        assert!(look(&slurm, &elsewhere, BTreeSet::from([1])).unwrap_err().what.contains("another cluster"));
+    }
+}
