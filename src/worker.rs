@@ -189,11 +189,20 @@ fn join(options: &WorkerOptions, recipe: &Recipe, listener: &TcpListener) -> Res
         coordinator_key: options.coordinator_key,
         recipe_hash: recipe.layout_hash(),
         build: cloze_cluster::protocol::build_name(),
-        executable: cloze_cluster::host::executable_id().context("tell this executable from others")?,
+        executable: executable()?,
         worker: options.worker,
         collective_address: listener.local_addr().context("read the listening address")?.to_string(),
         heartbeat_timeout: Duration::from_millis(recipe.cluster.heartbeat_timeout_ms),
         coordinator_grace: Duration::from_secs(recipe.cluster.coordinator_grace_s),
+    })
+}
+
+/// What tells this program from others. Another process of the same file would fare no better.
+fn executable() -> Result<String, Failure> {
+    cloze_cluster::host::executable_id().map_err(|error| {
+        Failure::new(FailureKind::Environment, "this cloze-worker cannot be told from others")
+            .because(format!("{error:#}"))
+            .hint("build it with `make build`, and copy it as it is; `strip` may be used")
     })
 }
 

@@ -1,6 +1,7 @@
 //! This machine and this program: their names.
 
 use std::fs::{self, File};
+use std::path::Path;
 
 use anyhow::Context as _;
 use object::read::elf::ElfFile64;
@@ -16,14 +17,19 @@ pub fn host_name() -> String {
     if name.is_empty() { "localhost".to_owned() } else { name.to_owned() }
 }
 
-/// What tells the running program from every other: the hash over its contents that the linker wrote into it, in hexadecimal digits. It
-/// survives the removal of debug information. Fails where the file cannot be read or was linked without it.
+/// What tells the running program from every other; see [`executable_id_of`].
 pub fn executable_id() -> anyhow::Result<String> {
-    let file = File::open(OWN_EXECUTABLE).context("open this program's file")?;
+    executable_id_of(Path::new(OWN_EXECUTABLE))
+}
+
+/// What tells a program from every other: the hash over its contents that the linker wrote into it, in hexadecimal digits. It survives the
+/// removal of debug information. Fails where the file cannot be read, is no program, or was linked without it.
+pub fn executable_id_of(program: &Path) -> anyhow::Result<String> {
+    let file = File::open(program).context("open a program's file")?;
     let cache = ReadCache::new(file);
-    let elf = ElfFile64::<Endianness, _>::parse(&cache).context("read this program's file")?;
-    let id = elf.build_id().context("read this program's build id")?;
-    let id = id.context("this program was linked without a build id (`-Wl,--build-id`)")?;
+    let elf = ElfFile64::<Endianness, _>::parse(&cache).context("read a program's file")?;
+    let id = elf.build_id().context("read a program's build id")?;
+    let id = id.context("the program was linked without a build id (`-Wl,--build-id`)")?;
     Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 

@@ -37,6 +37,11 @@ pub enum Entry {
         /// Its number.
         generation: u64,
     },
+    /// Up to which step generations train from here on.
+    Until {
+        /// The step after which they save and leave; `None` goes on to the end.
+        step: Option<u64>,
+    },
     /// How far the run is.
     Progress {
         /// Steps done.
@@ -64,6 +69,8 @@ pub struct Memory {
     pub generation: u64,
     /// Its members, while it runs.
     pub running: Option<Membership>,
+    /// Step after which it saves and leaves; `None` goes on to the end.
+    pub until_step: Option<u64>,
     /// Steps done.
     pub step: u64,
     /// Steps done at the newest saved state.
@@ -94,6 +101,7 @@ impl Memory {
             Entry::Over { generation } if generation == self.generation => self.running = None,
             // The end of an older generation, which its successor's start has told already.
             Entry::Over { .. } => {}
+            Entry::Until { step } => self.until_step = step,
             Entry::Progress { step, saved_step } => (self.step, self.saved_step) = (step, saved_step),
             Entry::Retries(retries) => self.retries = retries,
             Entry::Host { host, failures, excluded } => {
@@ -109,6 +117,9 @@ impl Memory {
         let mut entries = vec![Entry::Generation { generation: self.generation, members, addresses }];
         if self.running.is_none() {
             entries.push(Entry::Over { generation: self.generation });
+        }
+        if self.until_step.is_some() {
+            entries.push(Entry::Until { step: self.until_step });
         }
         entries.push(Entry::Progress { step: self.step, saved_step: self.saved_step });
         entries.push(Entry::Retries(self.retries));
@@ -261,7 +272,7 @@ fn damaged(path: &Path, found: String) -> Failure {
     Failure::new(FailureKind::Damaged, "the coordinator's journal is damaged")
         .at(path.display())
         .found(found)
-        .hint("without the file, the run goes on from its newest checkpoint, and workers that still train are ended")
+        .hint("without the file, workers that still train are taken over all the same, by a new generation from their memory")
 }
 
 #[cfg(test)]
@@ -280,6 +291,7 @@ mod tests {
             Entry::Host { host: "node-b".to_owned(), failures: 2, excluded: true },
             Entry::Retries(Retries { step: 17, attempts: 1 }),
             generation(2, &[0, 2]),
+            Entry::Until { step: Some(30) },
             Entry::Progress { step: 20, saved_step: 10 },
         ]
     }
@@ -300,6 +312,7 @@ mod tests {
         assert_eq!((memory.generation, memory.step, memory.saved_step), (2, 20, 10));
         assert_eq!(memory.running.as_ref().unwrap().members, [0, 2]);
         assert_eq!(memory.running.as_ref().unwrap().addresses, ["127.0.0.1:9000", "127.0.0.1:9002"]);
+        assert_eq!(memory.until_step, Some(30));
         assert!(memory.hosts["node-b"].excluded);
         assert_eq!(memory.retries.of(17), 1);
         for _ in 0..2 {

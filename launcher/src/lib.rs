@@ -23,6 +23,9 @@ pub mod words;
 mod sample;
 
 pub use cloze_cluster::RunEnd;
-pub use local::{Drill, DrillKind, HostsEnd, LaunchOptions, LaunchPlan, SlotsOptions, last_workers, launch, launch_on_hosts, serve_slots};
+pub use local::{
+    Drill, DrillKind, HostsEnd, LaunchOptions, LaunchPlan, SlotsOptions, last_local_workers, last_workers, launch, launch_on_hosts,
+    serve_slots,
+};
 pub use reporter::TerminalStyle;
 pub use run_folder::{ControlFile, NewRun, RunFolder, RunInfo, RunPaths};

@@ -13,7 +13,9 @@ use cloze_data::dataset::Dataset;
 use cloze_data::prepare::check_prepared;
 use cloze_data::store;
 use cloze_data::tokenizer::Tokenizer;
-use cloze_launcher::{Drill, LaunchOptions, LaunchPlan, NewRun, RunEnd, RunFolder, TerminalStyle, last_workers, launch_on_hosts};
+use cloze_launcher::{
+    Drill, LaunchOptions, LaunchPlan, NewRun, RunEnd, RunFolder, TerminalStyle, last_local_workers, last_workers, launch_on_hosts,
+};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
 
@@ -66,7 +68,10 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Exi
         return Ok(code);
     }
     let (run, mut recipe, total) = open_to_resume(&arguments.run)?;
-    recipe.train.shard = arguments.shard.unwrap_or(recipe.train.shard);
+    let shard = arguments.shard.unwrap_or(recipe.train.shard);
+    if std::mem::replace(&mut recipe.train.shard, shard) != shard {
+        write_last_line(&mut std::io::stderr(), "the workers share the state out in another way from here on (`train.shard`)")?;
+    }
     // The run folder does not say how many machines the recipe wanted.
     let hosts = Hosts::of(&arguments.hosts, || {
         let failure = Failure::new(FailureKind::Recipe, "`--cluster` does not say over which hosts a run goes on");
@@ -74,7 +79,12 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Exi
     })?;
     // Hosts decide it themselves.
     let before = if hosts.is_some() { 1 } else { workers_before(&run, &arguments.workers)? };
-    let slots = Slots::of(&arguments.workers, before).over(hosts.as_ref(), arguments.watch.listen)?;
+    let mut slots = Slots::of(&arguments.workers, before);
+    // Workers of `cloze join` that a killed controller has left keep their slots.
+    if let (None, None, Some(local)) = (arguments.workers.local, arguments.workers.workers, last_local_workers(run.paths())?) {
+        slots.local_workers = local.min(slots.workers);
+    }
+    let slots = slots.over(hosts.as_ref(), arguments.watch.listen)?;
     let plan = plan(slots, &arguments.watch, recipe, total)?;
     go(run, LaunchPlan { resumed: true, ..plan }, hosts.as_ref(), arguments.watch.quiet)
 }

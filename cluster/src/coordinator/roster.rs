@@ -44,6 +44,8 @@ pub(super) struct Roster {
     limits: Limits,
     /// By slot, as `state.workers`; filled exactly where a worker is present.
     seats: Vec<Option<Seat>>,
+    /// Step after which the newest generation saves and leaves, as its members were told.
+    told_until: Option<u64>,
     /// The executable that all workers must be, and who brought it: whoever was let in first.
     executable: Option<(String, String)>,
     /// Process ids, by slot, of workers that lost their seat because they were stuck; they may not come back.
@@ -93,6 +95,7 @@ impl Roster {
             state: State::new(num_workers),
             limits,
             seats: (0..num_workers).map(|_| None).collect(),
+            told_until: None,
             executable: None,
             stuck: BTreeMap::new(),
             last_joined: BTreeMap::new(),
@@ -216,7 +219,8 @@ impl Roster {
 
     /// Takes over what an earlier coordinator wrote down.
     fn remember(&mut self, memory: Memory, continues: bool) {
-        let Memory { generation, running, step, saved_step, retries, hosts } = memory;
+        let Memory { generation, running, until_step, step, saved_step, retries, hosts } = memory;
+        self.told_until = until_step;
         self.step = step;
         (self.state.generation, self.state.saved_step, self.state.retries, self.state.hosts) = (generation, saved_step, retries, hosts);
         if generation == 0 || !continues {
@@ -240,6 +244,9 @@ impl Roster {
         // After a request to stop, a generation is made for nothing else than to save.
         let terms = StartTerms { until_step: self.limits.until_step, saves_only: self.state.stop.is_some() };
         let frames = StartFrames::new(generation, (members, &peers), &Secret::random()?, source, terms)?;
+        if std::mem::replace(&mut self.told_until, self.limits.until_step) != self.limits.until_step {
+            self.record(Entry::Until { step: self.limits.until_step })?;
+        }
         self.record(Entry::Generation { generation, members: members.to_vec(), addresses: peers.clone() })?;
         self.state.generation = generation;
         self.forget_reports();
@@ -265,6 +272,10 @@ impl Roster {
         }
         self.stepped = true;
         self.events.push(Event::CoordinatorRestarted { generation: self.state.generation, adopted: true });
+        // What a member was told at its start holds until it leaves.
+        if self.told_until != self.limits.until_step {
+            self.regroup(&Reason::OtherEnd { until_step: self.limits.until_step });
+        }
     }
 
     fn abort(&mut self, now: Duration, reason: &Reason) -> anyhow::Result<()> {

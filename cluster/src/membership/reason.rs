@@ -83,6 +83,11 @@ pub enum Reason {
         /// Their slots.
         workers: Vec<u32>,
     },
+    /// The generation is to end at another step than its members were told.
+    OtherEnd {
+        /// After which step; `None` goes on to the end.
+        until_step: Option<u64>,
+    },
     /// The members have left the generation together.
     Left {
         /// Why.
@@ -174,6 +179,8 @@ impl fmt::Display for Reason {
                 write!(f, "{}; attempt {attempt} to do step {step} again", setback_text(*class, culprits, *num_ranks))
             }
             Self::Joined { workers } => write!(f, "{} joined", workers_text(workers)),
+            Self::OtherEnd { until_step: Some(step) } => write!(f, "the run is to be left after step {step} now"),
+            Self::OtherEnd { until_step: None } => f.write_str("the run is to go on to its end now"),
             Self::Left { why } => f.write_str(why),
             Self::AllBack { workers: 1 } => f.write_str("the worker came back"),
             Self::AllBack { workers } => write!(f, "all {workers} workers came back"),

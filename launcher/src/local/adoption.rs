@@ -207,7 +207,7 @@ mod tests {
 
     fn control() -> ControlFile {
         let address = SocketAddr::from(([127, 0, 0, 1], 4242));
-        ControlFile { address, token: Secret::new("token"), tls: None, dashboard: None, process_id: 7 }
+        ControlFile { address, token: Secret::new("token"), tls: None, dashboard: None, process_id: 7, local_workers: None }
     }
 
     #[test]

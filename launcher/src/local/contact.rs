@@ -146,7 +146,7 @@ mod tests {
 
     fn written(paths: &RunPaths, credentials: &Credentials) {
         let (token, tls) = (credentials.token.clone(), credentials.kept().unwrap());
-        ControlFile { address: address(), token, tls, dashboard: None, process_id: 1 }.write(paths).unwrap();
+        ControlFile { address: address(), token, tls, dashboard: None, process_id: 1, local_workers: None }.write(paths).unwrap();
     }
 
     #[test]

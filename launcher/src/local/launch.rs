@@ -2,10 +2,11 @@
 
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use cloze_cluster::host::executable_id_of;
 use cloze_cluster::{Coordinator, CoordinatorOptions, Event, HangLimits, Journal, Past, RunEnd, Secret};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::{HangRecipe, Recipe, Shard};
@@ -281,7 +282,8 @@ async fn control(
         reporters.attach(dashboard)?;
     }
     let (address, token, tls) = (opened.coordinator.address(), opened.credentials.token.clone(), opened.credentials.kept()?);
-    ControlFile { address, token, tls, dashboard: url.clone(), process_id: std::process::id() }.write(run.paths())?;
+    ControlFile { address, token, tls, dashboard: url.clone(), process_id: std::process::id(), local_workers: Some(plan.local_workers) }
+        .write(run.paths())?;
     let outcome = async {
         if let Some(url) = url {
             reporters.write(Event::DashboardListening { url })?;
@@ -358,6 +360,11 @@ async fn take_over(
         Ok(coordinator) => {
             let living = std::mem::take(&mut legacy.living);
             let seconds = plan.come_back_timeout().as_secs();
+            if is_exchanged(&plan.worker_binary, &living) {
+                let message = "cloze-worker is not the one that the living workers run, so none of them can be replaced; stop the run, which \
+                               saves, and resume it";
+                reporters.write(Event::Warning { message: message.to_owned() })?;
+            }
             if !living.is_empty() && seconds > COME_BACK_TIMEOUT_S {
                 let message =
                     format!("{} workers of the earlier controller have {seconds} s to come back before they are killed", living.len());
@@ -376,6 +383,13 @@ async fn take_over(
     }
 }
 
+/// Whether living workers are another executable than those that would replace them. Where that cannot be told, as of a script, they are not.
+fn is_exchanged(binary: &Path, living: &[ProcessRecord]) -> bool {
+    let Ok(own) = executable_id_of(binary) else { return false };
+    let theirs = living.iter().filter_map(|record| executable_id_of(Path::new(&format!("/proc/{}/exe", record.process_id))).ok());
+    theirs.into_iter().any(|id| id != own)
+}
+
 fn is_of_the_machine(error: &anyhow::Error) -> bool {
     error.downcast_ref::<Failure>().is_some_and(|failure| failure.kind == FailureKind::Environment)
 }
@@ -384,7 +398,8 @@ fn is_of_the_machine(error: &anyhow::Error) -> bool {
 async fn open_anew(run: &RunFolder, plan: &LaunchPlan, inheritance: Inheritance, reporters: &mut Reporters) -> anyhow::Result<Opened> {
     let Inheritance { mut legacy, adoption, reason } = inheritance;
     if adoption == Adoption::Replace && !legacy.living.is_empty() {
-        let message = format!("{} workers of the earlier controller are killed: {reason}", legacy.living.len());
+        let lost = "the steps since the newest checkpoint are lost with them";
+        let message = format!("{} workers of the earlier controller are killed, and {lost}: {reason}", legacy.living.len());
         reporters.write(Event::Warning { message })?;
         legacy.end_living().await?;
     }

@@ -30,4 +30,4 @@ mod told;
 pub(crate) use adoption::forget_earlier;
 pub use drill::{Drill, DrillKind};
 pub use launch::{HostsEnd, LaunchOptions, LaunchPlan, launch, launch_on_hosts};
-pub use slots::{SlotsOptions, last_workers, serve_slots};
+pub use slots::{SlotsOptions, last_local_workers, last_workers, serve_slots};

@@ -24,7 +24,7 @@ use super::restart::{ExitDecision, RestartLimits};
 use super::signals::{Request, Signals};
 use super::slot_locks::{RunEndWatch, SlotLocks};
 use super::supervisor::exit_failure;
-use crate::run_folder::{RunPaths, storage};
+use crate::run_folder::{ControlFile, RunPaths, storage};
 
 /// Interval at which signals, events and due times are looked at.
 const TICK_MS: u64 = 250;
@@ -307,7 +307,8 @@ impl<'a> Outpost<'a> {
         }
         let verdict = self.crew.take_exit(exit, is_done, &self.limits);
         let log_path = self.crew.command().paths.log(worker);
-        if !is_done && !verdict.finished {
+        // Whoever was refused had no seat.
+        if !is_done && !verdict.finished && exit.code != Some(FailureKind::Mismatch.exit_code().into()) {
             self.report(exit, matches!(verdict.decision, ExitDecision::Restart { .. }));
         }
         match verdict.decision {
@@ -319,7 +320,12 @@ impl<'a> Outpost<'a> {
                 }
                 self.say(&format!("worker {worker} is not replaced: {}", verdict.reason))
             }
-            ExitDecision::GiveUp { kind } => Err(exit_failure(kind, verdict.reason, exit, &log_path).into()),
+            ExitDecision::GiveUp { kind } => {
+                let failure = exit_failure(kind, verdict.reason, exit, &log_path);
+                Err(failure
+                    .hint("the log has the rest; the run waits for these slots, so `cloze join` them again once it is mended")
+                    .into())
+            }
         }
     }
 
@@ -413,6 +419,11 @@ async fn find_coordinator(paths: &RunPaths, stated: &StatedContact, patience: Du
 /// Number of slots of a run, as its newest start says; `None` before the first one.
 pub fn last_workers(paths: &RunPaths) -> anyhow::Result<Option<u32>> {
     newest_start(&mut EventTail::new(paths.events()), paths)
+}
+
+/// Slots whose workers the controller of a run started itself, where it was killed; `None` where it ended in order.
+pub fn last_local_workers(paths: &RunPaths) -> anyhow::Result<Option<u32>> {
+    Ok(ControlFile::read(paths)?.and_then(|control| control.local_workers))
 }
 
 /// Number of slots of a run. Goes to the end of the event log.

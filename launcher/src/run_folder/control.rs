@@ -27,6 +27,9 @@ pub struct ControlFile {
     pub dashboard: Option<String>,
     /// Process id of the controller.
     pub process_id: u32,
+    /// Slots whose workers it starts itself, from 0; the others come by `cloze join`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub local_workers: Option<u32>,
 }
 
 /// Both halves of the coordinator's key.
@@ -60,7 +63,7 @@ impl ControlFile {
             Failure::new(FailureKind::Damaged, "control.json cannot be read")
                 .at(path.display())
                 .because(error)
-                .hint("remove it; workers that still look for their controller then leave by themselves")
+                .hint("without it, workers that still live are ended, and the run goes on from its newest checkpoint")
         })?;
         Ok(Some(file))
     }
@@ -95,6 +98,7 @@ mod tests {
             tls: None,
             dashboard: Some("http://127.0.0.1:4243/".to_owned()),
             process_id: 7,
+            local_workers: None,
         };
         file.write(&paths).unwrap();
         assert_eq!(ControlFile::read(&paths).unwrap(), Some(file.clone()));

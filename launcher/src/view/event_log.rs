@@ -66,6 +66,11 @@ impl EventLog {
     /// beginning. Fails with kind `Input` when there is no log, and `Storage` when it cannot be read.
     pub fn read_new(&mut self) -> Result<bool, Failure> {
         let mut file = File::open(&self.path).map_err(|error| match error.kind() {
+            ErrorKind::NotFound if self.path.with_file_name("run.json").exists() => {
+                Failure::new(FailureKind::Input, "the event log of this run is not there")
+                    .at(self.path.display())
+                    .hint("was the run never started? `cloze resume RUN --workers N` goes on with it from its newest checkpoint")
+            }
             ErrorKind::NotFound => Failure::new(FailureKind::Input, "this folder holds no run")
                 .at(self.path.display())
                 .hint("name the folder of a run, or the address of its dashboard"),

@@ -16,7 +16,8 @@ impl Roster {
     pub(in crate::coordinator) fn join(&mut self, connection: u64, join: JoinRequest, now: Duration, outbox: Outbox) {
         self.has_changed = true;
         if let Some(failure) = self.seat_refusal(&join) {
-            tracing::warn!(worker = join.worker, host = join.host, reason = failure.what, "a worker was refused");
+            let message = format!("worker {} on {} was refused: {}", join.worker, join.host, failure.what);
+            self.events.push(Event::Warning { message });
             refuse(&outbox, failure, join.worker);
             return;
         }

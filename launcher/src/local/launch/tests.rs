@@ -129,7 +129,9 @@ fn left_behind(root: &Path, address: SocketAddr, slots: u32) -> (RunFolder, std:
         ProcessRecord { worker: 0, slots, process_id, start_ticks, host, layout: recipe().layout_hash(), by_join: false, log_start: 0 };
     record.write(paths).unwrap();
     std::fs::write(paths.log(0), "").unwrap();
-    ControlFile { address, token: Secret::new("token"), tls: None, dashboard: None, process_id: 1 }.write(paths).unwrap();
+    ControlFile { address, token: Secret::new("token"), tls: None, dashboard: None, process_id: 1, local_workers: None }
+        .write(paths)
+        .unwrap();
     assert_eq!(living(paths).unwrap(), [record]);
     (run, child)
 }
@@ -235,9 +237,24 @@ fn a_run_whose_workers_may_live_on_another_host_is_left_alone() {
     };
     record.write(&paths).unwrap();
     let address = SocketAddr::from(([127, 0, 0, 1], 1));
-    ControlFile { address, token: Secret::new("token"), tls: None, dashboard: None, process_id: 1 }.write(&paths).unwrap();
+    ControlFile { address, token: Secret::new("token"), tls: None, dashboard: None, process_id: 1, local_workers: None }
+        .write(&paths)
+        .unwrap();
     let error = run(folder, LaunchPlan { resumed: true, ..plan(Path::new("/bin/sh")) }).unwrap_err();
     let failure = error.downcast::<Failure>().unwrap();
     assert_eq!((failure.kind, failure.what.as_str()), (FailureKind::Environment, "workers of host another host may still live"));
     assert!(!paths.events().exists(), "nothing was written");
+}
+
+#[test]
+fn an_exchanged_binary_is_told_from_that_of_the_living() {
+    let root = tempfile::tempdir().unwrap();
+    let (_run, mut child) = left_behind(root.path(), SocketAddr::from(([127, 0, 0, 1], 9)), 1);
+    let living = living(&RunPaths::find(&root.path().join("run")).unwrap()).unwrap();
+    // The worker that lives is a shell; a script is none of which it could be told.
+    for (binary, expected) in [("/proc/self/exe", true), ("/bin/sh", false), ("/etc/passwd", false)] {
+        assert_eq!(is_exchanged(Path::new(binary), &living), expected, "{binary}");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
 }

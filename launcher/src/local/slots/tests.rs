@@ -52,7 +52,9 @@ fn options(folder: &Path, commands: &str) -> (SlotsOptions, Screen) {
 
 fn control(options: &SlotsOptions, listener: &TcpListener) {
     let address = listener.local_addr().unwrap();
-    ControlFile { address, token: Secret::new("token"), tls: None, dashboard: None, process_id: 1 }.write(&options.paths).unwrap();
+    ControlFile { address, token: Secret::new("token"), tls: None, dashboard: None, process_id: 1, local_workers: None }
+        .write(&options.paths)
+        .unwrap();
 }
 
 fn text(screen: &Screen) -> String {

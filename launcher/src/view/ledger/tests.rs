@@ -117,7 +117,8 @@ fn a_process_that_never_joined_has_a_record_of_its_own() {
 fn the_end_of_a_process_elsewhere_is_waited_for_as_long_as_it_may_come() {
     let joined = Event::WorkerJoined { worker: 1, host: "node-b".to_owned(), process_id: 909, rejoined: false };
     let ended = Event::WorkerExited { worker: 1, process_id: 909, status: "SIGSEGV".to_owned(), tail: String::new() };
-    let events = vec![joined, lost(Some(1)), aborted(1, 57), generation(2, &[0]), recovered(2, 1, CLOSED)];
+    // The controller's own process has ended; the next one came by `cloze join`.
+    let events = vec![exited(), joined, lost(Some(1)), aborted(1, 57), generation(2, &[0]), recovered(2, 1, CLOSED)];
     let (records, before) = story([events.clone(), vec![ended]].concat());
     assert_eq!((before, records.len(), records[0].exit.as_deref()), (0, 1, Some("SIGSEGV")));
     // Its host is lost with it: a step half a minute later, nobody waits any more.

@@ -45,6 +45,25 @@ fn a_successor_takes_over_what_the_journal_knows() {
 }
 
 #[test]
+fn members_that_are_taken_over_hear_of_another_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("journal.jsonl");
+    for (before, after) in [(Some(40), None), (None, Some(40)), (Some(40), Some(40))] {
+        let open = |past, until_step| Roster::new(1, Limits { until_step, ..limits() }, Some(Journal::open(&path, past).unwrap())).unwrap();
+        let mut first = open(Past::Over { generation: 0 }, before);
+        let _inbox = join(&mut first, 0, 0, at(0));
+        ready(&mut first, 0, at(0), 0, None);
+        settle(&mut first, at(0));
+        drop(first);
+        let mut second = open(Past::MayRun, after);
+        let mut inbox = rejoin(&mut second, 0, 1, at(1));
+        settle(&mut second, at(1));
+        let is_told = heard(&mut inbox).iter().any(|message| matches!(message, CoordinatorMessage::Regroup { generation: 1, .. }));
+        assert_eq!(is_told, before != after, "{before:?} {after:?}");
+    }
+}
+
+#[test]
 fn numbers_of_generations_are_not_used_again() {
     let folder = tempfile::tempdir().unwrap();
     let journal = Journal::open(&folder.path().join("journal.jsonl"), Past::Over { generation: 4 }).unwrap();
