@@ -81,7 +81,8 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Exi
     let before = if hosts.is_some() { 1 } else { workers_before(&run, &arguments.workers)? };
     let mut slots = Slots::of(&arguments.workers, before);
     // Workers of `cloze join` that a killed controller has left keep their slots.
-    if let (None, None, Some(local)) = (arguments.workers.local, arguments.workers.workers, last_local_workers(run.paths())?) {
+    let is_told = arguments.here || arguments.workers.local.is_some() || arguments.workers.workers.is_some();
+    if let Some(local) = last_local_workers(run.paths())?.filter(|_| !is_told) {
         slots.local_workers = local.min(slots.workers);
     }
     let slots = slots.over(hosts.as_ref(), arguments.watch.listen)?;
@@ -175,6 +176,12 @@ fn plan(slots: Slots, watch: &WatchArguments, recipe: Recipe, total_steps: u64) 
         drills: drills(watch)?,
         until_step: watch.until_step,
     };
+    if let Some(until_step) = watch.until_step.filter(|&until_step| until_step > total_steps) {
+        return Err(Failure::new(FailureKind::Recipe, "the run has no such step (`--until-step`)")
+            .expected(format!("a step up to {total_steps}, the last one of the run"))
+            .found(until_step)
+            .into());
+    }
     // Before a run folder is made; the launcher checks again, for callers that are not this one.
     plan.check()?;
     Ok(plan)

@@ -19,7 +19,7 @@ use super::contact::{Contact, StatedContact, reach};
 use super::crew::{Crew, LEAVE_TIMEOUT_S, Replacement};
 use super::event_tail::EventTail;
 use super::process::{Exit, WorkerCommand};
-use super::record::{ProcessRecord, living};
+use super::record::{ProcessRecord, all, living};
 use super::restart::{ExitDecision, RestartLimits};
 use super::signals::{Request, Signals};
 use super::slot_locks::{RunEndWatch, SlotLocks};
@@ -421,8 +421,11 @@ pub fn last_workers(paths: &RunPaths) -> anyhow::Result<Option<u32>> {
     newest_start(&mut EventTail::new(paths.events()), paths)
 }
 
-/// Slots whose workers the controller of a run started itself, where it was killed; `None` where it ended in order.
+/// Slots whose workers the controller of a run started itself, where it was killed and `cloze join` has filled others; else `None`.
 pub fn last_local_workers(paths: &RunPaths) -> anyhow::Result<Option<u32>> {
+    if !all(paths)?.iter().any(|record| record.by_join) {
+        return Ok(None);
+    }
     Ok(ControlFile::read(paths)?.and_then(|control| control.local_workers))
 }
 
