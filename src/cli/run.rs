@@ -177,10 +177,9 @@ fn plan(slots: Slots, watch: &WatchArguments, recipe: Recipe, total_steps: u64) 
         until_step: watch.until_step,
     };
     if let Some(until_step) = watch.until_step.filter(|&until_step| until_step > total_steps) {
-        return Err(Failure::new(FailureKind::Recipe, "the run has no such step (`--until-step`)")
-            .expected(format!("a step up to {total_steps}, the last one of the run"))
-            .found(until_step)
-            .into());
+        // No error: the last rung of a sweep may lie beyond the end.
+        let line = format!("warning: the run has {total_steps} steps, so it goes on to its end (`--until-step {until_step}`)");
+        write_last_line(&mut std::io::stderr(), &line)?;
     }
     // Before a run folder is made; the launcher checks again, for callers that are not this one.
     plan.check()?;
