@@ -187,7 +187,7 @@ fn join(options: &WorkerOptions, recipe: &Recipe, listener: &TcpListener) -> Res
         coordinator: options.coordinator.clone(),
         token: options.token.clone(),
         coordinator_key: options.coordinator_key,
-        recipe_hash: recipe.layout_hash(),
+        recipe_hash: recipe.full_hash(),
         build: cloze_cluster::protocol::build_name(),
         executable: executable()?,
         worker: options.worker,

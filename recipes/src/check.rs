@@ -27,7 +27,7 @@ use serde_json::{Value as Json, json};
 use crate::paths;
 use crate::problem::Problems;
 use crate::raw::{CheckpointRaw, ClusterRaw, DataRaw, EvaluationRaw, ModelRaw, ObjectiveRaw, TrainRaw, defaults};
-use crate::recipe::{Auxiliary, DataRecipe, ModelRecipe, ObjectiveRecipe, Recipe, TrainRecipe};
+use crate::recipe::{Auxiliary, ClusterRecipe, DataRecipe, ModelRecipe, ObjectiveRecipe, Recipe, TrainRecipe};
 use crate::site::Site;
 use crate::tree::{Node, Value};
 
@@ -85,7 +85,7 @@ fn checked_run(context: &mut Context<'_>) -> Option<Recipe> {
     let train = raw.train.as_ref().map(|section| train::check(context, section));
     let objective = raw.objective.as_ref().map(checked_objective);
     let checkpoint = raw.checkpoint.map(|section| operation::checkpoint(context, section));
-    let cluster = raw.cluster.as_ref().map(operation::cluster);
+    let cluster = raw.cluster.as_ref().map(ClusterRecipe::from);
     let max_length = data.as_ref().map_or_else(defaults::max_length, |data| data.max_length);
     let evaluation = raw.evaluation.map(|tasks| evaluation::check(context, tasks, max_length));
     check_lengths(context, model.as_ref(), data.as_ref(), train.as_ref());

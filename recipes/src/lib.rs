@@ -10,7 +10,8 @@
 //! | compose | `compose` | a file, its bases, the overrides | one tree |
 //! | validate | `validate` | the tree, the JSON Schema | every unknown key, wrong type and broken bound |
 //! | check | `check` | the sections whose form is right | a checked recipe, or what contradicts itself in it |
-//! | render | `render` | a checked recipe | YAML that reads back to the same recipe, and its hash |
+//! | render | `render` | a checked recipe | YAML that reads back to the same recipe |
+//! | name | `identity` | a checked recipe | the hash of what it means |
 
 pub mod failure;
 pub mod raw;
@@ -20,6 +21,7 @@ pub mod study;
 
 mod check;
 mod compose;
+mod identity;
 mod job_time;
 mod load;
 mod load_site;
@@ -32,6 +34,7 @@ mod schema;
 mod tree;
 mod validate;
 
+pub use identity::OPERATIONAL_KEYS;
 pub use job_time::check_job_time;
 pub use load::{load, load_with_profile};
 pub use load_site::{load_site, place_in_site};

@@ -226,12 +226,11 @@ evaluation: []
     }
 
     /// Keys that came after the hash of recipes: the value that leaves everything as it was, and another one.
-    const LATER_KEYS: [(&str, &str, &str); 6] = [
+    const LATER_KEYS: [(&str, &str, &str); 5] = [
         ("data.only", "[]", "[a]"),
         ("data.max_tasks", "null", "3"),
         ("data.fraction", "1.0", "0.5"),
         ("data.mixing_cap", "null", "5"),
-        ("cluster.tls", "false", "true"),
         ("train.deterministic", "false", "true"),
     ];
 
@@ -249,13 +248,50 @@ evaluation: []
         }
     }
 
+    /// Every key that says how a run is operated, and a value that is not its default.
+    const OPERATION: [(&str, &str); 25] = [
+        ("train.shard", "parameters"),
+        ("train.threads", "3"),
+        ("train.log_every_steps", "7"),
+        ("train.audit_samples", "true"),
+        ("checkpoint.every_steps", "7"),
+        ("checkpoint.every_seconds", "7"),
+        ("checkpoint.keep_last", "7"),
+        ("checkpoint.keep_best", "7"),
+        ("checkpoint.keep_every_steps", "1000"),
+        ("checkpoint.cache", "/cache"),
+        ("checkpoint.upload_timeout_s", "7"),
+        ("checkpoint.stop_timeout_s", "7"),
+        ("cluster.max_restarts", "7"),
+        ("cluster.heartbeat_timeout_ms", "700"),
+        ("cluster.collective_timeout_ms", "7000"),
+        ("cluster.min_workers", "1"),
+        ("cluster.replacement_wait_s", "7"),
+        ("cluster.coordinator_grace_s", "7"),
+        ("cluster.hang.init_s", "7"),
+        ("cluster.hang.data_s", "7"),
+        ("cluster.hang.step_s", "7"),
+        ("cluster.hang.checkpoint_s", "7"),
+        ("cluster.exclude_host_after", "7"),
+        ("cluster.retries_per_step", "7"),
+        ("cluster.tls", "true"),
+    ];
+
     #[test]
-    fn how_the_state_is_shared_out_is_no_part_of_what_a_recipe_means() {
+    fn how_a_run_is_operated_is_no_part_of_what_its_recipe_means() {
         let (_folder, path) = written("r.yaml", RECIPE);
-        let of = |value: &str| load(&path, &[format!("train.shard={value}")]).unwrap();
-        assert_eq!(of("none").hash(), of("parameters").hash());
-        assert_eq!(of("none").layout_hash(), of("none").hash());
-        assert_ne!(of("none").layout_hash(), of("parameters").layout_hash());
+        let of = |changes: &[String]| load(&path, changes).unwrap();
+        let plain = of(&[]);
+        assert_eq!(plain.hash(), plain.full_hash(), "hashes of before stay where nothing is set");
+        for (key, value) in OPERATION {
+            let changed = of(&[format!("{key}={value}")]);
+            assert_eq!(changed.hash(), plain.hash(), "{key}");
+            assert_ne!(changed.full_hash(), plain.full_hash(), "{key}");
+        }
+        // Its checkpoints are not to be found elsewhere.
+        for place in ["checkpoint.url=/other", "checkpoint.options={endpoint: e}"] {
+            assert_ne!(of(&[place.to_owned()]).hash(), plain.hash(), "{place}");
+        }
     }
 
     /// Hash of that recipe by a build that knew none of the later keys. Runs and studies of then go on only as long as it stays.

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -235,14 +234,6 @@ pub enum Shard {
     Gradients,
     /// And the parameters (`ZeRO` 3).
     Parameters,
-}
-
-impl FromStr for Shard {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        serde_json::from_value(text.into()).map_err(|_| "expected none, optimizer, gradients or parameters".to_owned())
-    }
 }
 
 /// Learning rate over the steps: warm-up, then a shape.

@@ -1,10 +1,10 @@
-//! A checked recipe as YAML that reads back to the same recipe, and as a hash.
+//! A checked recipe as YAML that reads back to the same recipe.
 
 use std::fmt::Write as _;
 
 use serde_json::{Map, Value};
 
-use crate::recipe::{Recipe, Shard, TrainRecipe};
+use crate::recipe::Recipe;
 
 /// Spaces of one level.
 const INDENT_SPACES: usize = 2;
@@ -13,31 +13,11 @@ impl Recipe {
     /// The recipe as YAML; [`load`](crate::load()) reads it back to an equal recipe.
     pub fn to_yaml(&self) -> String {
         let mut text = String::new();
-        if let Value::Object(map) = json(self) {
+        if let Value::Object(map) = self.json() {
             write_map(&mut text, &map, 0);
         }
         text
     }
-
-    /// Names what the recipe means: 64 hexadecimal digits of blake3 over its JSON with sorted keys and no spaces.
-    ///
-    /// Comments, key order, defaults spelled out or not, and the split into files do not change it; a path does. Where the workers keep the
-    /// state (`train.shard`) does not change what a run means, as little as their number does.
-    pub fn hash(&self) -> String {
-        let train = TrainRecipe { shard: Shard::None, ..self.train.clone() };
-        Self { train, ..self.clone() }.layout_hash()
-    }
-
-    /// The same, with `train.shard`: what the workers of one generation must agree on.
-    pub fn layout_hash(&self) -> String {
-        let mut value = json(self);
-        value.sort_all_objects();
-        blake3::hash(value.to_string().as_bytes()).to_hex().to_string()
-    }
-}
-
-fn json(recipe: &Recipe) -> Value {
-    serde_json::to_value(recipe).expect("a checked recipe has string keys, finite numbers and paths in UTF-8")
 }
 
 fn write_map(text: &mut String, map: &Map<String, Value>, indent: usize) {

@@ -6,7 +6,6 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cloze_recipes::recipe::Recipe;
-use cloze_recipes::recipe::Shard;
 
 /// Instruction-tunes masked language models, from a YAML recipe to a table of scores.
 #[derive(Parser)]
@@ -231,9 +230,9 @@ pub struct ResumeArguments {
     /// Resume a run of jobs on this machine, instead of submitting it again
     #[arg(long)]
     pub here: bool,
-    /// Share the state out among the workers in another way than before: none, optimizer, gradients or parameters
-    #[arg(long, value_name = "LEVEL")]
-    pub shard: Option<Shard>,
+    /// Operate the run otherwise from here on, as in `--set cluster.max_restarts=10`; what it computes stays. May be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
     /// How many workers, and where.
     #[command(flatten)]
     pub workers: WorkerArguments,

@@ -25,6 +25,7 @@ mod bucket_runs;
 mod errors;
 mod expectation;
 mod inputs;
+mod operation;
 mod partition;
 mod run_place;
 mod trial;

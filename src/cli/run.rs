@@ -21,6 +21,7 @@ use cloze_recipes::recipe::Recipe;
 
 use super::arguments::{ResumeArguments, TrainArguments, WatchArguments, WorkerArguments};
 use super::hosts::Hosts;
+use super::operation::operated;
 use super::run_place::refuse_study;
 use super::worker_process::worker_binary;
 
@@ -68,9 +69,8 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Exi
         return Ok(code);
     }
     let (run, mut recipe, total) = open_to_resume(&arguments.run)?;
-    let shard = arguments.shard.unwrap_or(recipe.train.shard);
-    if std::mem::replace(&mut recipe.train.shard, shard) != shard {
-        write_last_line(&mut std::io::stderr(), "the workers share the state out in another way from here on (`train.shard`)")?;
+    if !arguments.overrides.is_empty() {
+        recipe = operated(&run, &arguments.overrides)?;
     }
     // The run folder does not say how many machines the recipe wanted.
     let hosts = Hosts::of(&arguments.hosts, || {

@@ -21,6 +21,7 @@ use cloze_recipes::site::{Site, SiteKind, SlurmSite};
 use cloze_recipes::study::{Resources, Study};
 
 use super::arguments::{RecipeArguments, ResumeArguments};
+use super::operation::operated;
 use super::partition;
 use super::plan::refuse;
 use super::run::{RUNS_FOLDER, check_data, check_inputs, split, write_last_line};
@@ -107,12 +108,13 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Opt
         write_last_line(&mut std::io::stderr(), &line)?;
         return Ok(Some(ExitCode::SUCCESS));
     }
-    if let Some(shard) = arguments.shard {
-        let (folder, mut recipe) = RunFolder::open(&arguments.run)?;
-        recipe.train.shard = shard;
-        folder.keep_recipe(&recipe)?;
-    }
-    let submission = Submission { programs: keep_programs(&paths)?, cluster: slurm.cluster_name().or(before.cluster), ..before };
+    let (folder, kept) = RunFolder::open(&arguments.run)?;
+    let recipe = if arguments.overrides.is_empty() { kept } else { operated(&folder, &arguments.overrides)? };
+    folder.keep_recipe(&recipe)?;
+    drop(folder);
+    let survives_node_loss = survives_node_loss(&recipe, &before.resources);
+    let cluster = slurm.cluster_name().or(before.cluster);
+    let submission = Submission { programs: keep_programs(&paths)?, cluster, survives_node_loss, ..before };
     unmark_cancelled(&paths)?;
     submission.write(&paths)?;
     let job = submit_both(&mut jobs, &submission, &run)?;
@@ -208,7 +210,7 @@ impl Request {
         let paths = RunPaths::find(&self.folder).ok()?;
         let info = read_info(&paths).ok()?;
         let is_same =
-            read_recipe(&paths, &info).ok()?.layout_hash() == self.recipe.layout_hash() && info.data_fingerprint == self.data_fingerprint;
+            read_recipe(&paths, &info).ok()?.full_hash() == self.recipe.full_hash() && info.data_fingerprint == self.data_fingerprint;
         (is_same && !paths.events().exists()).then_some(paths)
     }
 
@@ -222,10 +224,15 @@ impl Request {
     }
 
     fn with_programs(&self, programs: Programs) -> Result<Submission> {
-        let survives = self.recipe.cluster.min_workers.is_some() && self.resources.nodes > 1;
+        let survives = survives_node_loss(&self.recipe, &self.resources);
         let new = Submission::new(self.site.clone(), self.resources.clone(), programs, survives)?;
         Ok(Submission { cluster: self.slurm.cluster_name(), ..new })
     }
+}
+
+/// Whether SLURM lets a job go on that has lost one of its nodes.
+fn survives_node_loss(recipe: &Recipe, resources: &Resources) -> bool {
+    recipe.cluster.min_workers.is_some() && resources.nodes > 1
 }
 
 fn keep_programs(paths: &JobPaths) -> Result<Programs> {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::sandbox::{World, wait_until};
+use crate::sandbox::{Process, World, wait_until};
 
 /// About four seconds, of which a new controller needs a fraction of one.
 const STEPS: u64 = 600;
@@ -85,4 +85,30 @@ fn a_controller_that_stood_still_finds_its_generation_again() {
     // Each step is told once, also those that were on their way when the workers hung up.
     let steps: Vec<u64> = run.events_named("step").iter().filter_map(|event| event["step"].as_u64()).collect();
     assert!(steps.iter().copied().eq(1..=run.last_step()), "{steps:?}");
+}
+
+/// Its recipe is not that of the killed one to the letter, so the new controller takes nobody over.
+#[test]
+fn workers_of_another_host_are_started_anew_for_a_controller_that_knows_them_not() {
+    let world = World::prepared();
+    let steps = format!("train.steps={STEPS}");
+    // Workers that are not ended stay far longer than the test has patience.
+    let settings = ["--set", &steps, "--set", "checkpoint.every_steps=50", "--set", "cluster.coordinator_grace_s=3600"];
+    let whole = world.train("whole", &[["--workers", "2", "--quiet"].as_slice(), settings.as_slice()].concat());
+    let process = world.start_training("run", &[["--workers", "2", "--local", "1", "--quiet"].as_slice(), settings.as_slice()].concat());
+    let run = world.run("run");
+    wait_until("the run has a controller", Duration::from_secs(90), || run.control().is_some() && !run.events().is_empty());
+    let path = run.path.display().to_string();
+    let joined = Process::start(&mut world.command(&["join", &path, "--slots", "1"]), "");
+    wait_until("the run trains", Duration::from_secs(90), || run.last_step() >= 60);
+    process.kill();
+    assert!(run.last_step() < STEPS, "the kill came too late");
+
+    world.done(&["resume", "run", "--quiet", "--set", "cluster.max_restarts=9"]);
+    joined.wait().expect_code(0).expect_words(&["another controller has the run", "worker 1 started as process"]);
+    assert_eq!(run.live_workers(), 0);
+    let restored = run.restored_steps();
+    assert!(restored.len() == 2 && restored[1] >= 50, "{restored:?}");
+    assert_eq!(whole.loss_bits().len() as u64, STEPS);
+    assert_eq!(run.loss_bits(), whole.loss_bits());
 }

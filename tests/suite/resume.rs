@@ -63,3 +63,29 @@ fn what_is_missing_of_a_runs_past_is_told() {
     assert_eq!(run.events_named("generation_started")[0]["generation"], 3, "the journal knows it as well");
     world.done(&["resume", "run", "--until-step", "41"]).expect_words(&["the run has 40 steps, so it goes on to its end"]);
 }
+
+#[test]
+fn a_run_goes_on_operated_otherwise_and_computes_the_same() {
+    let world = World::prepared();
+    let whole = world.train("whole", &["--workers", "2", "--quiet"]);
+    let strict = ["--set", "cluster.max_restarts=0", "--set", "checkpoint.every_steps=1000"];
+    let arguments =
+        [["train", "recipe.yaml", "--run", "run", "--workers", "2", "--quiet", "--drill", "kill:1@20"].as_slice(), &strict].concat();
+    world.cloze(&arguments).expect_code(9).expect_words(&["no replacement is allowed (`cluster.max_restarts` is 0)"]);
+    let run = world.run("run");
+    let kept = std::fs::read_to_string(run.path.join("recipe.yaml")).expect("the run keeps its recipe");
+
+    let other = world.cloze(&["resume", "run", "--set", "cluster.max_restarts=1", "--set", "train.learning_rate=1", "--set", "seed=7"]);
+    other.expect_code(8).expect_words(&["a resumed run computes what it was started with", "found: train.learning_rate=1, seed=7"]);
+    assert_eq!(std::fs::read_to_string(run.path.join("recipe.yaml")).ok(), Some(kept), "nothing is written");
+
+    let lenient = ["--set", "cluster.max_restarts=1", "--set", "checkpoint.every_steps=10", "--drill", "kill:0@25"];
+    world.done(&[["resume", "run", "--quiet"].as_slice(), &lenient].concat());
+    assert_eq!(run.events_named("worker_restarted").len(), 1);
+    assert!(run.checkpoint_path(30, "manifest.json").is_file(), "it saves every ten steps now");
+    assert_eq!(run.loss_bits(), whole.loss_bits());
+    assert!(run.checkpoint_tensors(40) == whole.checkpoint_tensors(40), "the state at the end differs");
+    // What was set stays.
+    let text = std::fs::read_to_string(run.path.join("recipe.yaml")).expect("the run keeps its recipe");
+    assert!(text.contains("max_restarts: 1\n") && text.contains("every_steps: 10\n"), "{text}");
+}

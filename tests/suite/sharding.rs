@@ -44,7 +44,7 @@ fn every_mode_computes_the_same_and_reads_the_others_checkpoints() {
     for (from, run) in MODES.iter().zip(&runs) {
         let to = MODES.iter().cycle().skip_while(|mode| *mode != from).nth(1).expect("there are several modes");
         fs::remove_dir_all(run.checkpoint_path(STEPS, "")).expect("remove a checkpoint");
-        world.done(&["resume", from, "--workers", "2", "--shard", to, "--quiet"]);
+        world.done(&["resume", from, "--workers", "2", "--set", &format!("train.shard={to}"), "--quiet"]);
         assert_eq!(run.restored_steps(), [0, MIDDLE, MIDDLE], "{to} from {from}");
         expect_close(&run.losses(), &whole, RESIZED_TOLERANCE);
         let manifest = fs::read(run.checkpoint_path(STEPS, "manifest.json")).expect("read a manifest");
@@ -52,7 +52,8 @@ fn every_mode_computes_the_same_and_reads_the_others_checkpoints() {
         assert_eq!(&manifest["state"]["shard"], to, "{manifest}");
         assert_eq!(generations(run), [1, 2, 3], "numbers are not used again");
     }
-    world.cloze(&["resume", "none", "--shard", "everything"]).expect_code(2);
+    let none_such = world.cloze(&["resume", "none", "--set", "train.shard=everything"]).expect_code(3);
+    none_such.expect_words(&["train.shard", "everything"]);
 }
 
 /// Numbers of a run's generations.

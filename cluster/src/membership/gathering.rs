@@ -173,8 +173,8 @@ fn join_timeout_failure(state: &State, missing: &[u32], limits: &Limits) -> Fail
         None => num_workers.to_string(),
     };
     Failure::new(FailureKind::Run, format!("{} did not join in time", workers_text(missing)))
-        .expected(format!("{wanted} workers within {:.1} s", limits.join_timeout.as_secs_f64()))
-        .found(format!("{} workers", num_workers - missing.len()))
+        .expected(format!("within {:.1} s, {wanted} joined", limits.join_timeout.as_secs_f64()))
+        .found(format!("{} joined", num_workers - missing.len()))
         .because(causes.join("; "))
         .hint("the workers' own words are in the run folder under logs/")
 }

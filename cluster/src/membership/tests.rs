@@ -205,7 +205,7 @@ fn elastic_gathering_table() {
     );
     let state = gathering(0.0, vec![ready(30.0, None), absent("x"), absent("y")]);
     let Decision::Fail { failure } = decide(at(30.1), &state, &elastic(2)).0 else { panic!("too few for too long") };
-    assert_eq!(failure.expected.as_deref(), Some("2 of 3 workers within 30.0 s"));
+    assert_eq!(failure.expected.as_deref(), Some("within 30.0 s, 2 of 3 joined"));
 }
 
 #[test]
@@ -451,7 +451,7 @@ fn waiting_for_workers_ends() {
     let Decision::Fail { failure } = decision else { panic!("{decision:?}") };
     assert_eq!(failure.what, "worker 1 did not join in time");
     assert_eq!(failure.cause.as_deref(), Some("worker 1: exited with code 5"));
-    assert_eq!(failure.found.as_deref(), Some("1 workers"));
+    assert_eq!(failure.found.as_deref(), Some("1 joined"));
 }
 
 #[test]

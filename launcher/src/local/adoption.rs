@@ -35,8 +35,8 @@ pub(super) struct Wanted<'a> {
     pub workers: u32,
     /// Slots whose processes the controller starts itself.
     pub local_workers: u32,
-    /// Hash of the recipe, `train.shard` included.
-    pub layout: &'a str,
+    /// Hash of the whole recipe.
+    pub recipe_hash: &'a str,
     /// Where the coordinator is to listen, if that was said.
     pub bind: Option<SocketAddr>,
 }
@@ -66,8 +66,8 @@ pub(super) enum AdoptionReason {
         /// Its slots.
         slots: u32,
     },
-    /// They share the state out otherwise.
-    OtherLayout,
+    /// They were started with other values of the recipe.
+    OtherRecipe,
     /// Nothing says where they look for their controller.
     NoControl,
     /// The coordinator is to listen elsewhere.
@@ -151,8 +151,8 @@ pub(super) fn decide_adoption(legacy: &Legacy, wanted: &Wanted<'_>) -> (Adoption
     if let Some(record) = legacy.living.iter().find(does_not_fit) {
         return (Adoption::Replace, AdoptionReason::OtherSize { slots: record.slots });
     }
-    if legacy.living.iter().any(|record| record.layout != wanted.layout) {
-        return (Adoption::Replace, AdoptionReason::OtherLayout);
+    if legacy.living.iter().any(|record| record.recipe_hash != wanted.recipe_hash) {
+        return (Adoption::Replace, AdoptionReason::OtherRecipe);
     }
     let Some(control) = &legacy.control else { return end_unless_nobody(AdoptionReason::NoControl) };
     if wanted.bind.is_some_and(|bind| !allows(bind, control.address)) {
@@ -177,7 +177,7 @@ impl fmt::Display for AdoptionReason {
             Self::OtherSize { slots } => {
                 write!(f, "they belong to a run of {slots} workers, or to slots that are not started here any more")
             }
-            Self::OtherLayout => f.write_str("they share the state out in another way (`train.shard`)"),
+            Self::OtherRecipe => f.write_str("they were started with other values of the recipe"),
             Self::NoControl => f.write_str("control.json is gone, so nobody knows where they look for their controller"),
             Self::OtherAddress => f.write_str("they look for their controller at another address than `--listen` names"),
             Self::OtherHost { host } => write!(f, "workers of the earlier controller may still live on {host}"),
@@ -199,7 +199,7 @@ mod tests {
             process_id: 1,
             start_ticks: 1,
             host: "h".to_owned(),
-            layout: "l".to_owned(),
+            recipe_hash: "l".to_owned(),
             by_join: false,
             log_start: 0,
         }
@@ -212,11 +212,11 @@ mod tests {
 
     #[test]
     fn what_is_left_is_taken_over_where_it_fits() {
-        let wanted = Wanted { workers: 2, local_workers: 2, layout: "l", bind: None };
+        let wanted = Wanted { workers: 2, local_workers: 2, recipe_hash: "l", bind: None };
         let elsewhere = Wanted { bind: Some(SocketAddr::from(([127, 0, 0, 1], 5000))), ..wanted };
         let same = Wanted { bind: Some(control().address), ..wanted };
         let any_port = Wanted { bind: Some(SocketAddr::from(([127, 0, 0, 1], 0))), ..wanted };
-        let resharded = Wanted { layout: "other", ..wanted };
+        let changed = Wanted { recipe_hash: "other", ..wanted };
         let partly = Wanted { local_workers: 1, ..wanted };
         let both = || vec![record(0, 2), record(1, 2)];
         let far = |worker| ProcessRecord { host: "far".to_owned(), ..record(worker, 2) };
@@ -231,8 +231,8 @@ mod tests {
             ("any port of the same host", Some(control()), both(), any_port, Adoption::TakeOver, AdoptionReason::MayComeBack),
             ("another address", Some(control()), both(), elsewhere, Adoption::Replace, AdoptionReason::OtherAddress),
             ("another address, nobody left", Some(control()), vec![], elsewhere, Adoption::Fresh, AdoptionReason::NobodyLeft),
-            ("another sharding", Some(control()), both(), resharded, Adoption::Replace, AdoptionReason::OtherLayout),
-            ("another sharding, nobody left", Some(control()), vec![], resharded, Adoption::Fresh, AdoptionReason::NobodyLeft),
+            ("another recipe", Some(control()), both(), changed, Adoption::Replace, AdoptionReason::OtherRecipe),
+            ("another recipe, nobody left", Some(control()), vec![], changed, Adoption::Fresh, AdoptionReason::NobodyLeft),
             ("no control file", None, both(), wanted, Adoption::Replace, AdoptionReason::NoControl),
             ("on another host", Some(control()), vec![far(0), far(1)], wanted, Adoption::Refuse, other_host()),
             ("on another host too", Some(control()), vec![record(0, 2), far(1)], wanted, Adoption::Refuse, other_host()),

@@ -353,7 +353,7 @@ mod tests {
         let contact = Contact { coordinator: "127.0.0.1:1".to_owned(), token: Secret::new("token"), key: None };
         let join_within = PATIENCE;
         Crew::new(
-            WorkerCommand { binary, paths, contact, slots: 3, local_workers: 2, layout: "l".to_owned(), by_join: false, join_within },
+            WorkerCommand { binary, paths, contact, slots: 3, local_workers: 2, recipe_hash: "l".to_owned(), by_join: false, join_within },
             0..2,
         )
     }

@@ -204,7 +204,7 @@ impl LaunchPlan {
             bind,
             token: credentials.token.clone(),
             key: credentials.key.clone(),
-            recipe_hash: self.recipe.layout_hash(),
+            recipe_hash: self.recipe.full_hash(),
             build: self.worker_build.clone(),
             workers: self.workers,
             heartbeat_timeout: Duration::from_millis(cluster.heartbeat_timeout_ms),
@@ -240,8 +240,8 @@ impl Inheritance {
     /// control file that it would go on with is not whole.
     fn find(run: &RunFolder, plan: &LaunchPlan) -> anyhow::Result<Self> {
         let legacy = if plan.resumed { Legacy::find(run.paths())? } else { Legacy::default() };
-        let layout = plan.recipe.layout_hash();
-        let wanted = Wanted { workers: plan.workers, local_workers: plan.local_workers, layout: &layout, bind: plan.bind };
+        let recipe_hash = plan.recipe.full_hash();
+        let wanted = Wanted { workers: plan.workers, local_workers: plan.local_workers, recipe_hash: &recipe_hash, bind: plan.bind };
         let (adoption, reason) = decide_adoption(&legacy, &wanted);
         tracing::debug!(?adoption, %reason, "looked for workers of an earlier controller");
         if adoption == Adoption::Refuse {
@@ -322,7 +322,7 @@ fn muster(run: &RunFolder, plan: &LaunchPlan, opened: Opened) -> anyhow::Result<
         contact: credentials.contact(coordinator.address())?,
         slots: plan.workers,
         local_workers: plan.local_workers,
-        layout: plan.recipe.layout_hash(),
+        recipe_hash: plan.recipe.full_hash(),
         by_join: false,
         join_within: (plan.join_timeout / 2).max(Duration::from_secs(JOIN_WITHIN_S)),
     };

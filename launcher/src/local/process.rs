@@ -44,8 +44,8 @@ pub(super) struct WorkerCommand {
     pub slots: u32,
     /// Number of workers that this program starts on this machine, which share its cores.
     pub local_workers: u32,
-    /// Hash of the run's recipe, `train.shard` included.
-    pub layout: String,
+    /// Hash of the run's whole recipe.
+    pub recipe_hash: String,
     /// Whether this program is `cloze join`.
     pub by_join: bool,
     /// A process that has not joined for so long after its start hangs.
@@ -136,8 +136,8 @@ impl WorkerProcess {
         let process_id = child.id().context("read a new process's id")?;
         let start_ticks = record::start_ticks(process_id).context("read a new process's start time")?;
         log.write_all(log::header(worker, process_id).as_bytes()).map_err(|error| log_failure(&error))?;
-        let (slots, host, layout, by_join) = (command.slots, host_name(), command.layout.clone(), command.by_join);
-        let record = ProcessRecord { worker, slots, process_id, start_ticks, host, layout, by_join, log_start };
+        let (slots, host, recipe_hash, by_join) = (command.slots, host_name(), command.recipe_hash.clone(), command.by_join);
+        let record = ProcessRecord { worker, slots, process_id, start_ticks, host, recipe_hash, by_join, log_start };
         record.write(&command.paths)?;
         Ok(Self::new(record, log_path, Body::Child(child)))
     }
@@ -265,7 +265,7 @@ mod tests {
             contact,
             slots: 4,
             local_workers: 2,
-            layout: "l".to_owned(),
+            recipe_hash: "l".to_owned(),
             by_join: false,
             join_within: Duration::from_mins(1),
         }

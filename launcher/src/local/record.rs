@@ -33,9 +33,9 @@ pub(super) struct ProcessRecord {
     pub start_ticks: u64,
     /// Its host.
     pub host: String,
-    /// Hash of the recipe with which it was started, `train.shard` included.
+    /// Hash of the whole recipe with which it was started.
     #[serde(default)]
-    pub layout: String,
+    pub recipe_hash: String,
     /// Whether `cloze join` started it, and not the controller.
     pub by_join: bool,
     /// Where its part of the log begins, in bytes.
@@ -230,7 +230,10 @@ mod tests {
         let process_id = child.id();
         let start_ticks = start_ticks(process_id).unwrap();
         let host = host_name();
-        (child, ProcessRecord { worker: 3, slots: 4, process_id, start_ticks, host, layout: "l".to_owned(), by_join: false, log_start: 0 })
+        (
+            child,
+            ProcessRecord { worker: 3, slots: 4, process_id, start_ticks, host, recipe_hash: "l".to_owned(), by_join: false, log_start: 0 },
+        )
     }
 
     #[test]
@@ -303,7 +306,7 @@ mod tests {
             process_id: 1,
             start_ticks: 1,
             host: host.to_owned(),
-            layout: "l".to_owned(),
+            recipe_hash: "l".to_owned(),
             by_join,
             log_start: 0,
         };

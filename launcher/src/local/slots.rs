@@ -24,7 +24,7 @@ use super::restart::{ExitDecision, RestartLimits};
 use super::signals::{Request, Signals};
 use super::slot_locks::{RunEndWatch, SlotLocks};
 use super::supervisor::exit_failure;
-use crate::run_folder::{ControlFile, RunPaths, storage};
+use crate::run_folder::{ControlFile, RunPaths, read_info, read_recipe, storage};
 
 /// Interval at which signals, events and due times are looked at.
 const TICK_MS: u64 = 250;
@@ -37,6 +37,9 @@ const MAX_REPORTED_CHARACTERS: usize = 2000;
 
 /// Wait before the coordinator is looked for again.
 const RETRY_MS: u64 = 500;
+
+/// Interval at which it is looked whether another controller has the run, which knows nothing of these workers.
+const SUCCESSOR_LOOK_S: u64 = 1;
 
 /// Exit code of a worker that was asked to stop.
 const EXIT_CODE_STOPPED: i32 = 130;
@@ -66,7 +69,8 @@ pub struct SlotsOptions {
 /// Fills slots until the run ends: starts their workers, and replaces them within `cluster.max_restarts`. Blocks.
 ///
 /// A first signal lets the workers leave when their controller says so, and replaces none; a second one, or
-/// `checkpoint.stop_timeout_s`, kills them. Fails with kind `Environment` when the coordinator cannot be reached, with the run's own
+/// `checkpoint.stop_timeout_s`, kills them. Where another controller has the run, to which they cannot come back, they are killed and started
+/// anew. Fails with kind `Environment` when the coordinator cannot be reached, with the run's own
 /// failure when the run failed, and with kind `Run` when a worker ended that may not be replaced.
 pub fn serve_slots(options: SlotsOptions) -> anyhow::Result<()> {
     let signals = Signals::listen().context("listen to signals")?;
@@ -74,11 +78,26 @@ pub fn serve_slots(options: SlotsOptions) -> anyhow::Result<()> {
     runtime.block_on(Box::pin(async {
         let mut options = options;
         let Some(_locks) = take_slots(&mut options, &signals).await? else { return Ok(()) };
-        let mut outpost = Outpost::open(options, &signals).await?;
-        let outcome = outpost.drive().await;
-        outpost.crew.end(Duration::ZERO).await;
-        outcome
+        loop {
+            let mut outpost = Outpost::open(&mut options, &signals).await?;
+            let outcome = outpost.drive().await;
+            outpost.crew.end(Duration::ZERO).await;
+            if outcome? == Service::Done {
+                return Ok(());
+            }
+            // It may have the run operated otherwise.
+            options.recipe = read_recipe(&options.paths, &read_info(&options.paths)?)?;
+        }
     }))
+}
+
+/// How the service for a controller ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Service {
+    /// Nothing is left to do.
+    Done,
+    /// Another controller has the run.
+    Succeeded,
 }
 
 /// The state of the loop.
@@ -89,7 +108,9 @@ struct Outpost<'a> {
     recipe: Recipe,
     limits: RestartLimits,
     signals: &'a Signals,
-    output: Box<dyn Write + Send>,
+    output: &'a mut (dyn Write + Send),
+    /// When it was last looked who has the run.
+    looked: Instant,
     /// Nothing is replaced any more.
     leaving: bool,
     /// When what lives then is killed.
@@ -106,10 +127,11 @@ struct Outpost<'a> {
 
 impl<'a> Outpost<'a> {
     /// Waits for the coordinator and starts the workers.
-    async fn open(options: SlotsOptions, signals: &'a Signals) -> anyhow::Result<Self> {
-        let SlotsOptions { paths, recipe, slots, coordinator, token, coordinator_key, join_timeout, worker_binary, output } = options;
-        let stated = StatedContact { coordinator, token, key: coordinator_key, tls: recipe.cluster.tls };
-        let contact = find_coordinator(&paths, &stated, join_timeout, signals).await?;
+    async fn open(options: &'a mut SlotsOptions, signals: &'a Signals) -> anyhow::Result<Self> {
+        let (paths, recipe, slots) = (options.paths.clone(), options.recipe.clone(), options.slots.clone());
+        let (coordinator, token, key) = (options.coordinator.clone(), options.token.clone(), options.coordinator_key);
+        let stated = StatedContact { coordinator, token, key, tls: recipe.cluster.tls };
+        let contact = find_coordinator(&paths, &stated, options.join_timeout, signals).await?;
         let mut tail = EventTail::new(paths.events());
         let workers = slots_of_run(&mut tail, &paths)?;
         if let Some(slot) = slots.iter().find(|&&slot| slot >= workers) {
@@ -117,7 +139,7 @@ impl<'a> Outpost<'a> {
             return Err(Failure::new(FailureKind::Recipe, "the run has no such slot").expected(expected).found(slot).into());
         }
         let local_workers = slots.len() as u32;
-        let binary = worker_binary;
+        let binary = options.worker_binary.clone();
         let join_within = Duration::from_secs(recipe.cluster.hang.init_s);
         let command = WorkerCommand {
             binary,
@@ -125,7 +147,7 @@ impl<'a> Outpost<'a> {
             contact,
             slots: workers,
             local_workers,
-            layout: recipe.layout_hash(),
+            recipe_hash: recipe.full_hash(),
             by_join: true,
             join_within,
         };
@@ -138,7 +160,8 @@ impl<'a> Outpost<'a> {
             recipe,
             limits,
             signals,
-            output,
+            output: &mut *options.output,
+            looked: Instant::now(),
             leaving: false,
             leave_by: None,
             away_since: None,
@@ -168,20 +191,49 @@ impl<'a> Outpost<'a> {
         Ok(())
     }
 
-    async fn drive(&mut self) -> anyhow::Result<()> {
+    async fn drive(&mut self) -> anyhow::Result<Service> {
         let mut tick = interval(Duration::from_millis(TICK_MS));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while !self.crew.is_done() {
             tokio::select! {
                 biased;
-                _ = tick.tick() => self.look_around().await?,
+                _ = tick.tick() => {
+                    if self.is_succeeded()? {
+                        return Ok(Service::Succeeded);
+                    }
+                    self.look_around().await?;
+                }
                 Some(exit) = self.crew.next_exit() => self.take_exit(&exit?)?,
             }
         }
         match self.failure.take() {
-            None => Ok(()),
+            None => Ok(Service::Done),
             Some(failure) => Err(failure.into()),
         }
+    }
+
+    /// Whether another controller than that of these workers has the run: one that takes them over keeps their token. Whoever was told a
+    /// token cannot know.
+    fn is_succeeded(&mut self) -> anyhow::Result<bool> {
+        let now = Instant::now();
+        if self.leaving || self.stated.token.is_some() || now.duration_since(self.looked) < Duration::from_secs(SUCCESSOR_LOOK_S) {
+            return Ok(false);
+        }
+        self.looked = now;
+        let contact = &self.crew.command().contact;
+        let control = match ControlFile::read(&self.crew.command().paths) {
+            Ok(control) => control,
+            Err(error) => {
+                tracing::debug!(error = format!("{error:#}"), "control.json cannot be read; it is looked at again");
+                None
+            }
+        };
+        let Some(control) = control.filter(|control| control.token != contact.token) else { return Ok(false) };
+        self.say(&format!(
+            "another controller has the run, process {}: it does not know the workers of the last one, which are killed and started anew",
+            control.process_id
+        ))?;
+        Ok(true)
     }
 
     /// What the clock brings: signals, the controller's events, deadlines, replacements.

@@ -115,11 +115,13 @@ impl Progress {
         finite(tokens as f64 / seconds)
     }
 
-    /// The pace by the clock, which counts what happens between steps too; of a single step its own duration.
+    /// The pace by the clock, which counts what happens between steps too; of a single step its own duration. Steps that are told to a new
+    /// controller all at once took as long as they say themselves.
     fn seconds_per_step(&self, report: &StepReport) -> f64 {
         match (self.window.front(), self.window.back()) {
             (Some(first), Some(last)) if last.step > first.step && last.time >= first.time => {
-                (last.time - first.time) / (last.step - first.step) as f64
+                let own = self.window.iter().map(|moment| moment.seconds).sum::<f64>() / self.window.len() as f64;
+                ((last.time - first.time) / (last.step - first.step) as f64).max(own)
             }
             _ => report.seconds,
         }
@@ -156,6 +158,15 @@ mod tests {
         assert!((progress.smoothed_loss.unwrap() - 1.9).abs() < 1e-12);
         // 100 tokens in half a second each.
         assert_eq!(progress.mean_tokens_per_s, Some(200.0));
+    }
+
+    #[test]
+    fn steps_that_are_told_at_once_took_their_time() {
+        let mut progress = Progress { steps: 300, ..Progress::default() };
+        for step in 1..=20 {
+            progress.step_done(10.0, &report(step, 1.0));
+        }
+        assert_eq!(progress.eta_s, Some(140.0), "280 steps of half a second");
     }
 
     #[test]

@@ -339,14 +339,17 @@ impl RunView {
         match event {
             Event::WorkerStarted { worker, process_id } => {
                 let Some(worker) = self.slot(*worker) else { return };
-                worker.process_id = Some(*process_id);
+                (worker.process_id, worker.is_own) = (Some(*process_id), true);
                 worker.becomes(WorkerState::Starting, "its process was started");
             }
             Event::WorkerJoined { worker, host, process_id, rejoined } => {
                 let Some(worker) = self.slot(*worker) else { return };
                 worker.host = Some(host.clone());
-                // What a controller has started may be the parent of what joins.
-                worker.process_id.get_or_insert(*process_id);
+                if *rejoined {
+                    (worker.has_joined, worker.process_id) = (true, worker.process_id.or(Some(*process_id)));
+                } else {
+                    worker.is_filled(*process_id);
+                }
                 worker.becomes(WorkerState::Joined, if *rejoined { "joined again" } else { "joined" });
             }
             Event::GenerationStarted { workers, .. } => self.seat(workers),
@@ -392,6 +395,12 @@ impl RunView {
     fn ends(&mut self, step: u64, state: RunState) {
         self.pauses(step, state);
         self.dashboard = None;
+        for worker in &mut self.workers {
+            worker.rank = None;
+            if matches!(worker.state, WorkerState::Starting | WorkerState::Joined | WorkerState::Training) {
+                worker.becomes(WorkerState::Absent, "the run has ended");
+            }
+        }
     }
 
     /// All slots of a new controller; what happened to them before it is kept.
@@ -403,6 +412,7 @@ impl RunView {
         }
         for worker in &mut self.workers {
             (worker.rank, worker.process_id) = (None, None);
+            (worker.is_own, worker.has_joined) = (false, false);
             worker.becomes(WorkerState::Absent, "");
         }
     }
@@ -433,6 +443,9 @@ impl RunView {
 
     /// The running generation goes on under a new coordinator. Who its members are stands in the log, or all that joined are.
     fn adopt(&mut self) {
+        for worker in &mut self.workers {
+            worker.has_joined = true;
+        }
         let joined = self.workers.iter().filter(|worker| worker.state == WorkerState::Joined).map(|worker| worker.slot);
         let members = if self.members.is_empty() { joined.collect() } else { self.members.clone() };
         self.seat(&members);

@@ -9,7 +9,7 @@ const MAX_LAST_WORD_BYTES: usize = 300;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WorkerState {
-    /// Nobody has filled it yet.
+    /// Nobody fills it: not yet, or the run has ended.
     #[default]
     Absent,
     /// Its process is there and has not joined.
@@ -54,8 +54,14 @@ pub struct WorkerView {
     pub host: Option<String>,
     /// Its process, where the controller started it.
     pub process_id: Option<u32>,
-    /// Restarts of this slot.
+    /// Restarts of this slot, by whoever fills it.
     pub restarts: u32,
+    /// The controller starts its processes, and tells of each restart; else `cloze join` does.
+    #[serde(skip)]
+    pub(super) is_own: bool,
+    /// A process of `cloze join` has joined this controller.
+    #[serde(skip)]
+    pub(super) has_joined: bool,
     /// The last thing that was heard of it, in words.
     pub last_word: String,
 }
@@ -64,6 +70,17 @@ impl WorkerView {
     /// A slot that nobody has filled.
     pub fn absent(slot: u32) -> Self {
         Self { slot, ..Self::default() }
+    }
+
+    /// A process has joined, another one than before.
+    pub(super) fn is_filled(&mut self, process_id: u32) {
+        if self.is_own {
+            // What a controller has started may be the parent of what joins.
+            self.process_id.get_or_insert(process_id);
+            return;
+        }
+        self.process_id = Some(process_id);
+        self.restarts += u32::from(std::mem::replace(&mut self.has_joined, true));
     }
 
     /// Something else happens to it now.

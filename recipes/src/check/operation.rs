@@ -27,17 +27,24 @@ pub(super) fn checkpoint(context: &mut Context<'_>, raw: CheckpointRaw) -> Check
     }
 }
 
-pub(super) fn cluster(raw: &ClusterRaw) -> ClusterRecipe {
-    ClusterRecipe {
-        max_restarts: raw.max_restarts,
-        heartbeat_timeout_ms: raw.heartbeat_timeout_ms,
-        collective_timeout_ms: raw.collective_timeout_ms,
-        min_workers: raw.min_workers,
-        replacement_wait_s: raw.replacement_wait_s,
-        coordinator_grace_s: raw.coordinator_grace_s,
-        hang: HangRecipe { init_s: raw.hang.init_s, data_s: raw.hang.data_s, step_s: raw.hang.step_s, checkpoint_s: raw.hang.checkpoint_s },
-        exclude_host_after: raw.exclude_host_after,
-        retries_per_step: raw.retries_per_step,
-        tls: raw.tls,
+impl From<&ClusterRaw> for ClusterRecipe {
+    fn from(raw: &ClusterRaw) -> Self {
+        Self {
+            max_restarts: raw.max_restarts,
+            heartbeat_timeout_ms: raw.heartbeat_timeout_ms,
+            collective_timeout_ms: raw.collective_timeout_ms,
+            min_workers: raw.min_workers,
+            replacement_wait_s: raw.replacement_wait_s,
+            coordinator_grace_s: raw.coordinator_grace_s,
+            hang: HangRecipe {
+                init_s: raw.hang.init_s,
+                data_s: raw.hang.data_s,
+                step_s: raw.hang.step_s,
+                checkpoint_s: raw.hang.checkpoint_s,
+            },
+            exclude_host_after: raw.exclude_host_after,
+            retries_per_step: raw.retries_per_step,
+            tls: raw.tls,
+        }
     }
 }

@@ -125,7 +125,7 @@ fn left_behind(root: &Path, address: SocketAddr, slots: u32) -> (RunFolder, std:
     let start_ticks = start_ticks(process_id).unwrap();
     let host = cloze_cluster::host::host_name();
     let record =
-        ProcessRecord { worker: 0, slots, process_id, start_ticks, host, layout: recipe().layout_hash(), by_join: false, log_start: 0 };
+        ProcessRecord { worker: 0, slots, process_id, start_ticks, host, recipe_hash: recipe().full_hash(), by_join: false, log_start: 0 };
     record.write(paths).unwrap();
     std::fs::write(paths.log(0), "").unwrap();
     ControlFile { address, token: Secret::new("token"), tls: None, dashboard: None, process_id: 1, local_workers: None }
@@ -230,7 +230,7 @@ fn a_run_whose_workers_may_live_on_another_host_is_left_alone() {
         process_id: 1,
         start_ticks: 1,
         host,
-        layout: recipe().layout_hash(),
+        recipe_hash: recipe().full_hash(),
         by_join: false,
         log_start: 0,
     };

@@ -139,11 +139,11 @@ fn what_cannot_be_joined_is_said() {
 async fn a_log_that_is_away_for_a_while_ends_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
-    let (options, _screen) = options(folder.path(), "kill -STOP $$");
+    let (mut options, _screen) = options(folder.path(), "kill -STOP $$");
     control(&options, &listener);
     let (events, grace) = (options.paths.events(), Duration::from_secs(options.recipe.cluster.coordinator_grace_s));
     let signals = Signals::listen().unwrap();
-    let mut outpost = Box::pin(Outpost::open(options, &signals)).await.unwrap();
+    let mut outpost = Box::pin(Outpost::open(&mut options, &signals)).await.unwrap();
     let kept = folder.path().join("kept");
     fs::rename(&events, &kept).unwrap();
     // A folder can be opened, and not be read.
@@ -184,7 +184,7 @@ fn a_slot_of_the_controller_is_left_alone() {
         process_id,
         start_ticks,
         host: host_name(),
-        layout: "l".to_owned(),
+        recipe_hash: "l".to_owned(),
         by_join: false,
         log_start: 0,
     };

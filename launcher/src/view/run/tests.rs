@@ -122,6 +122,37 @@ fn a_recovery_is_told() {
 }
 
 #[test]
+fn restarts_of_a_slot_that_is_filled_elsewhere_are_counted() {
+    let joined = |process_id, rejoined| Event::WorkerJoined { worker: 1, host: "node-b".to_owned(), process_id, rejoined };
+    let started =
+        |workers: u32| Event::RunStarted { name: "demo".to_owned(), recipe_hash: String::new(), workers, min_workers: None, steps: 300 };
+    let cases = [
+        ("the first process", vec![started(2), joined(7, false)], (0, 7)),
+        ("its connection broke", vec![started(2), joined(7, false), joined(7, true)], (0, 7)),
+        ("another process", vec![started(2), joined(7, false), lost(Some(1)), joined(8, false)], (1, 8)),
+        ("a new controller started anew", vec![started(2), joined(7, false), started(2), joined(8, false)], (0, 8)),
+        (
+            "a new controller took it over",
+            vec![started(2), Event::CoordinatorRestarted { generation: 1, adopted: true }, lost(Some(1)), joined(8, false)],
+            (1, 8),
+        ),
+    ];
+    for (name, events, (restarts, process_id)) in cases {
+        let worker = &view(events).workers[1];
+        assert_eq!((worker.restarts, worker.process_id), (restarts, Some(process_id)), "{name}");
+    }
+}
+
+#[test]
+fn nobody_trains_in_a_run_that_has_ended() {
+    let failed = Event::RunFailed { failure: Failure::new(FailureKind::Run, "the restart budget is spent") };
+    let view = after(&training(), [lost(Some(1)), failed]);
+    let shown: Vec<_> = view.workers.iter().map(|worker| (worker.state, worker.rank)).collect();
+    assert_eq!(shown, [(WorkerState::Absent, None), (WorkerState::Lost, None)]);
+    assert_eq!(view.workers[0].last_word, "the run has ended");
+}
+
+#[test]
 fn an_open_failure_is_shown_already() {
     let view = after(&training(), recovery().into_iter().take(3));
     assert_eq!((view.failures.len(), view.failures[0].decision, view.totals.failures.len()), (1, None, 0));

@@ -88,7 +88,7 @@ fn a_page_after_the_end() {
     let text = status_page(&view(story().into_iter().chain(recovery()).chain([failed])), false, 4000.0);
     assert!(text.starts_with("run demo: failed\n  failure     a shard is damaged; shard 3; hash [2J differs\n"), "{text}");
     assert!(text.contains("\n  step        58 of 300 (19 %)\n"), "{text}");
-    assert!(text.contains("\n  1       training  1     node-b  111      1         trains\n"), "{text}");
+    assert!(text.contains("\n  1       absent  -     node-b  111      1         the run has ended\n"), "{text}");
     assert!(text.contains("\n  connection closed  1       node-a  57    replaced  0.8 s      0           connection closed\n"), "{text}");
 }
 
