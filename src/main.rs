@@ -13,7 +13,7 @@ use cloze_recipes::failure::Failure;
 
 use cli::arguments::{Arguments, Command, DataCommand};
 use cli::{
-    checkpoints, data, describe, jobs, join, load, plan, preflight, report, reproduce, run, runs, simulate, status, submit, sweep,
+    bench, checkpoints, data, describe, jobs, join, load, plan, preflight, report, reproduce, run, runs, simulate, status, submit, sweep,
     worker_process,
 };
 
@@ -63,6 +63,6 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Diff(arguments) => runs::diff(&arguments, &mut stdout),
         Command::Simulate(arguments) => simulate::simulate(&arguments, &mut stdout),
         Command::BenchCoordinator(arguments) => load::bench_coordinator(&arguments, &mut stdout),
-        Command::Bench(arguments) => worker_process::bench(&arguments),
+        Command::Bench(arguments) => bench::bench(&arguments, &mut stdout),
     }
 }

@@ -5,6 +5,7 @@ mod batch_feed;
 mod bench;
 mod bench_checkpoint;
 mod bench_collective;
+mod bench_recipe;
 mod checkpoint;
 mod checkpointer;
 mod checkpoints_command;
@@ -45,6 +46,7 @@ use tch::Device;
 use bench::BenchOptions;
 use bench_checkpoint::CheckpointBenchOptions;
 use bench_collective::CollectiveBenchOptions;
+use bench_recipe::RecipeBenchOptions;
 use drill::Drill;
 use evaluate::EvaluateOptions;
 use forward::{ForwardExtras, ForwardFiles};
@@ -74,6 +76,8 @@ enum Command {
     Forward(ForwardArguments),
     /// Time training steps on a workload file.
     Bench(BenchArguments),
+    /// Time the steps of a recipe.
+    BenchRecipe(BenchRecipeArguments),
     /// Time the storing and loading of a state of a given size.
     BenchCheckpoint {
         place: String,
@@ -182,6 +186,17 @@ struct BenchArguments {
 }
 
 #[derive(Args)]
+struct BenchRecipeArguments {
+    recipe: PathBuf,
+    #[arg(long, default_value_t = 1)]
+    workers: u32,
+    #[arg(long, default_value_t = 20)]
+    steps: u64,
+    #[arg(long, default_value_t = 5)]
+    warmup_steps: u64,
+}
+
+#[derive(Args)]
 struct PreflightArguments {
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -283,22 +298,27 @@ fn run(command: Command) -> Result<()> {
         Command::BenchCollective(BenchCollectiveArguments { ranks, mib, repeat, rank }) => {
             bench_collective::run(&CollectiveBenchOptions { ranks, mib, repeat, rank })
         }
-        Command::Bench(a) => {
+        Command::Bench(a) => writeln!(stdout, "{}", bench(&a, cores, torch_folder.as_deref())?).context("print the figures"),
+        Command::BenchRecipe(BenchRecipeArguments { recipe, workers, steps, warmup_steps }) => {
             torch::memory::keep_freed_memory();
-            device::set_threads(a.threads, cores, 1);
-            let placement = placement(&a.placement, torch_folder.as_deref(), true)?;
-            let shape: ModelShape = serde_json::from_str(&a.shape).context("read the model's shape")?;
-            let options = BenchOptions {
-                shape,
-                vocab_size: a.vocab_size,
-                placement,
-                batch_tokens: a.batch_tokens,
-                steps: a.steps,
-                warmup_steps: a.warmup_steps,
-            };
-            writeln!(stdout, "{}", bench::bench(&a.workload, &options)?).context("print the figures")
+            let line = bench_recipe::bench_recipe(&RecipeBenchOptions { recipe, workers, steps, warmup_steps, cores, torch_folder })?;
+            writeln!(stdout, "{line}").context("print the figures")
         }
     }
+}
+
+fn bench(arguments: &BenchArguments, cores: Option<u32>, torch_folder: Option<&Path>) -> Result<String> {
+    torch::memory::keep_freed_memory();
+    device::set_threads(arguments.threads, cores, 1);
+    let options = BenchOptions {
+        shape: serde_json::from_str::<ModelShape>(&arguments.shape).context("read the model's shape")?,
+        vocab_size: arguments.vocab_size,
+        placement: placement(&arguments.placement, torch_folder, true)?,
+        batch_tokens: arguments.batch_tokens,
+        steps: arguments.steps,
+        warmup_steps: arguments.warmup_steps,
+    };
+    bench::bench(&arguments.workload, &options)
 }
 
 /// Cores that this program may use together with the other workers of its run.

@@ -424,24 +424,34 @@ pub enum PresetName {
 /// Arguments of `cloze bench`.
 #[derive(Args)]
 pub struct BenchArguments {
-    /// safetensors file with `input_ids` and `labels` int32 `[T]` and `offsets` int64 `[examples + 1]`
-    pub workload: PathBuf,
-    /// Preset of the model
-    #[arg(long, value_enum, default_value_t = PresetName::Tiny)]
-    pub model: PresetName,
-    /// Tokens of one step, at most
-    #[arg(long, default_value_t = 4096)]
-    pub batch_tokens: usize,
+    /// Recipe whose steps are timed, as one worker does them on its prepared data
+    #[arg(required_unless_present = "workload", conflicts_with = "workload")]
+    pub recipe: Option<PathBuf>,
+    /// Changes of it.
+    #[command(flatten)]
+    pub changes: ChangeArguments,
+    /// Workers of the run on this machine, which share its cores and each batch
+    #[arg(long, default_value_t = 1, conflicts_with = "workload", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub workers: u32,
     /// Timed steps
-    #[arg(long, default_value_t = 20)]
-    pub steps: usize,
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub steps: u64,
     /// Steps before the clock starts
-    #[arg(long, default_value_t = 5)]
-    pub warmup_steps: usize,
-    /// CPU threads; 0 takes all cores
-    #[arg(long, default_value_t = 0)]
-    pub threads: u32,
-    /// Device and precision.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=1_000_000))]
+    pub warmup_steps: u64,
+    /// Replay this safetensors file with `input_ids` and `labels` int32 `[T]` and `offsets` int64 `[examples + 1]` instead
+    #[arg(long, value_name = "FILE")]
+    pub workload: Option<PathBuf>,
+    /// Preset of the model that replays the workload [default: tiny]
+    #[arg(long, value_enum)]
+    pub model: Option<PresetName>,
+    /// Tokens of one step of the workload, at most [default: 4096]
+    #[arg(long)]
+    pub batch_tokens: Option<u64>,
+    /// CPU threads for the workload; 0 takes all cores [default: 0]
+    #[arg(long)]
+    pub threads: Option<u32>,
+    /// Device and precision for the workload.
     #[command(flatten)]
     pub placement: PlacementArguments,
 }

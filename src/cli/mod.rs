@@ -1,6 +1,7 @@
 //! The subcommands of `cloze`, one module for each group of them.
 
 pub mod arguments;
+pub mod bench;
 pub mod checkpoints;
 pub mod data;
 pub mod describe;

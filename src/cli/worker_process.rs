@@ -2,17 +2,14 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, ExitStatus, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use cloze_launcher::registry::publish_run;
 use cloze_recipes::failure::{Failure, FailureKind};
-use cloze_recipes::raw::Preset;
 
-use super::arguments::{
-    BenchArguments, DeviceName, EvalArguments, ExportArguments, ForwardArguments, PlacementArguments, PredictArguments, PresetName,
-};
+use super::arguments::{DeviceName, EvalArguments, ExportArguments, ForwardArguments, PlacementArguments, PredictArguments};
 
 use super::run_place::refuse_study;
 
@@ -140,26 +137,8 @@ pub fn forward(arguments: &ForwardArguments) -> Result<ExitCode> {
     run(worker)
 }
 
-/// `cloze bench`
-pub fn bench(arguments: &BenchArguments) -> Result<ExitCode> {
-    let preset = match arguments.model {
-        PresetName::Tiny => Preset::Tiny,
-        PresetName::Small => Preset::Small,
-        PresetName::Base => Preset::Base,
-        PresetName::Large => Preset::Large,
-    };
-    let mut worker = vec![OsString::from("bench"), arguments.workload.clone().into()];
-    worker.extend(["--shape".into(), serde_json::to_string(&preset.shape()).context("write the shape")?.into()]);
-    let numbers = [("--batch-tokens", arguments.batch_tokens), ("--steps", arguments.steps), ("--warmup-steps", arguments.warmup_steps)];
-    for (flag, number) in numbers {
-        worker.extend([flag.into(), number.to_string().into()]);
-    }
-    worker.extend(["--threads".into(), arguments.threads.to_string().into()]);
-    worker.extend(placement(&arguments.placement));
-    run(worker)
-}
-
-fn placement(arguments: &PlacementArguments) -> Vec<OsString> {
+/// The worker's flags of a device and precision.
+pub(super) fn placement(arguments: &PlacementArguments) -> Vec<OsString> {
     let device = match arguments.device {
         DeviceName::Cpu => "cpu",
         DeviceName::Cuda => "cuda",
@@ -174,10 +153,22 @@ fn placement(arguments: &PlacementArguments) -> Vec<OsString> {
 /// Starts the worker on this terminal, waits for it and passes its exit code on.
 pub(super) fn run(arguments: Vec<OsString>) -> Result<ExitCode> {
     let binary = worker_binary()?;
-    let status = Command::new(&binary)
-        .args(arguments)
-        .status()
-        .map_err(|error| Failure::new(FailureKind::Environment, "the worker could not be started").at(binary.display()).because(error))?;
+    let status = Command::new(&binary).args(arguments).status().map_err(|error| not_started(&binary, &error))?;
+    exit_code(&binary, status)
+}
+
+/// Starts the worker with this terminal but for its output; its exit code, and what it printed.
+pub(super) fn run_for_output(arguments: &[OsString]) -> Result<(ExitCode, String)> {
+    let binary = worker_binary()?;
+    let output = Command::new(&binary).args(arguments).stderr(Stdio::inherit()).output().map_err(|error| not_started(&binary, &error))?;
+    Ok((exit_code(&binary, output.status)?, String::from_utf8_lossy(&output.stdout).into_owned()))
+}
+
+fn not_started(binary: &Path, error: &std::io::Error) -> Failure {
+    Failure::new(FailureKind::Environment, "the worker could not be started").at(binary.display()).because(error)
+}
+
+fn exit_code(binary: &Path, status: ExitStatus) -> Result<ExitCode> {
     match status.code() {
         Some(EXIT_CODE_NOT_LOADED) => {
             Err(Failure::new(FailureKind::Environment, "the worker could not be loaded; the line above names the library")

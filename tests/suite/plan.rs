@@ -30,6 +30,33 @@ fn a_prepared_recipe_is_planned_without_starting_anything() {
     assert!(!world.path("runs").exists(), "a plan makes no folder");
 }
 
+/// What is timed are one worker's own examples of a batch of 48, so the rates tell how many there were.
+#[test]
+fn the_steps_of_a_recipe_are_timed_for_its_plan() {
+    let world = World::prepared();
+    // Whole packs go to workers, so that their parts of a batch differ.
+    for (workers, examples_of_a_step) in [(1, 47.0..49.0), (3, 1.0..40.0)] {
+        let outcome = world.done(&["bench", "recipe.yaml", "--workers", &workers.to_string(), "--steps", "6", "--warmup-steps", "2"]);
+        let figures: Value = serde_json::from_str(&outcome.stdout).expect("the figures are JSON");
+        let number = |key: &str| figures[key].as_f64().expect("a number");
+        assert_eq!((number("workers"), number("steps")), (f64::from(workers), 6.0), "{figures}");
+        let examples = number("examples_per_s") * number("seconds") / 6.0;
+        assert!(examples_of_a_step.contains(&examples), "{examples} examples: {figures}");
+        let speed = figures["tokens_per_s"].as_f64().expect("a speed").to_string();
+        outcome.expect_words(&[&format!("`cloze plan recipe.yaml --tokens-per-second {speed}`")]);
+        let plan = world.done(&["plan", "recipe.yaml", "--workers", &workers.to_string(), "--tokens-per-second", &speed, "--json"]);
+        let report: Value = serde_json::from_str(&plan.stdout).expect("the plan is JSON");
+        assert_eq!(report["plan"]["parameters"], figures["parameters"], "{report}");
+    }
+    assert!(!world.path("runs").exists(), "nothing is kept");
+
+    world.cloze(&["bench", "recipe.yaml", "--set", "data.output=nowhere"]).expect_code(4).expect_words(&["data is not prepared"]);
+    let foreign = world.cloze(&["bench", "recipe.yaml", "--device", "cuda"]).expect_code(3);
+    foreign.expect_words(&["`--set train.device=cuda"]);
+    world.cloze(&["bench", "--workload", "nowhere", "--set", "seed=1"]).expect_code(3).expect_words(&["`--workload` has none"]);
+    world.cloze(&["bench", "--workload", "nowhere"]).expect_code(4).expect_words(&["the workload file cannot be read"]);
+}
+
 #[test]
 fn everything_that_is_wrong_is_said_at_once() {
     let world = World::with_corpus(50);

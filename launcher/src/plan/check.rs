@@ -150,7 +150,7 @@ fn help(facts: &PlanFacts, available: u64) -> String {
 pub fn check_time(plan: &RunPlan, machine: &MachineFacts) -> Check {
     let name = "time limit";
     let Some(time) = &plan.time else {
-        let hint = "measure tokens a second of one worker with `cloze bench`, and state `tokens_per_second` in the cluster file or \
+        let hint = "measure tokens a second of one worker with `cloze bench RECIPE`, and state `tokens_per_second` in the cluster file or \
                     `--tokens-per-second`";
         return Check::warn(name, "the expected time is not known", hint);
     };

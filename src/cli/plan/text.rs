@@ -70,7 +70,7 @@ fn data(plan: &RunPlan) -> String {
 }
 
 fn time(plan: &RunPlan) -> String {
-    let Some(time) = &plan.time else { return "not known: measure with `cloze bench`".to_owned() };
+    let Some(time) = &plan.time else { return "not known: measure with `cloze bench RECIPE`".to_owned() };
     let rate = grouped(time.worker_tokens_per_second.round() as u64);
     let jobs = time.jobs.map_or_else(String::new, |jobs| format!(", in {}", counted(jobs, "job")));
     format!("{} at {rate} tokens a second and worker{jobs}", duration(time.seconds))
