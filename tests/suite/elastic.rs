@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::sandbox::{Process, World, expect_close, number, send_signal, wait_until};
+use crate::sandbox::{Process, WORKER, World, expect_close, number, send_signal, wait_until};
 
 /// Workers add the same numbers in another order, which 32-bit floats round differently.
 const RELATIVE_TOLERANCE: f64 = 1e-5;
@@ -130,6 +130,34 @@ fn a_worker_that_cloze_join_started_has_its_end_and_its_stacks_in_the_ledger() {
     assert!(dump.contains(&format!("process {frozen}\n")), "{dump}");
     let exited = run.events_named("worker_exited");
     assert_eq!((&exited[0]["worker"], &exited[0]["process_id"]), (&1.into(), &frozen.into()), "{exited:?}");
+}
+
+/// Its first process stands still before it has said a word to anybody; whoever started it is the only one to know.
+#[test]
+fn a_worker_that_hangs_before_it_joins_is_ended_and_replaced() {
+    let world = World::prepared();
+    let marker = world.path("hung");
+    let first_hangs = format!(r#"if [ ! -e {0} ]; then echo $$ > {0}; exec sleep 3600; fi; exec {WORKER} "$@""#, marker.display());
+    let worker = world.write_program("hanging-worker", &first_hangs);
+    // Longer than a worker takes to join here, and short enough to wait for.
+    let arguments = ["--workers", "2", "--local", "1", "--quiet", "--set", "cluster.hang.init_s=15"];
+    let process = world.start_training("run", &arguments);
+    let run = world.run("run");
+    wait_until("the controller can be joined", TIMEOUT, || run.control().is_some());
+    let path = run.path.display().to_string();
+    let joined = Process::start(world.command(&["join", &path, "--slots", "1"]).env("CLOZE_WORKER", worker), "");
+    let told = || std::fs::read_to_string(&marker).unwrap_or_default().trim().parse::<u32>().ok();
+    wait_until("its first process is there", TIMEOUT, || told().is_some());
+    let hung = told().expect("a process id");
+    process.wait().expect_code(0);
+    joined.wait().expect_code(0).expect_words(&["worker 1 has not joined within 15 s of its start and is killed", "worker 1 restarted"]);
+    assert_eq!(run.losses().len(), 40);
+    let text = std::fs::read_to_string(run.path.join("failures.jsonl")).expect("the ledger");
+    let record: Value = serde_json::from_str(text.lines().next().expect("a record")).expect("a record is JSON");
+    assert_eq!((&record["worker"], &record["exit"], &record["decision"]), (&1.into(), &"SIGKILL".into(), &"replaced".into()), "{record}");
+    let dump = std::fs::read_to_string(record["dump"].as_str().expect("a file with stacks")).expect("read the stacks");
+    assert!(dump.contains(&format!("process {hung}\n")), "{dump}");
+    assert!(!send_signal(hung, "0"), "the process is gone");
 }
 
 /// Step at which the second generation began; beyond all steps before it has.
