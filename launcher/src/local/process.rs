@@ -298,6 +298,32 @@ mod tests {
         assert!(tail.ends_with(&format!("key: {key}")) && tail.matches(&key.to_string()).count() == 1, "{tail}");
     }
 
+    #[tokio::test]
+    async fn a_worker_inside_a_script_is_ended_with_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let command = command(folder.path(), "sleep 3600 & echo $! > \"$5/inner\"; wait");
+        let (process, orders) = WorkerProcess::start(&command, 1, &[]).unwrap();
+        let process = tokio::spawn(process.wait());
+        let inner = loop {
+            match fs::read_to_string(folder.path().join("inner")).ok().and_then(|text| text.trim().parse::<u32>().ok()) {
+                Some(inner) => break inner,
+                None => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        };
+        orders.send(ProcessOrder::Kill).await.unwrap();
+        assert_eq!(process.await.unwrap().status, "SIGKILL");
+        // Whoever inherits it may not have asked how it ended.
+        let state = |stat: String| stat.rsplit(')').next().unwrap().trim_start().chars().next();
+        let lives = || fs::read_to_string(format!("/proc/{inner}/stat")).is_ok_and(|stat| state(stat) != Some('Z'));
+        for _ in 0..1000 {
+            if !lives() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("process {inner} is left");
+    }
+
     /// A process that has just been started shows no command line for an instant.
     fn wait_for_one(paths: &RunPaths) -> Vec<ProcessRecord> {
         for _ in 0..1000 {

@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use cloze_cluster::host::host_name;
 use cloze_recipes::failure::{Failure, FailureKind};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group};
 use serde::{Deserialize, Serialize};
 
 use crate::run_folder::{READABLE, RunPaths, remove_if_there, storage, write_whole};
@@ -97,11 +97,13 @@ pub(super) fn start_ticks(process_id: u32) -> io::Result<u64> {
     stat(process_id).map(|stat| stat.start_ticks)
 }
 
-/// Sends a signal to a process.
+/// Sends a signal to a process, and to all that it has started where it leads a group, as worker processes do: a script around a worker
+/// passes no signal on.
 pub(super) fn send(process_id: u32, signal: Signal) -> io::Result<()> {
     let pid = i32::try_from(process_id).ok().and_then(Pid::from_raw);
     let pid = pid.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("{process_id} is no process id")))?;
-    Ok(kill_process(pid, signal)?)
+    let leads = getpgid(Some(pid)).is_ok_and(|group| group == pid);
+    Ok(if leads { kill_process_group(pid, signal) } else { kill_process(pid, signal) }?)
 }
 
 /// The processes of a run that an earlier controller or `cloze join` started on this host and that still live.
