@@ -1,5 +1,5 @@
-//! Times the steps of a recipe as one worker does them, and prints one JSON line: its model, its prepared data, its objective, in the loop that
-//! trains. Nothing is saved, and nothing is exchanged with other workers.
+//! Times the steps of a recipe as one worker does them, and prints one JSON line: its model, its prepared data, its objective, in the
+//! loop that trains. Nothing is saved, and nothing is exchanged with other workers.
 
 use std::net::TcpListener;
 use std::path::PathBuf;
@@ -32,7 +32,7 @@ use crate::train::{SavePoint, Watcher, train};
 #[derive(Debug)]
 pub struct RecipeBenchOptions {
     /// The recipe.
-    pub recipe: PathBuf,
+    pub recipe: Recipe,
     /// Workers of the run on this machine, which share its cores and each batch; what one of them does is timed.
     pub workers: u32,
     /// Timed steps.
@@ -47,7 +47,7 @@ pub struct RecipeBenchOptions {
 
 /// Times the steps; returns the JSON line.
 pub fn bench_recipe(options: &RecipeBenchOptions) -> Result<String> {
-    let recipe = cloze_recipes::load(&options.recipe, &[])?;
+    let recipe = &options.recipe;
     let device = crate::device::open(recipe.train.device, 0, options.torch_folder.as_deref())?;
     if recipe.train.deterministic && device.is_cuda() {
         cuda::use_deterministic_algorithms()?;
@@ -60,14 +60,14 @@ pub fn bench_recipe(options: &RecipeBenchOptions) -> Result<String> {
         TokenFacts { mask_id: tokenizer.mask_id, special_ids: tokenizer.special_ids(), vocab_size: tokenizer.vocab_size(), anchor_id };
     let total_steps = options.warmup_steps + options.steps;
     let mut feed = BatchFeed::start(FeedPlan {
-        spec: BatchSpec::new(&recipe, facts, &*dataset),
+        spec: BatchSpec::new(recipe, facts, &*dataset),
         dataset,
         from_step: 0,
         total_steps,
         rank: 0,
         world_size: options.workers as usize,
     })?;
-    let mut trainer = trainer(&recipe, &tokenizer, device, total_steps)?;
+    let mut trainer = trainer(recipe, &tokenizer, device, total_steps)?;
     let mut watcher = Clock { warmup_steps: options.warmup_steps, started: Instant::now(), own: Own::default(), seconds: 0.0 };
     train(&mut trainer, &mut feed, &mut watcher, &mut Drills::new(Vec::new()), &mut 0)?;
     Ok(line(options, &trainer, &watcher))
@@ -78,16 +78,15 @@ fn trainer<'a>(recipe: &'a Recipe, tokenizer: &Tokenizer, device: Device, total_
     let bfloat16 = recipe.train.precision == Precision::Bfloat16 && device != Device::Cpu;
     let placement = Placement { device, trainable: true, bfloat16 };
     let config = folder::config_of(&recipe.model, tokenizer)?;
-    let alone = alone(recipe)?;
-    let mut state = State::new(&recipe.train, config, placement, &alone)?;
+    let ring = ring_of_one(recipe)?;
+    let mut state = State::new(&recipe.train, config, placement, &ring)?;
     state.model.parameters_mut().initialise(recipe.seed);
     state.model.parameters_mut().refresh();
     let schedule = Schedule::new(&recipe.train.schedule, recipe.train.learning_rate, total_steps);
-    Trainer::new(recipe, state, schedule, Box::new(alone))
+    Trainer::new(recipe, state, schedule, Box::new(ring))
 }
 
-/// A ring of one.
-fn alone(recipe: &Recipe) -> Result<Ring> {
+fn ring_of_one(recipe: &Recipe) -> Result<Ring> {
     let listener = TcpListener::bind("127.0.0.1:0").context("open a socket")?;
     let peers = vec![listener.local_addr().context("read the socket's address")?.to_string()];
     Ok(Ring::connect(RingOptions {
@@ -164,6 +163,7 @@ fn line(options: &RecipeBenchOptions, trainer: &Trainer, clock: &Clock) -> Strin
     json!({
         "trainer": "cloze", "recipe": recipe.name, "parameters": trainer.model.parameters().num_parameters(),
         "device": recipe.train.device, "dtype": recipe.train.precision, "workers": options.workers, "steps": options.steps,
+        "tokens": clock.own.tokens, "examples": clock.own.examples,
         "seconds": (seconds * 1e3).round() / 1e3,
         "tokens_per_s": (clock.own.tokens as f64 / seconds).round(),
         "examples_per_s": (clock.own.examples as f64 / seconds * 10.0).round() / 10.0,

@@ -76,7 +76,7 @@ enum Command {
     Forward(ForwardArguments),
     /// Time training steps on a workload file.
     Bench(BenchArguments),
-    /// Time the steps of a recipe.
+    /// Time the steps of the recipe that comes through standard input.
     BenchRecipe(BenchRecipeArguments),
     /// Time the storing and loading of a state of a given size.
     BenchCheckpoint {
@@ -187,7 +187,6 @@ struct BenchArguments {
 
 #[derive(Args)]
 struct BenchRecipeArguments {
-    recipe: PathBuf,
     #[arg(long, default_value_t = 1)]
     workers: u32,
     #[arg(long, default_value_t = 20)]
@@ -299,9 +298,11 @@ fn run(command: Command) -> Result<()> {
             bench_collective::run(&CollectiveBenchOptions { ranks, mib, repeat, rank })
         }
         Command::Bench(a) => writeln!(stdout, "{}", bench(&a, cores, torch_folder.as_deref())?).context("print the figures"),
-        Command::BenchRecipe(BenchRecipeArguments { recipe, workers, steps, warmup_steps }) => {
+        Command::BenchRecipe(BenchRecipeArguments { workers, steps, warmup_steps }) => {
             torch::memory::keep_freed_memory();
-            let line = bench_recipe::bench_recipe(&RecipeBenchOptions { recipe, workers, steps, warmup_steps, cores, torch_folder })?;
+            let recipe = cloze_recipes::load_text(&std::io::read_to_string(std::io::stdin()).context("read the recipe")?, "the recipe")?;
+            let options = RecipeBenchOptions { recipe, workers, steps, warmup_steps, cores, torch_folder };
+            let line = bench_recipe::bench_recipe(&options)?;
             writeln!(stdout, "{line}").context("print the figures")
         }
     }

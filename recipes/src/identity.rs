@@ -9,6 +9,14 @@ use crate::recipe::{CheckpointRecipe, Recipe, TrainRecipe};
 pub const OPERATIONAL_KEYS: &str =
     "`cluster`, `checkpoint` but for its place, `train.shard`, `train.threads`, `train.log_every_steps`, `train.audit_samples`";
 
+/// Whether a key, or all keys below it, say how a run is operated. Of `checkpoint` as a whole that cannot be told by its name.
+pub fn is_operational(key: &str) -> bool {
+    const TRAIN: [&str; 4] = ["train.shard", "train.threads", "train.log_every_steps", "train.audit_samples"];
+    let (section, rest) = key.split_once('.').unwrap_or((key, ""));
+    let is_place = ["url", "options"].contains(&rest.split('.').next().unwrap_or_default());
+    section == "cluster" || (section == "checkpoint" && !is_place) || TRAIN.contains(&key)
+}
+
 impl Recipe {
     /// Names what the recipe means: 64 hexadecimal digits of blake3 over its JSON with sorted keys and no spaces, the
     /// [`OPERATIONAL_KEYS`] at their defaults.

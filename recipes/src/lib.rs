@@ -34,9 +34,9 @@ mod schema;
 mod tree;
 mod validate;
 
-pub use identity::OPERATIONAL_KEYS;
+pub use identity::{OPERATIONAL_KEYS, is_operational};
 pub use job_time::check_job_time;
-pub use load::{load, load_with_profile};
+pub use load::{load, load_text, load_with_profile};
 pub use load_site::{load_site, place_in_site};
 pub use load_study::{CheckedFile, check_file, load_study};
 pub use rendered::read_rendered;

@@ -1,13 +1,16 @@
 //! From a file and overrides to a checked recipe, or to one failure with every problem.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 
 use crate::compose::ProfileChoice;
+use crate::failure::{Failure, FailureKind};
 use crate::problem::Problems;
 use crate::recipe::Recipe;
-use crate::{check, compose, paths, schema, validate};
+use crate::tree::Origin;
+use crate::{check, compose, paths, schema, tree, validate};
 
 /// Reads, composes and checks a recipe, without a profile; see [`load_with_profile`].
 pub fn load(path: &Path, overrides: &[String]) -> anyhow::Result<Recipe> {
@@ -35,13 +38,23 @@ pub fn load_with_profile(path: &Path, overrides: &[String], profile: Option<&str
     check::check(&root, problems, &current_folder).map_err(|problems| problems.into_failure(&shown).into())
 }
 
+/// Checks a rendered recipe that is at hand as a text, under the name that messages show; fails as [`load`] does.
+pub fn load_text(text: &str, shown: &str) -> anyhow::Result<Recipe> {
+    let current_folder = paths::canonical_folder(&std::env::current_dir().context("find the current folder")?)?;
+    let origin = Arc::new(Origin::File { shown: shown.to_owned(), folder: current_folder.clone() });
+    let root = tree::parse(text, &origin)
+        .map_err(|error| Failure::new(FailureKind::Recipe, "cannot read the recipe as YAML").at(error.place).because(error.message))?;
+    let mut problems = Problems::default();
+    validate::validate(&root, &schema::schema(), &mut problems);
+    check::check(&root, problems, &current_folder).map_err(|problems| problems.into_failure(shown).into())
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
 
     use super::*;
     use crate::check_file;
-    use crate::failure::{Failure, FailureKind};
     use crate::recipe::Device;
 
     const RECIPE: &str = "version: 1
@@ -287,10 +300,15 @@ evaluation: []
             let changed = of(&[format!("{key}={value}")]);
             assert_eq!(changed.hash(), plain.hash(), "{key}");
             assert_ne!(changed.full_hash(), plain.full_hash(), "{key}");
+            assert!(crate::is_operational(key), "{key}");
         }
         // Its checkpoints are not to be found elsewhere.
         for place in ["checkpoint.url=/other", "checkpoint.options={endpoint: e}"] {
             assert_ne!(of(&[place.to_owned()]).hash(), plain.hash(), "{place}");
+        }
+        // Those of other runs, and those that are of no run.
+        for key in ["checkpoint.url", "checkpoint.options.endpoint", "train.steps", "train", "seed", "resources.nodes", "sweep", ""] {
+            assert!(!crate::is_operational(key), "{key}");
         }
     }
 
@@ -314,13 +332,14 @@ evaluation: []
     #[test]
     fn shipped_recipes_load_and_read_back_from_their_own_text() {
         let files = shipped();
-        assert_eq!(files.len(), 27, "{files:?}");
+        assert_eq!(files.len(), 28, "{files:?}");
         for file in files {
             // Whole, since the model of a run after an earlier stage is that stage's.
             let recipe = crate::load_study(&file, &[], None).unwrap().recipe;
             let (_folder, path) = written("copy.yaml", &recipe.to_yaml());
             let copy = load(&path, &[]).unwrap();
             assert_eq!(copy, recipe, "{}", file.display());
+            assert_eq!(load_text(&recipe.to_yaml(), "r").unwrap(), recipe, "{}", file.display());
             assert_eq!(copy.hash(), recipe.hash(), "{}", file.display());
         }
     }
@@ -349,6 +368,7 @@ evaluation: []
             ("its-all-in-the-mask/table4.yaml", 6, 2),
             ("flan/held-out.yaml", 18, 6),
             ("flan/clusters.yaml", 21, 7),
+            ("flan/clusters-15-tasks.yaml", 21, 7),
             ("flan/tasks-per-cluster.yaml", 12, 4),
             ("flan/mixing.yaml", 12, 4),
             ("related/muppet-tasks.yaml", 21, 3),

@@ -451,7 +451,10 @@ pub struct BenchArguments {
     /// CPU threads for the workload; 0 takes all cores [default: 0]
     #[arg(long)]
     pub threads: Option<u32>,
-    /// Device and precision for the workload.
-    #[command(flatten)]
-    pub placement: PlacementArguments,
+    /// Device for the workload [default: cpu]
+    #[arg(long, value_enum)]
+    pub device: Option<DeviceName>,
+    /// Compute the workload in bfloat16 (GPU)
+    #[arg(long)]
+    pub bfloat16: bool,
 }

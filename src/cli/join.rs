@@ -7,7 +7,6 @@ use std::time::Duration;
 use anyhow::Result;
 use cloze_cluster::Secret;
 use cloze_cluster::environment::{COORDINATOR_KEY_VARIABLE, TOKEN_VARIABLE, given};
-use cloze_launcher::run_folder::{read_info, read_recipe};
 use cloze_launcher::{RunPaths, SlotsOptions, serve_slots};
 use cloze_recipes::failure::{Failure, FailureKind};
 
@@ -22,13 +21,10 @@ const MAX_SLOTS: usize = 1024;
 pub fn join(arguments: &JoinArguments) -> Result<ExitCode> {
     let slots = parse_slots(&arguments.slots)?;
     let paths = RunPaths::find(&arguments.run)?;
-    let info = read_info(&paths)?;
-    let recipe = read_recipe(&paths, &info)?;
     let coordinator_key = given(COORDINATOR_KEY_VARIABLE)?.map(|key| key.parse()).transpose()?;
     let shown = paths.root().display().to_string();
     serve_slots(SlotsOptions {
         paths,
-        recipe,
         slots,
         coordinator: arguments.coordinator.clone(),
         token: given(TOKEN_VARIABLE)?.map(Secret::new),

@@ -1,23 +1,23 @@
-//! `cloze resume --set`: a run goes on, operated otherwise than before.
+//! `cloze resume --set`: how a run is operated changes, and not what it computes.
 
 use anyhow::Result;
-use cloze_launcher::RunFolder;
-use cloze_recipes::OPERATIONAL_KEYS;
+use cloze_launcher::RunPaths;
+use cloze_launcher::run_folder::RunInfo;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
+use cloze_recipes::{OPERATIONAL_KEYS, is_operational};
 
-/// The run's recipe with these values set. Fails with kind `Mismatch` where that would be another run, and names the values that make it so.
-pub fn operated(run: &RunFolder, overrides: &[String]) -> Result<Recipe> {
-    let path = run.paths().recipe();
+/// The run's recipe with these values set. Fails with kind `Mismatch` where that would be another run, and names the values that make it
+/// so.
+pub fn operated(paths: &RunPaths, info: &RunInfo, overrides: &[String]) -> Result<Recipe> {
+    let path = paths.recipe();
     let recipe = cloze_recipes::load(&path, overrides)?;
-    if recipe.hash() == run.info().recipe_hash {
+    let key = |change: &str| change.split_once('=').map_or_else(String::new, |(key, _)| key.trim().to_owned());
+    let foreign: Vec<&str> = overrides.iter().map(String::as_str).filter(|change| !is_operational(&key(change))).collect();
+    if foreign.is_empty() && recipe.hash() == info.recipe_hash {
         return Ok(recipe);
     }
-    // One that cannot be read alone does not hide another.
-    let changes_run =
-        |one: &&String| cloze_recipes::load(&path, std::slice::from_ref(one)).is_ok_and(|alone| alone.hash() != run.info().recipe_hash);
-    let guilty: Vec<&str> = overrides.iter().filter(changes_run).map(String::as_str).collect();
-    let found = if guilty.is_empty() { overrides.join(", ") } else { guilty.join(", ") };
+    let found = if foreign.is_empty() { overrides.join(", ") } else { foreign.join(", ") };
     Err(Failure::new(FailureKind::Mismatch, "a resumed run computes what it was started with")
         .at(path.display())
         .expected(format!("values of these keys alone: {OPERATIONAL_KEYS}"))

@@ -70,7 +70,7 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Exi
     }
     let (run, mut recipe, total) = open_to_resume(&arguments.run)?;
     if !arguments.overrides.is_empty() {
-        recipe = operated(&run, &arguments.overrides)?;
+        recipe = operated(run.paths(), run.info(), &arguments.overrides)?;
     }
     // The run folder does not say how many machines the recipe wanted.
     let hosts = Hosts::of(&arguments.hosts, || {

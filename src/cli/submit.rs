@@ -99,7 +99,13 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Opt
     let slurm = Slurm::find(before.slurm()?)?;
     let mut jobs = Jobs::open_here(&slurm, &run)?;
     // What a job would meet at once is found here.
-    check_inputs(&read_recipe(&run, &read_info(&run)?)?)?;
+    let info = read_info(&run)?;
+    let kept = read_recipe(&run, &info)?;
+    let recipe = if arguments.overrides.is_empty() { kept } else { operated(&run, &info, &arguments.overrides)? };
+    check_inputs(&recipe)?;
+    if let Some(failure) = too_few_workers(&recipe, &before.resources) {
+        return Err(failure.at(run.recipe().display()).into());
+    }
     let cluster = paths.cluster();
     check_partition(&slurm, partition::Request { resources: &before.resources, site: before.slurm()?, file: Some(&cluster) })?;
     refuse_living(&mut jobs, &run)?;
@@ -108,10 +114,10 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Opt
         write_last_line(&mut std::io::stderr(), &line)?;
         return Ok(Some(ExitCode::SUCCESS));
     }
-    let (folder, kept) = RunFolder::open(&arguments.run)?;
-    let recipe = if arguments.overrides.is_empty() { kept } else { operated(&folder, &arguments.overrides)? };
-    folder.keep_recipe(&recipe)?;
-    drop(folder);
+    if !arguments.overrides.is_empty() {
+        let (folder, _) = RunFolder::open(&arguments.run)?;
+        folder.keep_recipe(&recipe)?;
+    }
     let survives_node_loss = survives_node_loss(&recipe, &before.resources);
     let cluster = slurm.cluster_name().or(before.cluster);
     let submission = Submission { programs: keep_programs(&paths)?, cluster, survives_node_loss, ..before };
@@ -147,7 +153,7 @@ impl Request {
         let mut checks = wanted.checks(slurm.as_ref());
         let warnings: Vec<Check> = checks.iter().filter(|check| check.level == CheckLevel::Warn).cloned().collect();
         checks.extend(worker_binary().err().map(|error| Check::error("worker binary", &error)));
-        checks.extend(too_few_workers(&study).map(|failure| Check::fail("workers", &failure)));
+        checks.extend(too_few_workers(&study.recipe, &study.resources).map(|failure| Check::fail("workers", &failure)));
         refuse(recipe_file, &study, &site, checks)?;
         for warning in warnings {
             let hint = warning.hint.unwrap_or_default();
@@ -282,10 +288,10 @@ fn refuse_studies(study: &Study) -> Result<(), Failure> {
     Err(Failure::new(FailureKind::Recipe, what).at(study.file.display()).hint("`cloze sweep run` submits all runs that it needs"))
 }
 
-fn too_few_workers(study: &Study) -> Option<Failure> {
-    let Resources { nodes, workers_per_node, .. } = study.resources;
+fn too_few_workers(recipe: &Recipe, resources: &Resources) -> Option<Failure> {
+    let Resources { nodes, workers_per_node, .. } = *resources;
     let workers = nodes.saturating_mul(workers_per_node);
-    let min_workers = study.recipe.cluster.min_workers.filter(|&min_workers| min_workers > workers)?;
+    let min_workers = recipe.cluster.min_workers.filter(|&min_workers| min_workers > workers)?;
     let failure = Failure::new(FailureKind::Recipe, "the run has fewer workers than its recipe needs");
     let failure = failure.expected(format!("at least {min_workers} workers (`cluster.min_workers`)"));
     Some(failure.found(format!("{workers}, on {nodes} nodes (`resources`)")))

@@ -1,6 +1,7 @@
 //! Subcommands that `cloze-worker` computes: it is started with the same terminal, and its exit code is passed on.
 
 use std::ffi::OsString;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, ExitStatus, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -157,10 +158,16 @@ pub(super) fn run(arguments: Vec<OsString>) -> Result<ExitCode> {
     exit_code(&binary, status)
 }
 
-/// Starts the worker with this terminal but for its output; its exit code, and what it printed.
-pub(super) fn run_for_output(arguments: &[OsString]) -> Result<(ExitCode, String)> {
+/// Starts the worker with a text as its input, and waits for it; its exit code, and what it printed.
+pub(super) fn run_with_input(arguments: &[OsString], input: &str) -> Result<(ExitCode, String)> {
     let binary = worker_binary()?;
-    let output = Command::new(&binary).args(arguments).stderr(Stdio::inherit()).output().map_err(|error| not_started(&binary, &error))?;
+    let started = Command::new(&binary).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+    let mut child = started.map_err(|error| not_started(&binary, &error))?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A worker that ends before it has read everything says why itself.
+        drop(stdin.write_all(input.as_bytes()));
+    }
+    let output = child.wait_with_output().context("wait for the worker")?;
     Ok((exit_code(&binary, output.status)?, String::from_utf8_lossy(&output.stdout).into_owned()))
 }
 

@@ -26,6 +26,8 @@ pub(super) struct Legacy {
     pub living: Vec<ProcessRecord>,
     /// Its workers on other hosts, of which nobody here can tell whether they live.
     pub elsewhere: Vec<ProcessRecord>,
+    /// Workers that `cloze join` has started, on any host.
+    pub joined: Vec<ProcessRecord>,
 }
 
 /// What the new controller is told.
@@ -86,7 +88,9 @@ impl Legacy {
     pub(super) fn find(paths: &RunPaths) -> anyhow::Result<Self> {
         let mut living = living(paths)?;
         living.retain(|record| !record.by_join);
-        Ok(Self { control: ControlFile::read(paths)?, living, elsewhere: elsewhere(paths)? })
+        let mut joined = all(paths)?;
+        joined.retain(|record| record.by_join);
+        Ok(Self { control: ControlFile::read(paths)?, living, elsewhere: elsewhere(paths)?, joined })
     }
 
     /// The failure of a controller that must not begin because of workers on other hosts.
@@ -148,10 +152,13 @@ pub(super) fn decide_adoption(legacy: &Legacy, wanted: &Wanted<'_>) -> (Adoption
         return (Adoption::Refuse, AdoptionReason::OtherHost { host: record.host.clone() });
     }
     let does_not_fit = |record: &&ProcessRecord| record.slots != wanted.workers || record.worker >= wanted.local_workers;
-    if let Some(record) = legacy.living.iter().find(does_not_fit) {
+    // A slot of `cloze join` that is to be filled here is one that fits no more.
+    let is_taken_back = |record: &&ProcessRecord| record.slots != wanted.workers || record.worker < wanted.local_workers;
+    if let Some(record) = legacy.living.iter().find(does_not_fit).or_else(|| legacy.joined.iter().find(is_taken_back)) {
         return (Adoption::Replace, AdoptionReason::OtherSize { slots: record.slots });
     }
-    if legacy.living.iter().any(|record| record.recipe_hash != wanted.recipe_hash) {
+    // Those of `cloze join` would be refused as well, and could not be told where to turn to: another token tells them.
+    if legacy.living.iter().chain(&legacy.joined).any(|record| record.recipe_hash != wanted.recipe_hash) {
         return (Adoption::Replace, AdoptionReason::OtherRecipe);
     }
     let Some(control) = &legacy.control else { return end_unless_nobody(AdoptionReason::NoControl) };
@@ -211,6 +218,26 @@ mod tests {
     }
 
     #[test]
+    fn workers_of_cloze_join_come_back_to_the_same_recipe_only() {
+        let wanted = Wanted { workers: 2, local_workers: 1, recipe_hash: "l", bind: None };
+        let changed = Wanted { recipe_hash: "other", ..wanted };
+        let (all, more) = (Wanted { local_workers: 2, ..wanted }, Wanted { workers: 3, ..wanted });
+        let cases = [
+            ("the same", vec![record(0, 2)], wanted, Adoption::TakeOver, AdoptionReason::MayComeBack),
+            ("the same, nobody here", vec![], wanted, Adoption::TakeOver, AdoptionReason::MayComeBack),
+            ("their slot is filled here now", vec![record(0, 2)], all, Adoption::Replace, AdoptionReason::OtherSize { slots: 2 }),
+            ("more slots", vec![], more, Adoption::Replace, AdoptionReason::OtherSize { slots: 2 }),
+            ("another", vec![record(0, 2)], changed, Adoption::Replace, AdoptionReason::OtherRecipe),
+            ("another, nobody here", vec![], changed, Adoption::Replace, AdoptionReason::OtherRecipe),
+        ];
+        for (name, living, wanted, adoption, reason) in cases {
+            let joined = vec![ProcessRecord { by_join: true, host: "far".to_owned(), ..record(1, 2) }];
+            let legacy = Legacy { control: Some(control()), living, elsewhere: Vec::new(), joined };
+            assert_eq!(decide_adoption(&legacy, &wanted), (adoption, reason), "{name}");
+        }
+    }
+
+    #[test]
     fn what_is_left_is_taken_over_where_it_fits() {
         let wanted = Wanted { workers: 2, local_workers: 2, recipe_hash: "l", bind: None };
         let elsewhere = Wanted { bind: Some(SocketAddr::from(([127, 0, 0, 1], 5000))), ..wanted };
@@ -243,7 +270,8 @@ mod tests {
         ];
         for (name, control, records, wanted, adoption, reason) in cases {
             let (elsewhere, living) = records.into_iter().partition(|record| record.host == "far");
-            assert_eq!(decide_adoption(&Legacy { control, living, elsewhere }, &wanted), (adoption, reason), "{name}");
+            let legacy = Legacy { control, living, elsewhere, joined: Vec::new() };
+            assert_eq!(decide_adoption(&legacy, &wanted), (adoption, reason), "{name}");
         }
     }
 }

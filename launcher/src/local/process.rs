@@ -73,11 +73,14 @@ pub(super) struct WorkerProcess {
 
 /// How a process is watched.
 enum Body {
-    /// This program's child; killed when it is dropped.
-    Child(Child),
+    /// This program's child; killed when it is dropped, with all that it has started.
+    Child(OwnProcess),
     /// Started by an earlier controller.
     Found(FoundProcess),
 }
+
+/// A child of this program.
+struct OwnProcess(Child);
 
 /// A process of an earlier controller; like a child it is killed when it is dropped.
 struct FoundProcess(ProcessRecord);
@@ -139,7 +142,7 @@ impl WorkerProcess {
         let (slots, host, recipe_hash, by_join) = (command.slots, host_name(), command.recipe_hash.clone(), command.by_join);
         let record = ProcessRecord { worker, slots, process_id, start_ticks, host, recipe_hash, by_join, log_start };
         record.write(&command.paths)?;
-        Ok(Self::new(record, log_path, Body::Child(child)))
+        Ok(Self::new(record, log_path, Body::Child(OwnProcess(child))))
     }
 
     /// Takes over a process that an earlier controller started.
@@ -191,10 +194,18 @@ impl Body {
     /// Waits for the end; exit code and words for it.
     async fn ended(&mut self) -> (Option<i32>, String) {
         match self {
-            Self::Child(child) => match child.wait().await {
-                Ok(status) => (status.code(), status_text(status)),
-                Err(error) => (None, format!("an unknown status: {error}")),
-            },
+            Self::Child(OwnProcess(child)) => {
+                let process_id = child.id();
+                let status = child.wait().await;
+                // A script around a worker may have ended alone; the worker would keep its seat.
+                if let Some(process_id) = process_id {
+                    record::end_group(process_id);
+                }
+                match status {
+                    Ok(status) => (status.code(), status_text(status)),
+                    Err(error) => (None, format!("an unknown status: {error}")),
+                }
+            }
             Self::Found(FoundProcess(record)) => {
                 let mut tick = interval(Duration::from_millis(WATCH_MS));
                 tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -209,8 +220,16 @@ impl Body {
     fn signal(&self, signal: Signal) -> std::io::Result<()> {
         match self {
             // A child that nobody has waited for keeps its process id, so that the signal cannot reach another process.
-            Self::Child(child) => child.id().map_or(Ok(()), |process_id| record::send(process_id, signal)),
+            Self::Child(OwnProcess(child)) => child.id().map_or(Ok(()), |process_id| record::send(process_id, signal)),
             Self::Found(FoundProcess(record)) => record.signal(signal),
+        }
+    }
+}
+
+impl Drop for OwnProcess {
+    fn drop(&mut self) {
+        if let Some(process_id) = self.0.id() {
+            record::end_group(process_id);
         }
     }
 }
@@ -304,14 +323,33 @@ mod tests {
         let command = command(folder.path(), "sleep 3600 & echo $! > \"$5/inner\"; wait");
         let (process, orders) = WorkerProcess::start(&command, 1, &[]).unwrap();
         let process = tokio::spawn(process.wait());
-        let inner = loop {
-            match fs::read_to_string(folder.path().join("inner")).ok().and_then(|text| text.trim().parse::<u32>().ok()) {
-                Some(inner) => break inner,
-                None => tokio::time::sleep(Duration::from_millis(5)).await,
-            }
-        };
+        let inner = inner_of(folder.path()).await;
         orders.send(ProcessOrder::Kill).await.unwrap();
         assert_eq!(process.await.unwrap().status, "SIGKILL");
+        expect_gone(inner).await;
+    }
+
+    #[tokio::test]
+    async fn a_worker_is_not_left_by_a_script_that_ends_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let command = command(folder.path(), "sleep 3600 & echo $! > \"$5/inner\"; exit 3");
+        let (process, _orders) = WorkerProcess::start(&command, 1, &[]).unwrap();
+        assert_eq!(process.wait().await.code, Some(3));
+        expect_gone(inner_of(folder.path()).await).await;
+    }
+
+    /// What a script has started.
+    async fn inner_of(folder: &Path) -> u32 {
+        for _ in 0..2000 {
+            if let Some(inner) = fs::read_to_string(folder.join("inner")).ok().and_then(|text| text.trim().parse().ok()) {
+                return inner;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("the script has started nothing");
+    }
+
+    async fn expect_gone(inner: u32) {
         // Whoever inherits it may not have asked how it ended.
         let state = |stat: String| stat.rsplit(')').next().unwrap().trim_start().chars().next();
         let lives = || fs::read_to_string(format!("/proc/{inner}/stat")).is_ok_and(|stat| state(stat) != Some('Z'));

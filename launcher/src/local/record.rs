@@ -34,7 +34,7 @@ pub(super) struct ProcessRecord {
     /// Its host.
     pub host: String,
     /// Hash of the whole recipe with which it was started.
-    #[serde(default)]
+    #[serde(default, alias = "layout")]
     pub recipe_hash: String,
     /// Whether `cloze join` started it, and not the controller.
     pub by_join: bool,
@@ -104,6 +104,16 @@ pub(super) fn send(process_id: u32, signal: Signal) -> io::Result<()> {
     let pid = pid.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("{process_id} is no process id")))?;
     let leads = getpgid(Some(pid)).is_ok_and(|group| group == pid);
     Ok(if leads { kill_process_group(pid, signal) } else { kill_process(pid, signal) }?)
+}
+
+/// Kills what is left of the group that a process leads or led; nothing where it is empty.
+pub(super) fn end_group(process_id: u32) {
+    let group = i32::try_from(process_id).ok().and_then(Pid::from_raw);
+    if let Some(Err(error)) = group.map(|group| kill_process_group(group, Signal::KILL))
+        && error != rustix::io::Errno::SRCH
+    {
+        tracing::warn!(process_id, %error, "what a worker process has started could not be ended");
+    }
 }
 
 /// The processes of a run that an earlier controller or `cloze join` started on this host and that still live.

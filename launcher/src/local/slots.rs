@@ -13,7 +13,7 @@ use cloze_cluster::{Event, ExitReport, PinnedKey, Secret, report_exit};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::contact::{Contact, StatedContact, reach};
 use super::crew::{Crew, LEAVE_TIMEOUT_S, Replacement};
@@ -22,9 +22,12 @@ use super::process::{Exit, WorkerCommand};
 use super::record::{ProcessRecord, all, living};
 use super::restart::{ExitDecision, RestartLimits};
 use super::signals::{Request, Signals};
-use super::slot_locks::{RunEndWatch, SlotLocks};
 use super::supervisor::exit_failure;
-use crate::run_folder::{ControlFile, RunPaths, read_info, read_recipe, storage};
+use crate::run_folder::{ControlFile, RunPaths, storage};
+
+use arrival::{Found, RETRY_MS, find_coordinator, keep_free_slots, take_slots};
+
+mod arrival;
 
 /// Interval at which signals, events and due times are looked at.
 const TICK_MS: u64 = 250;
@@ -34,9 +37,6 @@ const MAX_REPORTS: usize = 16;
 
 /// Most characters of a log's end that the coordinator is told.
 const MAX_REPORTED_CHARACTERS: usize = 2000;
-
-/// Wait before the coordinator is looked for again.
-const RETRY_MS: u64 = 500;
 
 /// Interval at which it is looked whether another controller has the run, which knows nothing of these workers.
 const SUCCESSOR_LOOK_S: u64 = 1;
@@ -48,8 +48,6 @@ const EXIT_CODE_STOPPED: i32 = 130;
 pub struct SlotsOptions {
     /// The run's folder, on a disk that the controller shares.
     pub paths: RunPaths,
-    /// The run's checked recipe.
-    pub recipe: Recipe,
     /// The slots to fill.
     pub slots: Vec<u32>,
     /// `host:port` of the coordinator; `None` reads control.json.
@@ -69,9 +67,9 @@ pub struct SlotsOptions {
 /// Fills slots until the run ends: starts their workers, and replaces them within `cluster.max_restarts`. Blocks.
 ///
 /// A first signal lets the workers leave when their controller says so, and replaces none; a second one, or
-/// `checkpoint.stop_timeout_s`, kills them. Where another controller has the run, to which they cannot come back, they are killed and started
-/// anew. Fails with kind `Environment` when the coordinator cannot be reached, with the run's own
-/// failure when the run failed, and with kind `Run` when a worker ended that may not be replaced.
+/// `checkpoint.stop_timeout_s`, kills them. Where another controller has the run, to which they cannot come back, they are killed and
+/// started anew. Fails with kind `Environment` when the coordinator cannot be reached, with the run's own failure when the run failed, and
+/// with kind `Run` when a worker ended that may not be replaced.
 pub fn serve_slots(options: SlotsOptions) -> anyhow::Result<()> {
     let signals = Signals::listen().context("listen to signals")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the launcher's runtime")?;
@@ -82,11 +80,9 @@ pub fn serve_slots(options: SlotsOptions) -> anyhow::Result<()> {
             let mut outpost = Outpost::open(&mut options, &signals).await?;
             let outcome = outpost.drive().await;
             outpost.crew.end(Duration::ZERO).await;
-            if outcome? == Service::Done {
+            if outcome? == Service::Done || !keep_free_slots(&mut options)? {
                 return Ok(());
             }
-            // It may have the run operated otherwise.
-            options.recipe = read_recipe(&options.paths, &read_info(&options.paths)?)?;
         }
     }))
 }
@@ -96,8 +92,8 @@ pub fn serve_slots(options: SlotsOptions) -> anyhow::Result<()> {
 enum Service {
     /// Nothing is left to do.
     Done,
-    /// Another controller has the run.
-    Succeeded,
+    /// Another controller has the run, to which these workers cannot come back.
+    Superseded,
 }
 
 /// The state of the loop.
@@ -111,6 +107,8 @@ struct Outpost<'a> {
     output: &'a mut (dyn Write + Send),
     /// When it was last looked who has the run.
     looked: Instant,
+    /// Another controller has it.
+    is_superseded: bool,
     /// Nothing is replaced any more.
     leaving: bool,
     /// When what lives then is killed.
@@ -128,10 +126,8 @@ struct Outpost<'a> {
 impl<'a> Outpost<'a> {
     /// Waits for the coordinator and starts the workers.
     async fn open(options: &'a mut SlotsOptions, signals: &'a Signals) -> anyhow::Result<Self> {
-        let (paths, recipe, slots) = (options.paths.clone(), options.recipe.clone(), options.slots.clone());
-        let (coordinator, token, key) = (options.coordinator.clone(), options.token.clone(), options.coordinator_key);
-        let stated = StatedContact { coordinator, token, key, tls: recipe.cluster.tls };
-        let contact = find_coordinator(&paths, &stated, options.join_timeout, signals).await?;
+        let Found { recipe, stated, contact } = find_coordinator(options, signals).await?;
+        let (paths, slots) = (options.paths.clone(), options.slots.clone());
         let mut tail = EventTail::new(paths.events());
         let workers = slots_of_run(&mut tail, &paths)?;
         if let Some(slot) = slots.iter().find(|&&slot| slot >= workers) {
@@ -162,6 +158,7 @@ impl<'a> Outpost<'a> {
             signals,
             output: &mut *options.output,
             looked: Instant::now(),
+            is_superseded: false,
             leaving: false,
             leave_by: None,
             away_since: None,
@@ -198,12 +195,23 @@ impl<'a> Outpost<'a> {
             tokio::select! {
                 biased;
                 _ = tick.tick() => {
-                    if self.is_succeeded()? {
-                        return Ok(Service::Succeeded);
+                    if self.looked.elapsed() >= Duration::from_secs(SUCCESSOR_LOOK_S) {
+                        self.look_for_successor()?;
                     }
-                    self.look_around().await?;
+                    if !self.is_superseded {
+                        self.look_around().await?;
+                    }
                 }
-                Some(exit) = self.crew.next_exit() => self.take_exit(&exit?)?,
+                Some(exit) = self.crew.next_exit() => {
+                    // A worker may have ended because its controller's successor does not know it.
+                    self.look_for_successor()?;
+                    if !self.is_superseded {
+                        self.take_exit(&exit?)?;
+                    }
+                }
+            }
+            if self.is_superseded {
+                return Ok(Service::Superseded);
             }
         }
         match self.failure.take() {
@@ -212,28 +220,25 @@ impl<'a> Outpost<'a> {
         }
     }
 
-    /// Whether another controller than that of these workers has the run: one that takes them over keeps their token. Whoever was told a
-    /// token cannot know.
-    fn is_succeeded(&mut self) -> anyhow::Result<bool> {
-        let now = Instant::now();
-        if self.leaving || self.stated.token.is_some() || now.duration_since(self.looked) < Duration::from_secs(SUCCESSOR_LOOK_S) {
-            return Ok(false);
+    /// Looks whether another controller than that of these workers has the run: one that takes them over keeps their token. Whoever was
+    /// told a token or a key cannot follow.
+    fn look_for_successor(&mut self) -> anyhow::Result<()> {
+        self.looked = Instant::now();
+        if self.leaving || self.stated.token.is_some() || self.stated.key.is_some() {
+            return Ok(());
         }
-        self.looked = now;
-        let contact = &self.crew.command().contact;
-        let control = match ControlFile::read(&self.crew.command().paths) {
-            Ok(control) => control,
-            Err(error) => {
-                tracing::debug!(error = format!("{error:#}"), "control.json cannot be read; it is looked at again");
-                None
-            }
-        };
-        let Some(control) = control.filter(|control| control.token != contact.token) else { return Ok(false) };
-        self.say(&format!(
-            "another controller has the run, process {}: it does not know the workers of the last one, which are killed and started anew",
-            control.process_id
-        ))?;
-        Ok(true)
+        let control = ControlFile::read(&self.crew.command().paths).unwrap_or_else(|error| {
+            tracing::debug!(error = format!("{error:#}"), "control.json cannot be read; it is looked at again");
+            None
+        });
+        if let Some(control) = control.filter(|control| control.token != self.crew.command().contact.token) {
+            self.is_superseded = true;
+            self.say(&format!(
+                "another controller has the run, process {}: it does not know the workers of the last one, which are killed and started anew",
+                control.process_id
+            ))?;
+        }
+        Ok(())
     }
 
     /// What the clock brings: signals, the controller's events, deadlines, replacements.
@@ -331,6 +336,8 @@ impl<'a> Outpost<'a> {
     async fn replace(&mut self, replacement: Replacement, now: Instant) -> anyhow::Result<()> {
         let (worker, attempt, budget_left) = (replacement.worker, replacement.attempt, replacement.budget_left);
         match reach(&self.crew.command().paths, &self.stated).await {
+            // All workers are started anew then, and this one with them.
+            Ok(contact) if contact.token != self.crew.command().contact.token => self.look_for_successor(),
             Ok(contact) => {
                 self.away_since = None;
                 self.crew.redirect(contact);
@@ -426,46 +433,6 @@ impl<'a> Outpost<'a> {
 fn last_characters(text: &str, count: usize) -> String {
     let surplus = text.chars().count().saturating_sub(count);
     text.chars().skip(surplus).collect()
-}
-
-/// Waits until no other `cloze join` fills one of the slots; `None` when the run ends before that.
-async fn take_slots(options: &mut SlotsOptions, signals: &Signals) -> anyhow::Result<Option<SlotLocks>> {
-    let mut watch = RunEndWatch::new(&options.paths);
-    let mut is_told = false;
-    loop {
-        let slot = match SlotLocks::take(&options.paths, &options.slots)? {
-            Ok(locks) => return Ok(Some(locks)),
-            Err(slot) => slot,
-        };
-        if !std::mem::replace(&mut is_told, true) {
-            let line = format!("another `cloze join` fills slot {slot}; this one takes its place when it ends");
-            // Nobody who reads it is no reason not to stand by.
-            drop(writeln!(options.output, "{line}").and_then(|()| options.output.flush()));
-        }
-        if watch.has_ended() {
-            return Ok(None);
-        }
-        if let Some(signal) = signals.take(Request::Stop).or_else(|| signals.take(Request::EarlyStop)) {
-            return Err(Failure::new(FailureKind::Interrupted, "stopped while waiting for a slot").found(signal).into());
-        }
-        sleep(Duration::from_millis(RETRY_MS)).await;
-    }
-}
-
-/// Waits until the coordinator can be reached.
-async fn find_coordinator(paths: &RunPaths, stated: &StatedContact, patience: Duration, signals: &Signals) -> anyhow::Result<Contact> {
-    let deadline = Instant::now() + patience;
-    loop {
-        match reach(paths, stated).await {
-            Ok(found) => return Ok(found),
-            Err(error) if Instant::now() >= deadline => return Err(error),
-            Err(error) => tracing::debug!(error = format!("{error:#}"), "the coordinator is not there yet"),
-        }
-        if let Some(signal) = signals.take(Request::Stop).or_else(|| signals.take(Request::EarlyStop)) {
-            return Err(Failure::new(FailureKind::Interrupted, "stopped while waiting for the coordinator").found(signal).into());
-        }
-        sleep(Duration::from_millis(RETRY_MS)).await;
-    }
 }
 
 /// Number of slots of a run, as its newest start says; `None` before the first one.

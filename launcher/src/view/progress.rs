@@ -120,7 +120,8 @@ impl Progress {
     fn seconds_per_step(&self, report: &StepReport) -> f64 {
         match (self.window.front(), self.window.back()) {
             (Some(first), Some(last)) if last.step > first.step && last.time >= first.time => {
-                let own = self.window.iter().map(|moment| moment.seconds).sum::<f64>() / self.window.len() as f64;
+                // The first one ended where the clock begins, and may have waited for much else.
+                let own = self.window.iter().skip(1).map(|moment| moment.seconds).sum::<f64>() / (self.window.len() - 1) as f64;
                 ((last.time - first.time) / (last.step - first.step) as f64).max(own)
             }
             _ => report.seconds,

@@ -443,12 +443,12 @@ impl RunView {
 
     /// The running generation goes on under a new coordinator. Who its members are stands in the log, or all that joined are.
     fn adopt(&mut self) {
-        for worker in &mut self.workers {
-            worker.has_joined = true;
-        }
         let joined = self.workers.iter().filter(|worker| worker.state == WorkerState::Joined).map(|worker| worker.slot);
         let members = if self.members.is_empty() { joined.collect() } else { self.members.clone() };
         self.seat(&members);
+        for worker in self.workers.iter_mut().filter(|worker| worker.rank.is_some()) {
+            worker.has_joined = true;
+        }
         self.members = members;
         self.members_train();
         self.state = RunState::Training;

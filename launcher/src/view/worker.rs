@@ -52,7 +52,7 @@ pub struct WorkerView {
     pub rank: Option<u32>,
     /// Host that it joined from.
     pub host: Option<String>,
-    /// Its process, where the controller started it.
+    /// Its process, where one lives; of what the controller started that process, which may be the parent of what joined.
     pub process_id: Option<u32>,
     /// Restarts of this slot, by whoever fills it.
     pub restarts: u32,

@@ -9,7 +9,7 @@ use cloze_cluster::Recorded;
 use cloze_cluster::host::host_name;
 
 use super::*;
-use crate::run_folder::ControlFile;
+use crate::run_folder::{ControlFile, RunInfo};
 use crate::sample::{recipe, script};
 
 /// An output that the test keeps a hold of.
@@ -35,11 +35,12 @@ fn options(folder: &Path, commands: &str) -> (SlotsOptions, Screen) {
     let started = Event::RunStarted { name: "run".to_owned(), recipe_hash: String::new(), workers: 4, min_workers: None, steps: 10 };
     let line = serde_json::to_string(&Recorded { time: 1.0, event: started }).unwrap();
     fs::write(paths.events(), format!("{line}\n")).unwrap();
+    fs::write(paths.recipe(), recipe().to_yaml()).unwrap();
+    fs::write(paths.info(), info(recipe().hash())).unwrap();
     let screen = Screen::default();
     let options = SlotsOptions {
         worker_binary: script(folder, commands),
         paths,
-        recipe: recipe(),
         slots: vec![2, 3],
         coordinator: None,
         token: None,
@@ -48,6 +49,23 @@ fn options(folder: &Path, commands: &str) -> (SlotsOptions, Screen) {
         output: Box::new(screen.clone()),
     };
     (options, screen)
+}
+
+/// A `run.json` with this hash.
+fn info(recipe_hash: String) -> String {
+    let info = RunInfo {
+        name: "run".to_owned(),
+        recipe_hash,
+        data_fingerprint: String::new(),
+        cloze_version: String::new(),
+        worker_build: String::new(),
+        git_revision: None,
+        command_line: Vec::new(),
+        host: "h".to_owned(),
+        process_id: 1,
+        started: 0.0,
+    };
+    serde_json::to_string(&info).unwrap()
 }
 
 fn control(options: &SlotsOptions, listener: &TcpListener) {
@@ -141,7 +159,7 @@ async fn a_log_that_is_away_for_a_while_ends_nothing() {
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let (mut options, _screen) = options(folder.path(), "kill -STOP $$");
     control(&options, &listener);
-    let (events, grace) = (options.paths.events(), Duration::from_secs(options.recipe.cluster.coordinator_grace_s));
+    let (events, grace) = (options.paths.events(), Duration::from_secs(recipe().cluster.coordinator_grace_s));
     let signals = Signals::listen().unwrap();
     let mut outpost = Box::pin(Outpost::open(&mut options, &signals)).await.unwrap();
     let kept = folder.path().join("kept");

@@ -133,7 +133,13 @@ fn restarts_of_a_slot_that_is_filled_elsewhere_are_counted() {
         ("a new controller started anew", vec![started(2), joined(7, false), started(2), joined(8, false)], (0, 8)),
         (
             "a new controller took it over",
-            vec![started(2), Event::CoordinatorRestarted { generation: 1, adopted: true }, lost(Some(1)), joined(8, false)],
+            vec![
+                generation(1, &[0, 1]),
+                started(2),
+                Event::CoordinatorRestarted { generation: 1, adopted: true },
+                lost(Some(1)),
+                joined(8, false),
+            ],
             (1, 8),
         ),
     ];
