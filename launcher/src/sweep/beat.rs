@@ -58,20 +58,33 @@ pub(super) struct Beat {
 }
 
 impl Beat {
-    /// Begins to give signs of a batch. Once there was none for too long, or the batch is given up, the session of this process is ended.
-    pub(super) fn begin(folder: &StudyFolder, batch: u32, worker: &Worker, times: BeatTimes) -> anyhow::Result<Self> {
+    /// Begins to give signs of a batch. Once there was none for too long, or the batch is given up, the session of this process is ended;
+    /// `leave` is called once where the batch is to save and leave.
+    pub(super) fn begin(
+        folder: &StudyFolder,
+        batch: u32,
+        worker: &Worker,
+        times: BeatTimes,
+        leave: impl FnOnce() + Send + 'static,
+    ) -> anyhow::Result<Self> {
         let beat = Self { is_over: Arc::new(AtomicBool::new(false)) };
         let began = Instant::now();
         let newest_ms = Arc::new(AtomicU64::new(0));
         let (is_over, newest, worker_of_beat) = (beat.is_over.clone(), newest_ms.clone(), worker.clone());
-        let (path, mark) = (folder.beat_path(batch), folder.given_up_path(batch));
+        let (path, mark, wish) = (folder.beat_path(batch), folder.given_up_path(batch), folder.leave_path(batch));
         let give = move || {
+            let mut leave = Some(leave);
             let mut number = 0_u64;
             while !is_over.load(Ordering::Relaxed) {
                 number += 1;
                 if mark.exists() {
                     tracing::error!(batch, "a controller has given the batch up; what works on it here is ended");
                     end(&worker_of_beat);
+                }
+                if wish.exists()
+                    && let Some(leave) = leave.take()
+                {
+                    leave();
                 }
                 // The time before: what takes long has not been seen by anybody earlier.
                 let asked_ms = began.elapsed().as_millis() as u64;
@@ -160,10 +173,18 @@ mod tests {
         let worker = Worker::this_process("n1").unwrap();
         let times = BeatTimes { beat: Duration::from_millis(10), fence: Duration::from_mins(10) };
         let read = || std::fs::read_to_string(folder.beat_path(3)).unwrap_or_default();
-        let beat = Beat::begin(&folder, 3, &worker, times).unwrap();
+        let is_told = Arc::new(AtomicBool::new(false));
+        let told = is_told.clone();
+        let beat = Beat::begin(&folder, 3, &worker, times, move || told.store(true, Ordering::Relaxed)).unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
         while !read().ends_with("3\n") {
             assert!(Instant::now() < deadline, "{}", read());
+            sleep(Duration::from_millis(5));
+        }
+        assert!(!is_told.load(Ordering::Relaxed));
+        std::fs::write(folder.leave_path(3), "").unwrap();
+        while !is_told.load(Ordering::Relaxed) {
+            assert!(Instant::now() < deadline, "nobody was told to leave");
             sleep(Duration::from_millis(5));
         }
         drop(beat);

@@ -340,6 +340,11 @@ impl StudyFolder {
         self.job_path(&format!("batch-{number:06}.claim"))
     }
 
+    /// That process is to save and leave; it looks for this, since its host may be out of reach.
+    pub fn leave_path(&self, number: u32) -> PathBuf {
+        self.job_path(&format!("batch-{number:06}.leave"))
+    }
+
     /// The sign of life of that process.
     pub fn beat_path(&self, number: u32) -> PathBuf {
         self.job_path(&format!("batch-{number:06}.beat"))

@@ -216,10 +216,14 @@ impl Hosts {
         }
     }
 
-    /// Asks what is out to save and leave; asked again it ends its programs at once. What nobody has begun is taken back in the next look.
+    /// Asks what is out to save and leave; asked again it ends its programs at once. What nobody has begun is taken back in the next look,
+    /// and what works on a host that cannot be visited finds the wish in the study folder.
     pub fn stop(&mut self, outs: &[Out<'_>]) {
         for out in outs {
             if let Some(given) = self.batches.get_mut(&out.place.batch) {
+                if let Err(error) = write_whole(&self.visitor.folder.leave_path(out.place.batch), b"", READABLE) {
+                    tracing::warn!(%error, "what works on a host that cannot be visited is not told to leave");
+                }
                 given.stop = Stop::Wanted;
                 self.states[given.host].next_visit = Instant::now();
             }

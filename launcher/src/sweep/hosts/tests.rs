@@ -93,7 +93,7 @@ fn batches_are_spread_and_one_that_is_gone_is_told() {
     assert_eq!((hosts.room(), hosts.states[0].check, hosts.states[1].check), (2, Check::Passed, Check::Open));
     hosts.stop(&[out(1)]);
     tend_until(&mut hosts, "the host is told", |hosts| hosts.batches[&1].stop == Stop::Told);
-    assert!(asked(root.path()).contains("--stop=1"));
+    assert!(asked(root.path()).contains("--stop=1") && hosts.visitor.folder.leave_path(1).exists());
     assert!(hosts.left_behind()[0].contains("batch 1 may still run on n1"));
 }
 

@@ -1,9 +1,10 @@
 //! What an element does first on a host that a remote shell has reached: it claims its batch, once, and begins to give signs of life.
 
 use anyhow::Context as _;
+use rustix::process::Signal;
 
 use super::super::beat::{Beat, BeatTimes};
-use super::super::claim::{Claim, Worker};
+use super::super::claim::{Claim, Worker, signal};
 use super::super::folder::{StudyFolder, SweepPlan};
 use super::WorkOptions;
 
@@ -33,7 +34,13 @@ impl Entry {
         if wanted.make(folder, options.batch)? != wanted {
             return Ok(Self::Taken);
         }
-        let beat = Beat::begin(folder, options.batch, &worker, BeatTimes::of(site.lost_after_s))?;
+        // Beside a SIGTERM, which the next visit may send, this is no second wish.
+        let leave = || {
+            if let Err(error) = signal(std::process::id(), Signal::USR2) {
+                tracing::warn!(%error, "the wish of the controller cannot be heeded");
+            }
+        };
+        let beat = Beat::begin(folder, options.batch, &worker, BeatTimes::of(site.lost_after_s), leave)?;
         Ok(Self::Claimed(Stay { worker, _beat: beat }))
     }
 
