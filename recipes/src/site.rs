@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::study::Container;
 
+/// Silence after which a sweep takes its trials away from a host that cannot be reached, in seconds, unless a cluster file says otherwise.
+pub const LOST_AFTER_S: u32 = 300;
+
 /// A checked cluster file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Site {
@@ -51,6 +54,8 @@ pub struct SshSite {
     pub hosts: Vec<String>,
     /// The remote shell and its options; the host and one command line follow.
     pub command: Vec<String>,
+    /// Silence after which a sweep takes its trials away from a host that cannot be reached, in seconds.
+    pub lost_after_s: u32,
 }
 
 /// What a site's SLURM wants.

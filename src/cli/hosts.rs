@@ -1,13 +1,12 @@
 //! Hosts of a run that a remote shell reaches: which slots each has, what is started there, and where the controller listens for them.
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _, UdpSocket};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
 use cloze_cluster::host::host_name;
-use cloze_launcher::hosts::{HostSlots, HostsPlan, RemoteHost, shell_line};
+use cloze_launcher::hosts::{HostSlots, HostsPlan, Preparation, RemoteHost, is_name_of};
 use cloze_launcher::preflight::NodeOptions;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
@@ -18,8 +17,6 @@ use super::preflight::{MachineCheck, agent_words, measure, verdict};
 
 /// Remote shell unless told otherwise. It must not ask: nobody answers.
 const REMOTE_SHELL: &str = "ssh -o BatchMode=yes";
-/// Variables of this program that the other hosts are given as well, where they are set; none is a secret.
-const VARIABLES: [&str; 3] = ["CLOZE_WORKER", "CLOZE_TORCH", "CLOZE_LOG"];
 /// Longest wait of `cloze join` for the controller, in seconds; the controller listens before it starts the first one.
 const JOIN_TIMEOUT_S: u32 = 60;
 /// Any port does: nothing is sent.
@@ -58,14 +55,6 @@ pub struct Hosts {
     pub folder: Option<PathBuf>,
     /// The check of the machines before step 0; `None` where no site asks for one.
     preflight: Option<Preflight>,
-}
-
-/// What is done on a host before anything is started: modules, variables, lines of shell, those of the recipe after the site's.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Preparation {
-    modules: Vec<String>,
-    environment: BTreeMap<String, String>,
-    setup: Vec<String>,
 }
 
 impl Hosts {
@@ -107,11 +96,7 @@ impl Hosts {
         let mut hosts = Self::new(names, resources.workers_per_node, &ssh.command, &host_name())?;
         hosts.folder.clone_from(&site.folder);
         hosts.preflight = Some(site.preflight).filter(|preflight| preflight.enabled);
-        hosts.preparation = Preparation {
-            modules: [site.modules.clone(), resources.modules.clone()].concat(),
-            environment: site.environment.clone().into_iter().chain(resources.environment.clone()).collect(),
-            setup: [site.setup.clone(), resources.setup.clone()].concat(),
-        };
+        hosts.preparation = Preparation::of(site, resources);
         Ok(hosts)
     }
 
@@ -124,7 +109,7 @@ impl Hosts {
         if shell.is_empty() {
             return Err(wrong("there is no remote shell to reach the hosts with"));
         }
-        let is_here = |name: &str| name == "localhost" || name == here || here.split('.').next() == Some(name);
+        let is_here = |name: &str| is_name_of(name, here);
         if names.iter().enumerate().any(|(place, name)| names[..place].contains(name))
             || names.iter().filter(|name| is_here(name)).count() > 1
         {
@@ -180,24 +165,6 @@ impl Hosts {
     }
 }
 
-impl Preparation {
-    /// The words before a command that prepare the host for it.
-    fn words(&self) -> Vec<String> {
-        let own = VARIABLES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?)));
-        let variables: BTreeMap<String, String> = own.chain(self.environment.clone()).collect();
-        let mut words = if variables.is_empty() { Vec::new() } else { vec!["env".to_owned()] };
-        words.extend(variables.into_iter().map(|(name, value)| format!("{name}={value}")));
-        if !self.modules.is_empty() || !self.setup.is_empty() {
-            let modules = self.modules.iter().map(|module| format!("module load {}", shell_line(std::slice::from_ref(module))));
-            let lines: Vec<String> = modules.chain(self.setup.iter().cloned()).collect();
-            // A login shell knows `module`; the command follows as the script's own arguments.
-            let script = format!("set -e\n{}\nexec \"$@\"", lines.join("\n"));
-            words.extend(["bash".to_owned(), "-lc".to_owned(), script, "cloze".to_owned()]);
-        }
-        words
-    }
-}
-
 /// The address that packets to a host leave from. Nothing is sent.
 fn address_towards(name: &str) -> std::io::Result<IpAddr> {
     let target = (name, SOME_PORT).to_socket_addrs()?.next().ok_or_else(|| std::io::Error::other("the name has no address"))?;
@@ -242,21 +209,6 @@ mod tests {
         for text in ["b,b", "a,localhost", "a,b,", "-oProxyCommand=x", "b c"] {
             assert_eq!(hosts(text).unwrap_err().kind, FailureKind::Recipe, "{text}");
         }
-    }
-
-    #[test]
-    fn a_host_is_prepared_by_the_words_before_the_command() {
-        let preparation = Preparation {
-            modules: vec!["a b".to_owned()],
-            environment: BTreeMap::from([("NAME".to_owned(), "two words".to_owned())]),
-            setup: vec!["module() { :; }".to_owned(), "LINE=set; export LINE".to_owned()],
-        };
-        let words = Preparation { modules: Vec::new(), ..preparation.clone() }.words();
-        let command =
-            [words, names("sh,-c").into_iter().chain(["echo $NAME $LINE \"$0\"".to_owned(), "it's".to_owned()]).collect()].concat();
-        let output = std::process::Command::new("sh").args(["-c", &shell_line(&command)]).output().unwrap();
-        assert_eq!(String::from_utf8(output.stdout).unwrap().lines().last(), Some("two words set it's"));
-        assert!(preparation.words().iter().any(|word| word.contains("set -e\nmodule load 'a b'\n")));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod cancel;
 mod machines;
 mod status;
+mod visit;
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
@@ -16,9 +17,10 @@ use cloze_launcher::sweep::controller::{Controller, SweepEnd};
 use cloze_launcher::sweep::executor::Executor;
 use cloze_launcher::sweep::folder::{StudyFolder, SweepOptions, SweepPlan};
 use cloze_launcher::sweep::graph::Graph;
+use cloze_launcher::sweep::hosts::{Hosts, HostsOptions};
 use cloze_launcher::sweep::local::Local;
 use cloze_launcher::sweep::open::OpenStudy;
-use cloze_launcher::sweep::outlook::first_jobs_text;
+use cloze_launcher::sweep::outlook::{first_jobs_text, hosts_text};
 use cloze_launcher::sweep::queue::{Queue, QueueOptions};
 use cloze_launcher::sweep::record::{TrialRecord, TrialState};
 use cloze_launcher::sweep::share::Part;
@@ -27,12 +29,13 @@ use cloze_launcher::sweep::text::{preview_text, status_table};
 use cloze_launcher::sweep::work::{WorkOptions, work as work_on};
 use cloze_launcher::words::{counted, is_or_are};
 use cloze_recipes::failure::{Failure, FailureKind};
-use cloze_recipes::site::Site;
+use cloze_recipes::site::{Site, SiteKind};
 use cloze_recipes::study::Study;
 
 use cancel::{CancelArguments, cancel};
-use machines::{check_machines, of_queue};
+use machines::{check_machines, of_hosts, of_queue};
 use status::{StatusArguments, status};
+use visit::{VisitArguments, visit};
 
 use super::inputs::check_inputs;
 use super::plan::refuse_large_trials;
@@ -64,6 +67,9 @@ pub enum SweepCommand {
     /// Work on one element of a batch; the controller starts it
     #[command(hide = true)]
     Work(WorkArguments),
+    /// Begin, stop or look at batches on this host; the controller starts it through a remote shell
+    #[command(hide = true)]
+    Visit(VisitArguments),
     /// Train one trial over all nodes of its element; what works on the element starts it
     #[command(hide = true)]
     Train(super::trial::TrainTrialArguments),
@@ -166,6 +172,12 @@ pub struct WorkArguments {
     /// Cores that it may use
     #[arg(long)]
     pub cores: Option<u32>,
+    /// This host, as the controller that has visited it calls it
+    #[arg(long)]
+    pub host: Option<String>,
+    /// The host was checked before
+    #[arg(long)]
+    pub checked: bool,
 }
 
 /// `cloze sweep`
@@ -188,6 +200,7 @@ pub fn sweep(command: &SweepCommand, stdout: &mut dyn Write) -> Result<ExitCode>
             Ok(ExitCode::SUCCESS)
         }
         SweepCommand::Work(arguments) => work(arguments),
+        SweepCommand::Visit(arguments) => visit(arguments, stdout),
         SweepCommand::Train(arguments) => super::trial::train(arguments),
     }
 }
@@ -274,7 +287,13 @@ fn controller(study: OpenStudy, quiet: bool) -> Result<Controller> {
             })?;
             Executor::Queue(Box::new(queue))
         }
-        None => Executor::Local(Local::new(folder, program, study.plan.concurrency)),
+        None => match of_hosts(study.plan.site.as_ref()) {
+            Some(site) => {
+                let (resources, concurrency) = (study.plan.resources.clone(), study.plan.concurrency);
+                Executor::Hosts(Box::new(Hosts::new(HostsOptions { folder, program, resources, concurrency }, site)?))
+            }
+            None => Executor::Local(Local::new(folder, program, study.plan.concurrency)),
+        },
     };
     controller_over(study, executor, quiet)
 }
@@ -350,10 +369,12 @@ pub(super) fn preview(study: &Study, folder: &Path, site: Option<&Site>, stdout:
     let graph = Graph::new(study.trials(&root)?)?;
     let plan = SweepPlan::new(study, &graph, SweepOptions::default());
     write!(stdout, "{}", preview_text(&graph, &plan)).context("print the preview")?;
-    if of_queue(site).is_some() {
-        writeln!(stdout, "{}", first_jobs_text(&plan)).context("print the preview")?;
-    }
-    Ok(())
+    let at_first = match site.map(|site| &site.kind) {
+        Some(SiteKind::Slurm(_)) => first_jobs_text(&plan),
+        Some(SiteKind::Ssh(ssh)) => hosts_text(&plan, ssh),
+        Some(SiteKind::Local) | None => return Ok(()),
+    };
+    writeln!(stdout, "{at_first}").context("print the preview")
 }
 
 fn work(arguments: &WorkArguments) -> Result<ExitCode> {
@@ -369,6 +390,8 @@ fn work(arguments: &WorkArguments) -> Result<ExitCode> {
         program: std::env::current_exe().context("find this program")?,
         gpus: std::env::var(GPUS_VARIABLE).ok(),
         cores: arguments.cores,
+        host: arguments.host.clone(),
+        is_checked: arguments.checked,
     })?;
     Ok(ExitCode::SUCCESS)
 }

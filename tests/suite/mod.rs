@@ -30,6 +30,7 @@ mod slurm;
 mod slurm_sandbox;
 mod slurm_sweep;
 mod ssh;
+mod ssh_sweep;
 mod stop;
 mod studies;
 mod sweep;

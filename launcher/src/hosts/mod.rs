@@ -5,11 +5,13 @@
 //! of a run; `restart.rs` decides, purely, what to do when one ends.
 
 mod crew;
+mod preparation;
 mod remote;
 mod restart;
 
 pub use crew::{HostSlots, HostsPlan};
-pub use remote::{CommandForm, RemoteHost, shell_line};
+pub use preparation::Preparation;
+pub use remote::{CommandForm, RemoteHost, is_name_of, shell_line};
 
 pub(crate) use crew::{HostCrew, HostEvent};
 pub(crate) use restart::HostDecision;

@@ -35,6 +35,11 @@ impl RemoteHost {
         Self { name: name.to_owned(), prefix: Vec::new(), form: CommandForm::Words }
     }
 
+    /// A host of a list: this machine, under the name that it has, where the list means it.
+    pub fn of(name: &str, command: &[String], here: &str) -> Self {
+        if is_name_of(name, here) { Self::here(here) } else { Self::by_shell(name, command) }
+    }
+
     /// Whether commands are started here.
     pub fn is_here(&self) -> bool {
         self.prefix.is_empty()
@@ -52,6 +57,11 @@ impl RemoteHost {
         command.args(all);
         command
     }
+}
+
+/// Whether a name in a list of hosts means the machine that is called `here`: by that name, without its domain, or as `localhost`.
+pub fn is_name_of(name: &str, here: &str) -> bool {
+    name == "localhost" || name == here || here.split('.').next() == Some(name)
 }
 
 /// Words as one line that a POSIX shell reads back as the same words.

@@ -30,4 +30,5 @@ mod told;
 pub(crate) use adoption::forget_earlier;
 pub use drill::{Drill, DrillKind};
 pub use launch::{HostsEnd, LaunchOptions, LaunchPlan, launch, launch_on_hosts};
+pub(crate) use record::{is_same_process, session_of, start_ticks};
 pub use slots::{SlotsOptions, last_local_workers, last_workers, serve_slots};

@@ -19,6 +19,9 @@ use crate::run_folder::{READABLE, RunPaths, remove_if_there, storage, write_whol
 /// Place of the start time in `/proc/PID/stat` behind the program's name: it is field 22, and the name is field 2.
 const START_TICKS_PLACE: usize = 19;
 
+/// That of the session, which is field 6.
+const SESSION_PLACE: usize = 3;
+
 /// One file of `processes/`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -46,6 +49,7 @@ pub(super) struct ProcessRecord {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stat {
     state: char,
+    session: u32,
     start_ticks: u64,
 }
 
@@ -79,11 +83,7 @@ impl ProcessRecord {
 
     /// Whether this very process still runs, where that can be seen.
     fn look(&self) -> io::Result<bool> {
-        match stat(self.process_id) {
-            Ok(found) => Ok(found.start_ticks == self.start_ticks && !matches!(found.state, 'Z' | 'X')),
-            Err(error) if has_ended(&error) => Ok(false),
-            Err(error) => Err(error),
-        }
+        is_same_process(self.process_id, self.start_ticks)
     }
 
     /// Whether it is on this host, alive, and the worker that the record says, by its command line.
@@ -93,8 +93,26 @@ impl ProcessRecord {
 }
 
 /// Start time of a live process, in clock ticks since the host's start.
-pub(super) fn start_ticks(process_id: u32) -> io::Result<u64> {
+pub(crate) fn start_ticks(process_id: u32) -> io::Result<u64> {
     stat(process_id).map(|stat| stat.start_ticks)
+}
+
+/// Whether the process of this id that began then still runs on this host.
+pub(crate) fn is_same_process(process_id: u32, start_ticks: u64) -> io::Result<bool> {
+    match stat(process_id) {
+        Ok(found) => Ok(found.start_ticks == start_ticks && !matches!(found.state, 'Z' | 'X')),
+        Err(error) if has_ended(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// The session of a live process; `None` where it has ended.
+pub(crate) fn session_of(process_id: u32) -> io::Result<Option<u32>> {
+    match stat(process_id) {
+        Ok(found) => Ok((!matches!(found.state, 'Z' | 'X')).then_some(found.session)),
+        Err(error) if has_ended(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Sends a signal to a process, and to all that it has started where it leads a group, as worker processes do: a script around a worker
@@ -189,8 +207,9 @@ fn parse_stat(text: &str) -> Option<Stat> {
     let (_, fields) = text.rsplit_once(')')?;
     let mut fields = fields.split_ascii_whitespace();
     let state = fields.clone().next()?.chars().next()?;
+    let session = fields.clone().nth(SESSION_PLACE)?.parse().ok()?;
     let start_ticks = fields.nth(START_TICKS_PLACE)?.parse().ok()?;
-    Some(Stat { state, start_ticks })
+    Some(Stat { state, session, start_ticks })
 }
 
 /// Whether a process's command line is that of a worker of this run and slot.
@@ -220,8 +239,8 @@ mod tests {
     fn stats_are_read() {
         let tail = "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 777 20 21";
         let cases = [
-            (format!("12 (sleep) S {tail}"), Some(Stat { state: 'S', start_ticks: 777 })),
-            (format!("12 (a) b (c)) T {tail}"), Some(Stat { state: 'T', start_ticks: 777 })),
+            (format!("12 (sleep) S {tail}"), Some(Stat { state: 'S', session: 3, start_ticks: 777 })),
+            (format!("12 (a) b (c)) T {tail}"), Some(Stat { state: 'T', session: 3, start_ticks: 777 })),
             ("12 (sleep) S 1 2".to_owned(), None),
             (String::new(), None),
         ];

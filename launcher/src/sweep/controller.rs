@@ -66,7 +66,7 @@ enum Stop {
     Asked,
     /// The controller leaves; what is in the queue stays there.
     Detached,
-    /// What is out on this machine was ended at once.
+    /// What is out on this machine or on hosts was ended at once.
     Killed(Instant),
 }
 
@@ -84,8 +84,8 @@ impl Controller {
         Ok(Self { journal, plan, records, executor, talk, next_batch, stop: Stop::No, skewed_hosts: BTreeSet::new() })
     }
 
-    /// Runs until nothing is left to do, or until somebody asks for an end. A first signal asks what is out on this machine to save; a
-    /// second ends it. An error ends the controller; what is out goes on, and the next controller takes it in.
+    /// Runs until nothing is left to do, or until somebody asks for an end. A first signal asks what is out on this machine or on hosts to save;
+    /// a second ends it. An error ends the controller; what is out goes on, and the next controller takes it in.
     pub fn run(mut self) -> anyhow::Result<SweepEnd> {
         let signals = Signals::listen().context("listen to signals")?;
         if self.stop == Stop::No {
@@ -120,7 +120,11 @@ impl Controller {
     fn look(&mut self) -> anyhow::Result<f64> {
         let now = unix_now_s();
         self.journal.renew(now)?;
+        self.executor.tend()?;
         self.take_in(now)?;
+        for line in self.executor.news() {
+            self.talk.line(&line);
+        }
         Ok(now)
     }
 
@@ -170,7 +174,7 @@ impl Controller {
         self.executor.stop(&outs);
     }
 
-    /// Says what somebody else must take off the queue.
+    /// Says what may still be out although it was to leave.
     fn tell_left_behind(&mut self) {
         for left in self.executor.left_behind() {
             self.talk.line(&format!("warning: {left}"));
@@ -193,14 +197,9 @@ impl Controller {
     fn act(&mut self, now: f64) -> anyhow::Result<Reason> {
         loop {
             let outs = outs_of(&self.records);
-            let num_out = outs.len();
-            let limits = match self.executor.room(&outs) {
-                // A queue takes all that can start, since it runs no more of them at a time than the sweep allows. Early stopping needs
-                // the results of some to choose the next.
-                Some(0) => limits_of(&self.plan, num_out),
-                Some(_) if self.plan.early_stopping.is_none() => limits_of(&self.plan, usize::MAX),
-                Some(_) | None => limits_of(&self.plan, self.plan.concurrency as usize),
-            };
+            let is_early_stopping = self.plan.early_stopping.is_some();
+            let most_out = self.executor.most_out(&outs, self.plan.concurrency as usize, is_early_stopping);
+            let limits = limits_of(&self.plan, most_out);
             let state = SweepState { trials: statuses(&self.plan, &self.records), is_draining: self.stop != Stop::No };
             let (actions, reason) = decide(now, &state, &limits);
             let mut starts = Vec::new();
@@ -269,7 +268,7 @@ impl Controller {
                 return Err(error);
             }
             for &(trial, until_step) in chunk {
-                self.talk.started(&self.records[trial], until_step, self.executor.is_queue());
+                self.talk.started(&self.records[trial], until_step, &self.executor.start_text(number));
             }
         }
         Ok(())

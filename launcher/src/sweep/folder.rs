@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::Recipe;
-use cloze_recipes::site::{Site, SiteKind};
+use cloze_recipes::site::{Site, SiteKind, SshSite};
 use cloze_recipes::study::{Expected, Metric, Resources, Study};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -191,6 +191,16 @@ impl SweepPlan {
         has_queue(self.site.as_ref())
     }
 
+    /// The hosts on which trials are processes that a remote shell starts.
+    pub fn hosts(&self) -> Option<&SshSite> {
+        hosts(self.site.as_ref())
+    }
+
+    /// Whether all that an attempt has started, on whatever machine, has ended before another one begins.
+    pub fn ends_whole(&self) -> bool {
+        self.has_queue() || self.hosts().is_some()
+    }
+
     /// Whether a trial trains on several nodes, each with workers of its own.
     pub fn spans_nodes(&self) -> bool {
         self.resources.nodes > 1 && self.has_queue()
@@ -206,6 +216,14 @@ impl SweepPlan {
 /// Whether trials are jobs of a batch system at a site.
 pub(super) fn has_queue(site: Option<&Site>) -> bool {
     site.is_some_and(|site| matches!(site.kind, SiteKind::Slurm(_)))
+}
+
+/// The hosts of a site that a remote shell reaches.
+pub(super) fn hosts(site: Option<&Site>) -> Option<&SshSite> {
+    match site.map(|site| &site.kind) {
+        Some(SiteKind::Ssh(ssh)) => Some(ssh),
+        _ => None,
+    }
 }
 
 /// Whether more of a metric is better.
@@ -315,6 +333,21 @@ impl StudyFolder {
     /// A batch was given up by somebody who could not ask for its job: what of it begins later ends at once.
     pub fn given_up_path(&self, number: u32) -> PathBuf {
         self.job_path(&format!("batch-{number:06}.given-up"))
+    }
+
+    /// Which process works on a batch that was given to a host.
+    pub fn claim_path(&self, number: u32) -> PathBuf {
+        self.job_path(&format!("batch-{number:06}.claim"))
+    }
+
+    /// That process is to save and leave; it looks for this, since its host may be out of reach.
+    pub fn leave_path(&self, number: u32) -> PathBuf {
+        self.job_path(&format!("batch-{number:06}.leave"))
+    }
+
+    /// The sign of life of that process.
+    pub fn beat_path(&self, number: u32) -> PathBuf {
+        self.job_path(&format!("batch-{number:06}.beat"))
     }
 
     /// The folder of the outcomes.

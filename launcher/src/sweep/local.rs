@@ -81,7 +81,7 @@ impl Local {
             if let Some(how) = how {
                 // Without an outcome nobody forgets its batch, and its place is free all the same.
                 self.children.remove(&out.place.batch);
-                gone.push(Gone { trial: out.trial, how });
+                gone.push(Gone::ended(out.trial, how));
             }
         }
         Ok(gone)
@@ -134,7 +134,7 @@ impl Local {
 }
 
 /// The place that the fewest of these have, the first of several.
-fn least_used(concurrency: u32, taken: &(impl Iterator<Item = u32> + Clone)) -> u32 {
+pub(super) fn least_used(concurrency: u32, taken: &(impl Iterator<Item = u32> + Clone)) -> u32 {
     (0..concurrency).min_by_key(|&place| taken.clone().filter(|&other| other == place).count()).unwrap_or_default()
 }
 

@@ -3,14 +3,20 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use anyhow::Context as _;
 use cloze_recipes::failure::Failure;
+use cloze_recipes::site::Site;
 use serde::Serialize;
 
+use super::claim::Claim;
 use super::folder::{StudyFolder, StudyInfo, SweepPlan};
+use super::hosts::{HostsOptions, look_at};
 use super::lock::FileLock;
 use super::outlook::is_queued;
 use super::queue::{Word, job_name, site_of_jobs, told, unknown};
 use super::record::{Place, TrialRecord, TrialState};
+use super::visit::Word as HostWord;
+use super::work::as_failure;
 use crate::slurm::{JobId, JobState, Slurm, other_cluster};
 
 /// Most batches whose jobs are looked for by name; each takes a question or two.
@@ -58,6 +64,15 @@ pub fn add_lost(folder: &StudyFolder, plan: &SweepPlan, records: &[TrialRecord],
     if open.is_empty() {
         return None;
     }
+    if let Some(site) = plan.site.as_ref().filter(|_| plan.hosts().is_some()) {
+        return match ask_hosts(folder, plan, site, open.iter().map(|(_, place)| place.batch).collect()) {
+            Err(error) => Some(as_failure(&error)),
+            Ok(Asked { ends, failure }) => {
+                outs.extend(open.iter().filter_map(|(record, place)| Some((record.hash.clone(), ends.get(&place.batch)?.clone()))));
+                failure
+            }
+        };
+    }
     if !plan.has_queue() {
         let gone = || OutState::Gone("no process of this machine works on it".to_owned());
         outs.extend(open.into_iter().map(|(record, _)| (record.hash.clone(), gone())));
@@ -76,6 +91,45 @@ pub fn add_lost(folder: &StudyFolder, plan: &SweepPlan, records: &[TrialRecord],
 /// Where that is not known, somebody may.
 fn is_worked_on(folder: &StudyFolder, record: &TrialRecord) -> bool {
     FileLock::holder(&folder.trial_lock_path(&record.hash)).map_or(true, |holder| holder.is_some())
+}
+
+/// What hosts have said.
+struct Asked {
+    /// The batches on which nobody works any more.
+    ends: BTreeMap<u32, OutState>,
+    /// Why some hosts said nothing.
+    failure: Option<Failure>,
+}
+
+/// Asks the hosts of these batches whether anybody works on them; nothing is changed there.
+fn ask_hosts(folder: &StudyFolder, plan: &SweepPlan, site: &Site, batches: BTreeSet<u32>) -> anyhow::Result<Asked> {
+    let mut asked = Asked { ends: BTreeMap::new(), failure: None };
+    let mut looks: BTreeMap<String, Vec<u32>> = BTreeMap::new();
+    for batch in batches {
+        match Claim::read(folder, batch)? {
+            Some(Claim::Taken(worker)) => looks.entry(worker.host).or_default().push(batch),
+            None | Some(Claim::Withdrawn) => drop(asked.ends.insert(batch, OutState::Gone("nobody has begun with it".to_owned()))),
+        }
+    }
+    let program = std::env::current_exe().context("find this program")?;
+    for (host, batches) in looks {
+        let options = HostsOptions { folder: folder.clone(), program: program.clone(), resources: plan.resources.clone(), concurrency: 1 };
+        match look_at(options, site, &host, batches) {
+            Ok(words) => asked.ends.extend(words.into_iter().filter_map(|(batch, word)| Some((batch, state(word)?)))),
+            Err(failure) => asked.failure = Some(Failure { what: format!("host {host}: {}", failure.what), ..failure }),
+        }
+    }
+    Ok(asked)
+}
+
+/// What a host's word means; `None` where it is worked on.
+fn state(word: HostWord) -> Option<OutState> {
+    match word {
+        HostWord::Lives => None,
+        HostWord::Ended => Some(OutState::Ended),
+        HostWord::Gone(how) | HostWord::Failed(how) => Some(OutState::Gone(how)),
+        HostWord::Absent => Some(OutState::Gone("nobody has begun with it".to_owned())),
+    }
 }
 
 /// The jobs of some batches.
@@ -130,6 +184,7 @@ mod tests {
 
     use cloze_recipes::study::{Metric, Score};
 
+    use super::super::claim::Worker;
     use super::super::fixtures::{self, site, trial};
     use super::super::lock::Taken;
     use super::*;
@@ -162,6 +217,17 @@ mod tests {
         let mut outs = BTreeMap::new();
         add_lost(&folder, &plan, &records, &mut outs);
         assert_eq!(outs.len(), 1, "only what is out is looked for");
+        // On hosts it is their claims that say who began; nobody has to be asked where nobody did.
+        records[2].state = TrialState::Training;
+        let on_hosts = SweepPlan { site: Some(site("lab", "kind: ssh\nssh: {hosts: [n1], command: ['false']}")), ..plan.clone() };
+        let mut outs = BTreeMap::new();
+        assert_eq!(add_lost(&folder, &on_hosts, &records, &mut outs), None);
+        assert_eq!(outs.get("c"), Some(&OutState::Gone("nobody has begun with it".to_owned())));
+        let worker = Worker { host: "n1".to_owned(), process_id: 1, start_ticks: 1, boot: "b".to_owned() };
+        Claim::Taken(worker).make(&folder, 1).unwrap();
+        let mut outs = BTreeMap::new();
+        let unasked = add_lost(&folder, &on_hosts, &records, &mut outs).unwrap();
+        assert_eq!((unasked.what.as_str(), outs.len()), ("host n1: this program fails there", 1));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::site::Site;
 use cloze_recipes::study::Study;
 
-use super::folder::{StudyFolder, StudyInfo, SweepOptions, SweepPlan, has_queue, read_bounded, study_hash};
+use super::folder::{StudyFolder, StudyInfo, SweepOptions, SweepPlan, has_queue, hosts, read_bounded, study_hash};
 use super::graph::Graph;
 use super::journal::{Journal, Restored, restore, write_record};
 use super::record::{TrialRecord, TrialState};
@@ -162,10 +162,10 @@ impl OpenStudy {
         self.journal.write_plan(&self.plan)
     }
 
-    /// Forgets the workers of a site whose batch system has ended all that it started: elsewhere nobody could take them over, and nobody
+    /// Forgets the workers of a site at which all that was started there has ended: elsewhere nobody could take them over, and nobody
     /// would begin anew while they seem to live.
     fn leave(&self, before: Option<&Site>, now: Option<&Site>) -> anyhow::Result<()> {
-        if !has_queue(before) || place(before) == place(now) || outs(&self.records).next().is_some() {
+        if !(has_queue(before) || hosts(before).is_some()) || place(before) == place(now) || outs(&self.records).next().is_some() {
             return Ok(());
         }
         for record in &self.records {

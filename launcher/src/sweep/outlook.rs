@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use cloze_recipes::failure::Failure;
-use cloze_recipes::site::Site;
+use cloze_recipes::site::{Site, SshSite};
 use cloze_recipes::study::Study;
 
 use super::batch::{Assignment, Batch};
@@ -14,6 +14,7 @@ use super::controller::limits_of;
 use super::decide::{Action, SweepState, TrialStatus, decide};
 use super::folder::{StudyFolder, StudyInfo, SweepOptions, SweepPlan, study_hash};
 use super::graph::Graph;
+use super::hosts::places_of_host;
 use super::lock::FileLock;
 use super::queue::{MAX_ELEMENTS, QueueOptions, elements_at_once, share_of};
 use super::record::{TrialRecord, TrialState};
@@ -107,6 +108,20 @@ pub fn first_jobs_text(plan: &SweepPlan) -> String {
     format!("jobs at first: {arrays}, at most {at_once} at the same time, {} each{later}", counted(plan.resources.nodes as usize, "node"))
 }
 
+/// How many trials a list of hosts has at the same time, in words.
+pub fn hosts_text(plan: &SweepPlan, site: &SshSite) -> String {
+    let (hosts, concurrency) = (site.hosts.len(), plan.concurrency);
+    let places = places_of_host(concurrency, hosts);
+    let idle = hosts.saturating_sub(concurrency as usize);
+    let idle =
+        if idle > 0 { format!("; {} idle at any time, since `sweep.concurrency` is {concurrency}", stay(idle)) } else { String::new() };
+    format!("on {}, at most {concurrency} at the same time, at most {places} on each{idle}", counted(hosts, "host"))
+}
+
+fn stay(num_hosts: usize) -> String {
+    format!("{} {}", counted(num_hosts, "host"), if num_hosts == 1 { "stays" } else { "stay" })
+}
+
 fn first_script_of(options: &QueueOptions, plan: &SweepPlan, version: Version) -> Result<String, Failure> {
     options.site_of_jobs()?;
     let (batch, open_elements) = first_batch(plan);
@@ -135,6 +150,7 @@ fn first_batch(plan: &SweepPlan) -> (Batch, usize) {
 #[cfg(test)]
 mod tests {
     use cloze_recipes::failure::FailureKind;
+    use cloze_recipes::site::SiteKind;
     use cloze_recipes::study::{Metric, Resources, Score};
 
     use super::super::fixtures::{self, stage, trial};
@@ -206,6 +222,12 @@ exec /bin/cloze sweep work /shared/studies/demo --batch 1 --cores 6
     fn the_first_jobs_are_told_in_words() {
         let text = "jobs at first: 1 array of 2 jobs, at most 2 at the same time, 1 node each; 2 trials when these have ended";
         assert_eq!(first_jobs_text(&plan()), text);
+        let SiteKind::Ssh(ssh) = site("kind: ssh\nssh: {hosts: [a, b, c]}").kind else { panic!("it has hosts") };
+        assert_eq!(hosts_text(&plan(), &ssh), "on 3 hosts, at most 4 at the same time, at most 2 on each");
+        let narrow = SweepPlan { concurrency: 1, ..plan() };
+        let expected =
+            "on 3 hosts, at most 1 at the same time, at most 1 on each; 2 hosts stay idle at any time, since `sweep.concurrency` is 1";
+        assert_eq!(hosts_text(&narrow, &ssh), expected);
         let many = (0..2500).map(|number| trial(&format!("t{number}"))).collect();
         let text =
             "jobs at first: 3 arrays, the first of 1000 jobs, at most 4 at the same time, 1 node each; 1500 trials when these have ended";

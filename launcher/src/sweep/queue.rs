@@ -198,7 +198,7 @@ impl Queue {
         self.unchanged_polls = if brief == self.last_states { self.unchanged_polls.saturating_add(1) } else { 0 };
         self.next_poll_at = Instant::now() + next_poll(self.unchanged_polls, self.poll_s);
         self.count_misses(outs, &states);
-        let gone = outs.iter().filter_map(|out| Some(Gone { trial: out.trial, how: self.end_of(out, &states)? })).collect();
+        let gone = outs.iter().filter_map(|out| Some(Gone::ended(out.trial, self.end_of(out, &states)?))).collect();
         self.last_states = brief;
         Ok(gone)
     }

@@ -59,9 +59,8 @@ impl Talk {
         }
     }
 
-    /// A trial was handed out.
-    pub fn started(&mut self, record: &TrialRecord, until_step: Option<u64>, is_queued: bool) {
-        let verb = if is_queued { "queued" } else { "starts" };
+    /// A trial was handed out; `verb` says how, as in `starts on n1`.
+    pub fn started(&mut self, record: &TrialRecord, until_step: Option<u64>, verb: &str) {
         let rung = until_step.map_or_else(String::new, |step| format!(", to step {step}"));
         let attempt = if record.fruitless_attempts > 0 { format!(", attempt {}", record.attempts) } else { String::new() };
         self.line(&format!("{} {verb}{rung}{attempt}: {}", record.name, arm_text(record)));

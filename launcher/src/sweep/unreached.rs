@@ -1,5 +1,5 @@
-//! Trials in the queue of a batch system that nobody can ask from here. Nothing is started there; once what is out is to stop, it is given
-//! up, and its jobs are named.
+//! Trials in the queue of a batch system, or on hosts, that nobody can ask from here. Nothing is started there; once what is out is to
+//! stop, it is given up, and its jobs are named.
 //!
 //! A batch that is given up is marked in the study folder. An element of it that begins after that ends at once, where its node sees the
 //! mark; one that runs already goes on, and its outcome counts no more.
@@ -20,6 +20,8 @@ pub struct Unreached {
     info: StudyInfo,
     /// The cluster, in words.
     place: String,
+    /// Whether jobs of a queue are out there, and not processes of hosts, which end themselves once they see that they were given up.
+    is_queue: bool,
     /// Whether what is out is to stop.
     is_stopped: bool,
     /// The batches that were given up.
@@ -27,9 +29,9 @@ pub struct Unreached {
 }
 
 impl Unreached {
-    /// The jobs of a study; `place` says in words where they are.
-    pub fn new(folder: StudyFolder, info: StudyInfo, place: String) -> Self {
-        Self { folder, info, place, is_stopped: false, given_up: BTreeSet::new() }
+    /// What is out of a study; `place` says in words where, and `is_queue` whether in jobs.
+    pub fn new(folder: StudyFolder, info: StudyInfo, place: String, is_queue: bool) -> Self {
+        Self { folder, info, place, is_queue, is_stopped: false, given_up: BTreeSet::new() }
     }
 
     /// What is out is given up in the next look.
@@ -49,7 +51,7 @@ impl Unreached {
                 self.given_up.insert(batch);
             }
         }
-        Ok(outs.iter().map(|out| Gone { trial: out.trial, how: format!("it was given up; {} was not asked", self.place) }).collect())
+        Ok(outs.iter().map(|out| Gone::ended(out.trial, format!("it was given up; {} was not asked", self.place))).collect())
     }
 
     /// Refuses a batch: nothing is handed out to a queue that cannot be asked.
@@ -57,9 +59,13 @@ impl Unreached {
         anyhow::bail!("batch {} cannot be handed out: {} cannot be asked from here", batch.number, self.place)
     }
 
-    /// What to say of the jobs that may still be there.
+    /// What to say of the jobs or processes that may still be there.
     pub fn left_behind(&self) -> Vec<String> {
         let text = |&batch: &u32| {
+            if !self.is_queue {
+                let place = &self.place;
+                return format!("what works on batch {batch} may still run on a host of {place}, until it sees there that it was given up");
+            }
             let name = job_name(&self.info, batch);
             format!("job {name} may still be in the queue of {0}; on a host of {0}: scancel --name={name}", self.place)
         };
@@ -81,7 +87,7 @@ mod tests {
             "version": 1, "name": "demo", "file": "demo.yaml", "profile": null, "overrides": [], "hash": "ab", "key": "k",
             "expected": null, "metric": {"task": null, "score": "loss"}, "keys": [], "created": 1.0,
         });
-        let mut unreached = Unreached::new(folder.clone(), serde_json::from_value(info).unwrap(), "the cluster `lab`".to_owned());
+        let mut unreached = Unreached::new(folder.clone(), serde_json::from_value(info).unwrap(), "the cluster `lab`".to_owned(), true);
         let out = |trial, batch| Out { trial, hash: "h", place: Place { batch, element: trial as u32 } };
         let outs = [out(0, 3), out(1, 3), out(2, 4)];
         assert_eq!((unreached.gone(&outs).unwrap(), unreached.left_behind()), (Vec::new(), Vec::new()));
@@ -94,6 +100,8 @@ mod tests {
         let (name, place) = ("cloze-demo-ab-k-000003", "the cluster `lab`");
         assert_eq!(left.len(), 2);
         assert_eq!(left[0], format!("job {name} may still be in the queue of {place}; on a host of {place}: scancel --name={name}"));
+        unreached.is_queue = false;
+        assert!(unreached.left_behind()[0].starts_with("what works on batch 3 may still run on a host of the cluster `lab`"));
         assert!(unreached.submit(&Batch { number: 5, elements: Vec::new() }).is_err());
     }
 }

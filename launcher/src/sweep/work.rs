@@ -3,6 +3,7 @@
 //! Everything here can be done twice. Data and exports that are there are used, a run goes on from its newest state, and an attempt whose
 //! outcome is written is over; so an element that a batch system starts again on another node goes on where it was.
 
+mod host;
 mod node;
 mod results;
 
@@ -20,9 +21,11 @@ use cloze_recipes::recipe::Recipe;
 use cloze_recipes::study::Score;
 use serde_json::Value;
 
+use self::host::Entry;
 use self::node::{Unfit, unfit};
+pub(super) use self::results::as_failure;
 pub(super) use self::results::run_facts;
-use self::results::{RunFacts, as_failure, metric};
+use self::results::{RunFacts, metric};
 use super::batch::{Assignment, Batch, End, Outcome};
 use super::folder::{PlannedTrial, StudyFolder, SweepPlan, read_json};
 use super::share::Part;
@@ -64,6 +67,10 @@ pub struct WorkOptions {
     pub gpus: Option<String>,
     /// Cores that this process may use; `None` is all.
     pub cores: Option<u32>,
+    /// The host on which a controller has started it through a remote shell, as the controller calls it.
+    pub host: Option<String>,
+    /// Whether that host was checked before.
+    pub is_checked: bool,
 }
 
 /// Works on one element; the failure is that of the first trial that has one, and a stop that was asked for. Outcomes are in the study
@@ -79,10 +86,16 @@ pub fn work(options: &WorkOptions) -> anyhow::Result<()> {
     }
     let signals = Signals::listen().context("listen to signals")?;
     let stop = StopLevel::default();
+    let entry = Entry::new(&folder, &plan, options)?;
+    if matches!(entry, Entry::Taken) {
+        tracing::warn!(batch = options.batch, "there is nothing to do: another process has the batch, or its controller has taken it back");
+        return Ok(());
+    }
     let entrance = entrance(&folder, &plan)?;
     // A stop that is asked for meanwhile waits until it is over; no trial begins then.
-    let unfit = unfit(&options.program, &folder, &plan, assignments)?;
-    let workshop = Workshop { folder: &folder, plan: &plan, options, stop: &stop, entrance: &entrance, unfit: unfit.as_ref() };
+    let unfit = if options.is_checked { None } else { unfit(&options.program, &folder, &plan, assignments)? };
+    let workshop =
+        Workshop { folder: &folder, plan: &plan, options, stop: &stop, entry: &entry, entrance: &entrance, unfit: unfit.as_ref() };
     heed(&signals, &stop);
     let results: Vec<anyhow::Result<Outcome>> = thread::scope(|scope| {
         let of = assignments.len() as u32;
@@ -138,6 +151,8 @@ struct Workshop<'a> {
     plan: &'a SweepPlan,
     options: &'a WorkOptions,
     stop: &'a StopLevel,
+    /// What this element has of its host.
+    entry: &'a Entry,
     /// Words before a program that is to run in the container.
     entrance: &'a [String],
     /// Why nothing can be tried on this node.
@@ -180,6 +195,7 @@ impl Workshop<'_> {
             Some(unfit) => (Err(unfit.failure.clone().into()), unfit.bad_nodes.clone()),
             None => (attempt_of.go(), attempt_of.take_bad_nodes()?),
         };
+        self.entry.clear()?;
         let facts = attempt_of.run_facts()?;
         let outcome = |end, metric, evaluation, failure| Outcome {
             trial: trial.clone(),
@@ -367,10 +383,10 @@ impl Attempt<'_> {
     }
 }
 
-/// Forgets the workers of an earlier element of a batch system, which has ended all that was started there, on whatever node, before this
-/// one began. On this machine nobody has ended them, and the next controller takes them over.
+/// Forgets the workers of an earlier attempt in a batch system or on a host, where all that it started, on whatever node, has ended before
+/// this one began. On this machine nobody has ended them, and the next controller takes them over.
 fn forget_ended(plan: &SweepPlan, run_path: &Path) -> anyhow::Result<()> {
-    if plan.has_queue() && run_path.join("run.json").is_file() {
+    if plan.ends_whole() && run_path.join("run.json").is_file() {
         forget_earlier(&RunPaths::find(run_path)?)?;
     }
     Ok(())
@@ -382,8 +398,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_a_batch_system_has_ended_is_forgotten() {
-        for (lines, is_kept) in [("kind: local", true), ("kind: slurm", false)] {
+    fn only_what_has_surely_ended_is_forgotten() {
+        for (lines, is_kept) in [("kind: local", true), ("kind: slurm", false), ("kind: ssh\nssh: {hosts: [a]}", false)] {
             let folder = tempfile::tempdir().unwrap();
             let control = folder.path().join("control.json");
             for path in [&control, &folder.path().join("run.json")] {

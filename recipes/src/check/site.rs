@@ -93,7 +93,7 @@ fn ssh_site(context: &mut Context<'_>, raw: SshRaw) -> SshSite {
     for (index, word) in raw.command.iter().enumerate() {
         job::text(context, &["ssh", "command", &index.to_string()], word);
     }
-    SshSite { hosts: raw.hosts, command: raw.command }
+    SshSite { hosts: raw.hosts, command: raw.command, lost_after_s: raw.lost_after_s }
 }
 
 fn slurm_site(context: &mut Context<'_>, raw: SlurmRaw) -> SlurmSite {

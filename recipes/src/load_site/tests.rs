@@ -44,7 +44,7 @@ fn a_short_file_is_filled_with_the_defaults() {
 
     let (site, _) = loaded("version: 1\nname: c\nkind: ssh\nssh: {hosts: [a, root@b]}\n").unwrap();
     let command = ["ssh", "-o", "BatchMode=yes"].map(str::to_owned).to_vec();
-    assert_eq!(site.kind, SiteKind::Ssh(SshSite { hosts: vec!["a".to_owned(), "root@b".to_owned()], command }));
+    assert_eq!(site.kind, SiteKind::Ssh(SshSite { hosts: vec!["a".to_owned(), "root@b".to_owned()], command, lost_after_s: 300 }));
 }
 
 #[test]

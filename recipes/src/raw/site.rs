@@ -118,6 +118,11 @@ pub struct SshRaw {
     #[serde(default = "defaults::ssh_command")]
     #[schemars(length(min = 1), inner(length(min = 1)))]
     pub command: Vec<String>,
+    /// Silence after which a sweep takes its trials away from a host that cannot be reached, in seconds; what works there ends itself after
+    /// a third of it without the disk.
+    #[serde(default = "defaults::lost_after_s")]
+    #[schemars(range(min = 15, max = 86400))]
+    pub lost_after_s: u32,
 }
 
 /// Checks of the machines before step 0.
@@ -186,6 +191,10 @@ mod defaults {
 
     pub(super) fn ssh_command() -> Vec<String> {
         ["ssh", "-o", "BatchMode=yes"].map(str::to_owned).to_vec()
+    }
+
+    pub(super) fn lost_after_s() -> u32 {
+        crate::site::LOST_AFTER_S
     }
 
     pub(super) fn enabled() -> bool {

@@ -10,6 +10,7 @@ use cloze_data::record::{Format, list_inputs};
 use cloze_data::store::{ConditionalPut, probe_conditional_put};
 use cloze_data::tokenizer::Tokenizer;
 use cloze_launcher::plan::{Check, CheckLevel, DataFacts, check_clock};
+use cloze_launcher::sweep::hosts::{places_of_host, site_of_hosts};
 use cloze_launcher::words::counted;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::{DataRecipe, ModelRecipe, ModelShape, Recipe};
@@ -268,7 +269,10 @@ pub(super) fn machines(wanted: &Wanted<'_>, checks: &mut Vec<Check>) {
     }
     match &wanted.site.kind {
         SiteKind::Local => {}
-        SiteKind::Ssh(ssh) => checks.push(hosts(ssh, wanted.study.resources.nodes)),
+        SiteKind::Ssh(ssh) => checks.push(match &wanted.study.sweep {
+            _ if wanted.trials.is_none() => hosts(ssh, wanted.study.resources.nodes),
+            sweep => hosts_of_trials(wanted, ssh, sweep.as_ref().map_or(1, |sweep| sweep.concurrency)),
+        }),
         SiteKind::Slurm(slurm) => super::script::check_machines(wanted, slurm, checks),
     }
 }
@@ -280,6 +284,17 @@ fn hosts(ssh: &SshSite, nodes: u32) -> Check {
         return Check::fail("hosts", &failure.found(ssh.hosts.len()).hint("add to `ssh.hosts`, or lower `resources.nodes`"));
     }
     Check::ok("hosts", found)
+}
+
+/// Each trial has one host; which of them can be reached is found out when the sweep begins.
+fn hosts_of_trials(wanted: &Wanted<'_>, ssh: &SshSite, concurrency: u32) -> Check {
+    match site_of_hosts(&wanted.study.resources, wanted.site) {
+        Err(failure) => Check::fail("hosts", &failure),
+        Ok(_) => {
+            let (hosts, places) = (ssh.hosts.len(), places_of_host(concurrency, ssh.hosts.len()));
+            Check::ok("hosts", format!("{} for {concurrency} trials at a time, at most {places} on each", counted(hosts, "host")))
+        }
+    }
 }
 
 #[cfg(test)]

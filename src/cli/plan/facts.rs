@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use cloze_data::tokenizer::Tokenizer;
 use cloze_launcher::plan::{DataFacts, MachineFacts, PlanFacts, TrialFacts};
+use cloze_launcher::sweep::hosts::places_of_host;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::raw::Preset;
 use cloze_recipes::recipe::{Device, ModelRecipe, ModelShape};
@@ -46,9 +47,10 @@ pub(super) fn facts(wanted: &Wanted<'_>, tokens_per_second: Option<f64>, (shape,
 fn machine(wanted: &Wanted<'_>, tokens_per_second: Option<f64>) -> MachineFacts {
     let resources = &wanted.study.resources;
     let of_one_run = wanted.workers.div_ceil(resources.nodes.max(1)).max(1);
-    // Packed trials share a node of the cluster, and each starts workers of its own.
+    // Packed trials share a node of the cluster, and so do those of one host; each starts workers of its own.
     let pack = match (&wanted.study.sweep, &wanted.site.kind) {
         (Some(sweep), SiteKind::Slurm(_)) => sweep.pack.max(1),
+        (Some(sweep), SiteKind::Ssh(ssh)) => places_of_host(sweep.concurrency, ssh.hosts.len()),
         _ => 1,
     };
     let (per_node, per_gpu) = crowd(of_one_run, pack, resources.gpus_per_node);

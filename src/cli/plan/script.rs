@@ -35,9 +35,8 @@ pub(super) fn checked_script(wanted: &Planned<'_>, checks: &mut Vec<Check>) -> O
 /// The script, as it is for this version of the batch system.
 fn script(wanted: &Planned<'_>) -> Result<Option<String>> {
     match (&wanted.trials, &wanted.site.kind) {
-        (_, SiteKind::Local) | (None, SiteKind::Ssh(_)) => Ok(None),
-        // Trials are jobs or processes of this machine; what else a site is, is told as `cloze sweep run` tells it.
-        (Some(trials), SiteKind::Ssh(_) | SiteKind::Slurm(_)) => {
+        (_, SiteKind::Local | SiteKind::Ssh(_)) => Ok(None),
+        (Some(trials), SiteKind::Slurm(_)) => {
             first_script(wanted.study, &trials.graph, &trials.folder, (wanted.site, version(wanted))).map(Some)
         }
         (None, SiteKind::Slurm(_)) => script_of_run(wanted).map(Some),

@@ -15,7 +15,7 @@ use cloze_launcher::sweep::unreached::Unreached;
 use cloze_launcher::words::{counted, is_or_are};
 use cloze_recipes::failure::{Failure, FailureKind};
 
-use super::machines::{cluster_name, of_queue};
+use super::machines::{cluster_name, of_hosts, of_queue};
 use super::{controller, controller_over};
 use crate::cli::run::write_last_line;
 
@@ -30,7 +30,8 @@ const CANCEL_POLL_MS: u64 = 200;
 pub struct CancelArguments {
     /// Study folder
     pub folder: PathBuf,
-    /// Ask no SLURM: give up what is out in a cluster that cannot be reached, so that none of it begins any more, and name its jobs
+    /// Ask neither SLURM nor hosts: give up what is out in a cluster that cannot be reached, so that none of it begins any more, and name
+    /// its jobs
     #[arg(long)]
     pub mark_only: bool,
 }
@@ -79,14 +80,15 @@ fn take_off(study: OpenStudy) -> Result<()> {
 /// Gives up what is out in a cluster that is not asked.
 fn give_up(study: OpenStudy) -> Result<()> {
     let folder = study.journal.folder().clone();
-    if of_queue(study.plan.site.as_ref()).is_none() {
+    let is_queue = of_queue(study.plan.site.as_ref()).is_some();
+    if !is_queue && of_hosts(study.plan.site.as_ref()).is_none() {
         return Err(Failure::new(FailureKind::Recipe, "the trials of this study are in no cluster")
             .at(folder.root().display())
             .hint("`cloze sweep cancel` without `--mark-only` ends them")
             .into());
     }
     let info = folder.info()?;
-    let executor = Executor::Unreached(Box::new(Unreached::new(folder, info, study.place())));
+    let executor = Executor::Unreached(Box::new(Unreached::new(folder, info, study.place(), is_queue)));
     controller_over(study, executor, false)?.cancel()?;
     Ok(())
 }

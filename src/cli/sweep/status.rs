@@ -82,7 +82,8 @@ pub(super) fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Res
     let mut text = status_table(&plan, &records, is_over, &outs);
     // Writing to a string cannot fail.
     let _ = writeln!(text, "{}; {}", counts_with_outs(&records, is_over, &outs), control.text(now));
-    text += &lost_text(&folder, &records, &outs, unasked.as_ref());
+    let whom = if plan.hosts().is_some() { "a host" } else { "the batch system" };
+    text += &lost_text(&folder, &records, &outs, unasked.as_ref().map(|failure| (whom, failure)));
     stdout.write_all(text.as_bytes()).context("print the status")?;
     Ok(ExitCode::SUCCESS)
 }
@@ -94,11 +95,16 @@ fn records(folder: &StudyFolder, plan: &SweepPlan) -> Result<Vec<TrialRecord>> {
     Ok(plan.trials.iter().map(of).collect())
 }
 
-/// What is to be said of trials that are gone, and of a batch system that could not be asked.
-fn lost_text(folder: &StudyFolder, records: &[TrialRecord], outs: &BTreeMap<String, OutState>, unasked: Option<&Failure>) -> String {
+/// What is to be said of trials that are gone, and of a batch system or a host that could not be asked.
+fn lost_text(
+    folder: &StudyFolder,
+    records: &[TrialRecord],
+    outs: &BTreeMap<String, OutState>,
+    unasked: Option<(&str, &Failure)>,
+) -> String {
     let mut lines = Vec::new();
-    if let Some(failure) = unasked {
-        lines.push(format!("what is out may be gone: the batch system could not be asked ({})", failure.what));
+    if let Some((whom, failure)) = unasked {
+        lines.push(format!("what is out may be gone: {whom} could not be asked ({})", failure.what));
     }
     let gone = records.iter().filter_map(|record| match outs.get(&record.hash) {
         Some(OutState::Gone(how)) => Some(format!("{} is gone: {how}", record.name)),

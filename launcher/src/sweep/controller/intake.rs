@@ -41,8 +41,10 @@ impl Controller {
         let outs = outs_of(&self.records);
         for gone in self.executor.gone(&outs)? {
             // It may have written its outcome just before it went.
-            if !self.take_outcome(now, gone.trial)? {
-                self.take_loss(now, gone.trial, &gone.how)?;
+            match self.take_outcome(now, gone.trial)? {
+                true => {}
+                false if gone.is_begun => self.take_loss(now, gone.trial, &gone.how)?,
+                false => self.take_back(now, gone.trial)?,
             }
         }
         Ok(())
@@ -66,16 +68,19 @@ impl Controller {
             let ahead_s = outcome.finished - now;
             self.talk.line(&format!("warning: the clock of {} is {ahead_s:.0} s ahead of this host's; set both by NTP", outcome.host));
         }
-        if let Some(place) = record.place {
-            self.executor.forget(place.batch);
+        let batch = record.place.map(|place| place.batch);
+        let Avoided { news, spared } = self.executor.avoid(batch, &outcome.bad_nodes);
+        if let Some(batch) = batch {
+            self.executor.forget(batch, matches!(outcome.end, End::Done | End::Paused));
         }
-        let Avoided { news, spared } = self.executor.avoid(&outcome.bad_nodes);
+        let what = if self.executor.is_queue() { "job" } else { "trial" };
         if !news.is_empty() {
-            self.talk.line(&format!("no job that begins from now on uses {}, which failed {}", news.join(", "), record.name));
+            let (nodes, name) = (news.join(", "), &record.name);
+            self.talk.line(&format!("no {what} that begins from now on uses {nodes}, which failed {name}"));
         }
         if !spared.is_empty() {
             let (nodes, name) = (spared.join(", "), &record.name);
-            self.talk.line(&format!("warning: jobs still use {nodes}, which failed {name}: without more nodes too few would be left"));
+            self.talk.line(&format!("warning: {what}s still use {nodes}, which failed {name}: without more nodes too few would be left"));
         }
         match outcome.end {
             End::Done | End::Paused => self.take_success(now, trial, outcome)?,
@@ -103,6 +108,17 @@ impl Controller {
         }
         self.write(now, trial)?;
         self.talk.ended(&self.records, trial, &self.plan.metric);
+        Ok(())
+    }
+
+    /// An attempt with which nobody has begun.
+    fn take_back(&mut self, now: f64, trial: usize) -> anyhow::Result<()> {
+        let facts = run_facts(&self.journal.folder().run_path(&self.records[trial].name))?;
+        self.records[trial].state = if facts.is_finished { TrialState::Trained } else { TrialState::Waiting };
+        self.write(now, trial)?;
+        if self.stop != Stop::No {
+            self.talk.saved(&self.records[trial]);
+        }
         Ok(())
     }
 

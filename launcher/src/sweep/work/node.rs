@@ -17,10 +17,10 @@ pub(super) struct Unfit {
     pub bad_nodes: Vec<String>,
 }
 
-/// Whether trials can be tried on this node; `None` where they can. Only a batch system gives other nodes, several nodes are checked with their
+/// Whether trials can be tried on this node; `None` where they can. This machine alone has no others, several nodes are checked with their
 /// training, and where every outcome is there nothing is left to try.
 pub(super) fn unfit(program: &Path, folder: &StudyFolder, plan: &SweepPlan, assignments: &[Assignment]) -> anyhow::Result<Option<Unfit>> {
-    let Some(site) = plan.site.as_ref().filter(|site| site.preflight.enabled && plan.has_queue() && !plan.spans_nodes()) else {
+    let Some(site) = plan.site.as_ref().filter(|site| site.preflight.enabled && plan.ends_whole() && !plan.spans_nodes()) else {
         return Ok(None);
     };
     let mut first = None;
@@ -83,6 +83,7 @@ echo '{"ok":false,"bad_nodes":[{"node":"n1","reason":"slow"}]}'"#;
         assert!(checked(&queued));
         assert!(!checked(&SweepPlan { site: None, ..queued.clone() }), "this machine is all that there is");
         assert!(!checked(&SweepPlan { site: Some(site("mine", "kind: slurm\npreflight: {enabled: false}")), ..queued.clone() }));
+        assert!(checked(&SweepPlan { site: Some(site("lab", "kind: ssh\nssh: {hosts: [n1, n2]}")), ..queued.clone() }));
         queued.resources.nodes = 2;
         assert!(!checked(&queued), "they are checked together, with their links");
         queued.resources.nodes = 1;

@@ -52,7 +52,7 @@ pub(super) fn metric(metric: &Metric, evaluation: Option<&Value>, loss: Option<f
 }
 
 /// The failure inside an error, or one made of its causes.
-pub(super) fn as_failure(error: &anyhow::Error) -> Failure {
+pub(in super::super) fn as_failure(error: &anyhow::Error) -> Failure {
     error.downcast_ref::<Failure>().cloned().unwrap_or_else(|| Failure::new(FailureKind::Run, format!("{error:#}")))
 }
 
