@@ -22,6 +22,11 @@ pub enum Event {
         /// Steps of the whole run.
         steps: u64,
     },
+    /// How a resumed run is operated has changed: what was set anew in its recipe.
+    RecipeChanged {
+        /// Each as `key=value`.
+        changes: Vec<String>,
+    },
     /// The dashboard can be opened.
     DashboardListening {
         /// Its address.

@@ -139,6 +139,8 @@ pub enum Past {
     Over {
         /// The newest one; 0 for none.
         generation: u64,
+        /// Step of the newest checkpoint that is known to have been saved; 0 for none.
+        saved_step: u64,
     },
     /// The newest generation may still run: the journal says which it is.
     MayRun,
@@ -163,7 +165,7 @@ impl Journal {
     pub fn open(path: &Path, past: Past) -> Result<Self, Failure> {
         let memory = match past {
             Past::MayRun => Self::read(path)?,
-            Past::Over { generation } => Memory { generation, ..Memory::default() },
+            Past::Over { generation, saved_step } => Memory { generation, saved_step, ..Memory::default() },
         };
         let (file, bytes) = write_whole(path, &memory)?;
         Ok(Self { path: path.to_owned(), file, bytes, whole_bytes: bytes, memory, past })
@@ -297,7 +299,7 @@ mod tests {
     }
 
     fn written(path: &Path) -> Memory {
-        let mut journal = Journal::open(path, Past::Over { generation: 0 }).unwrap();
+        let mut journal = Journal::open(path, Past::Over { generation: 0, saved_step: 0 }).unwrap();
         for entry in entries() {
             journal.record(entry).unwrap();
         }
@@ -318,7 +320,7 @@ mod tests {
         for _ in 0..2 {
             assert_eq!(Journal::open(&path, Past::MayRun).unwrap().memory(), &memory);
         }
-        let anew = Journal::open(&path, Past::Over { generation: 7 }).unwrap();
+        let anew = Journal::open(&path, Past::Over { generation: 7, saved_step: 0 }).unwrap();
         assert_eq!(anew.memory(), &Memory { generation: 7, ..Memory::default() }, "only the numbers go on");
         assert_eq!(Journal::read(&path).unwrap().generation, 7);
         let names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
@@ -377,7 +379,7 @@ mod tests {
     fn the_file_is_bounded() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("journal.jsonl");
-        let mut journal = Journal::open(&path, Past::Over { generation: 0 }).unwrap();
+        let mut journal = Journal::open(&path, Past::Over { generation: 0, saved_step: 0 }).unwrap();
         let members: Vec<u32> = (0..4_000).collect();
         for number in 1..=30 {
             journal.note(generation(number, &members)).unwrap();

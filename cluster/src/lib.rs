@@ -23,7 +23,7 @@ pub mod tls;
 pub use client::{Client, EVERY_GENERATION, JoinOptions, report_exit};
 pub use coordinator::{Control, Coordinator, CoordinatorOptions, RunEnd};
 pub use event::{Event, Recorded};
-pub use journal::{Journal, Past};
+pub use journal::{Journal, Memory, Past};
 pub use membership::HangLimits;
 pub use protocol::{
     CoordinatorMessage, ExitReport, FailureClass, Held, JoinRequest, Phase, SavedFile, Share, StateSource, StepReport, Unreported,

@@ -180,7 +180,7 @@ impl RunFolder {
         Ok((Self { paths, info, _lock: lock }, recipe))
     }
 
-    /// Keeps a recipe of the same hash in the place of the run's: one whose workers share the state out otherwise. Fails with kind
+    /// Keeps a recipe of the same hash in the place of the run's: one that is operated otherwise. Fails with kind
     /// `Mismatch` on another recipe, and with kind `Storage` when it cannot be written.
     pub fn keep_recipe(&self, recipe: &Recipe) -> anyhow::Result<()> {
         let path = self.paths.recipe();

@@ -31,7 +31,7 @@ pub struct Site {
     pub preflight: Preflight,
     /// Memory of one GPU, in MiB, for `cloze plan`; `None` where it is not known.
     pub gpu_memory_mib: Option<u64>,
-    /// Tokens that one worker trains on in a second, by `cloze bench`, for the time that `cloze plan` expects.
+    /// Tokens that one worker trains on in a second, by `cloze bench RECIPE`, for the time that `cloze plan` expects.
     pub tokens_per_second: Option<f64>,
 }
 

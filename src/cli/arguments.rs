@@ -83,7 +83,7 @@ pub enum Command {
     Export(ExportArguments),
     /// Run one forward pass from file to file, to compare a conversion with its original
     Forward(ForwardArguments),
-    /// Time training steps on a fixed workload file
+    /// Time the training steps of a recipe, or of a fixed workload file
     Bench(BenchArguments),
     /// Compute what a run at another size would lose its time to, or predict a finished run
     Simulate(super::simulate::SimulateArguments),
@@ -424,7 +424,7 @@ pub enum PresetName {
 /// Arguments of `cloze bench`.
 #[derive(Args)]
 pub struct BenchArguments {
-    /// Recipe whose steps are timed, as one worker does them on its prepared data
+    /// Recipe whose steps are timed, as one worker does them on its prepared data; `--workload` times a file instead
     #[arg(required_unless_present = "workload", conflicts_with = "workload")]
     pub recipe: Option<PathBuf>,
     /// Changes of it.

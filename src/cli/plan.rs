@@ -42,8 +42,8 @@ pub struct PlanArguments {
     /// Workers of the run [default: `resources.nodes` times `resources.workers_per_node`]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=16_384))]
     pub workers: Option<u32>,
-    /// Tokens that one worker trains on in a second, by `cloze bench` [default: from the cluster file]
-    #[arg(long, value_name = "TOKENS")]
+    /// Tokens that one worker trains on in a second, by `cloze bench RECIPE` [default: from the cluster file]
+    #[arg(long, value_name = "TOKENS", value_parser = speed)]
     pub tokens_per_second: Option<f64>,
     /// Look at nothing but this machine: no bucket, no batch system
     #[arg(long)]
@@ -138,6 +138,12 @@ pub fn plan(arguments: &PlanArguments, stdout: &mut dyn Write) -> Result<ExitCod
     }
     .context("print the plan")?;
     verdict(&arguments.recipe.recipe, &printed.checks)
+}
+
+/// Tokens a second; of none, or of no end, there is no time.
+fn speed(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "expected a number".to_owned())?;
+    if number.is_finite() && number > 0.0 { Ok(number) } else { Err("expected a number above 0".to_owned()) }
 }
 
 fn compute(wanted: &Wanted<'_>, tokens_per_second: Option<f64>) -> Printed {

@@ -13,6 +13,7 @@ use cloze_data::dataset::Dataset;
 use cloze_data::prepare::check_prepared;
 use cloze_data::store;
 use cloze_data::tokenizer::Tokenizer;
+use cloze_launcher::view::EventLog;
 use cloze_launcher::{
     Drill, LaunchOptions, LaunchPlan, NewRun, RunEnd, RunFolder, TerminalStyle, last_local_workers, last_workers, launch_on_hosts,
 };
@@ -72,6 +73,7 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Exi
     if !arguments.overrides.is_empty() {
         recipe = operated(run.paths(), run.info(), &arguments.overrides)?;
     }
+    tell_if_past(&run, arguments.watch.until_step)?;
     // The run folder does not say how many machines the recipe wanted.
     let hosts = Hosts::of(&arguments.hosts, || {
         let failure = Failure::new(FailureKind::Recipe, "`--cluster` does not say over which hosts a run goes on");
@@ -87,7 +89,20 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Exi
     }
     let slots = slots.over(hosts.as_ref(), arguments.watch.listen)?;
     let plan = plan(slots, &arguments.watch, recipe, total)?;
-    go(run, LaunchPlan { resumed: true, ..plan }, hosts.as_ref(), arguments.watch.quiet)
+    go(run, LaunchPlan { resumed: true, changes: arguments.overrides.clone(), ..plan }, hosts.as_ref(), arguments.watch.quiet)
+}
+
+/// Says that a run has gone beyond the step after which it is to be left. No error: a rung of a sweep may be tried again.
+fn tell_if_past(run: &RunFolder, until_step: Option<u64>) -> Result<()> {
+    let Some(until_step) = until_step.filter(|_| run.paths().events().exists()) else { return Ok(()) };
+    let mut log = EventLog::of_run(run.path());
+    log.read_new()?;
+    let step = log.into_view().progress.step;
+    if step > until_step {
+        let line = format!("warning: the run is at step {step} already, so nothing is trained (`--until-step {until_step}`)");
+        write_last_line(&mut std::io::stderr(), &line)?;
+    }
+    Ok(())
 }
 
 /// The workers that a resumed run has, where nothing else is said. Fails where nothing tells of them.
@@ -175,6 +190,7 @@ fn plan(slots: Slots, watch: &WatchArguments, recipe: Recipe, total_steps: u64) 
         dashboard: watch.dashboard.0,
         drills: drills(watch)?,
         until_step: watch.until_step,
+        changes: Vec::new(),
     };
     if let Some(until_step) = watch.until_step.filter(|&until_step| until_step > total_steps) {
         // No error: the last rung of a sweep may lie beyond the end.

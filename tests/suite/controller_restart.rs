@@ -87,28 +87,60 @@ fn a_controller_that_stood_still_finds_its_generation_again() {
     assert!(steps.iter().copied().eq(1..=run.last_step()), "{steps:?}");
 }
 
-/// Its recipe is not that of the killed one to the letter, so the new controller takes nobody over.
+/// The new controller speaks another way and listens where the killed one did, so that the workers find it before anything tells
+/// `cloze join` of it.
 #[test]
-fn workers_of_another_host_are_started_anew_for_a_controller_that_knows_them_not() {
+fn workers_of_another_host_are_started_anew_for_a_controller_that_does_not_know_them() {
     let world = World::prepared();
     let steps = format!("train.steps={STEPS}");
     // Workers that are not ended stay far longer than the test has patience.
     let settings = ["--set", &steps, "--set", "checkpoint.every_steps=50", "--set", "cluster.coordinator_grace_s=3600"];
     let whole = world.train("whole", &[["--workers", "2", "--quiet"].as_slice(), settings.as_slice()].concat());
+    let address = free_address();
+    let listen = ["--workers", "2", "--local", "1", "--listen", &address, "--quiet"];
+    let process = world.start_training("run", &[listen.as_slice(), settings.as_slice()].concat());
+    let run = world.run("run");
+    wait_until("the run has a controller", Duration::from_secs(90), || run.control().is_some() && !run.events().is_empty());
+    let path = run.path.display().to_string();
+    let joined = Process::start(&mut world.command(&["join", &path, "--slots", "1"]), "");
+    wait_until("a checkpoint is saved", Duration::from_secs(90), || run.checkpoint_path(50, "manifest.json").is_file());
+    process.kill();
+    assert!(run.last_step() < STEPS, "the kill came too late");
+
+    world.done(&["resume", "run", "--listen", &address, "--quiet", "--set", "cluster.tls=true", "--set", "cluster.max_restarts=0"]);
+    let outcome = joined.wait().expect_code(0).expect_words(&["another controller has the run"]);
+    assert_eq!(outcome.stderr.matches("worker 1 started as process").count(), 2, "{}", outcome.stderr);
+    assert_eq!(run.live_workers(), 0);
+    let changed = run.events_named("recipe_changed");
+    assert_eq!(changed[0]["changes"], serde_json::json!(["cluster.tls=true", "cluster.max_restarts=0"]), "{changed:?}");
+    let restored = run.restored_steps();
+    assert!(restored.len() == 2 && restored[1] >= 50, "{restored:?}");
+    assert_eq!(whole.loss_bits().len() as u64, STEPS);
+    assert_eq!(run.loss_bits(), whole.loss_bits());
+}
+
+#[test]
+fn a_slot_of_cloze_join_can_be_filled_by_the_new_controller() {
+    let world = World::prepared();
+    let settings = ["--set", "train.steps=1000000", "--set", "checkpoint.every_steps=20", "--set", "cluster.coordinator_grace_s=3600"];
     let process = world.start_training("run", &[["--workers", "2", "--local", "1", "--quiet"].as_slice(), settings.as_slice()].concat());
     let run = world.run("run");
     wait_until("the run has a controller", Duration::from_secs(90), || run.control().is_some() && !run.events().is_empty());
     let path = run.path.display().to_string();
     let joined = Process::start(&mut world.command(&["join", &path, "--slots", "1"]), "");
-    wait_until("the run trains", Duration::from_secs(90), || run.last_step() >= 60);
+    wait_until("a checkpoint is saved", Duration::from_secs(90), || run.checkpoint_path(20, "manifest.json").is_file());
     process.kill();
-    assert!(run.last_step() < STEPS, "the kill came too late");
 
-    world.done(&["resume", "run", "--quiet", "--set", "cluster.max_restarts=9"]);
-    joined.wait().expect_code(0).expect_words(&["another controller has the run", "worker 1 started as process"]);
-    assert_eq!(run.live_workers(), 0);
-    let restored = run.restored_steps();
-    assert!(restored.len() == 2 && restored[1] >= 50, "{restored:?}");
-    assert_eq!(whole.loss_bits().len() as u64, STEPS);
-    assert_eq!(run.loss_bits(), whole.loss_bits());
+    let resumed = Process::start(&mut world.command(&["resume", "run", "--local", "2", "--quiet", "--set", "cluster.max_restarts=0"]), "");
+    joined.wait().expect_code(0).expect_words(&["the new controller fills slots [1] itself"]);
+    wait_until("the run trains again", Duration::from_secs(90), || run.restored_steps().get(1).is_some_and(|&step| run.last_step() > step));
+    resumed.terminate();
+    resumed.wait().expect_code(130);
+    assert!(run.events_named("worker_restarted").is_empty(), "nobody fights for the slot");
+}
+
+/// An address of this machine that nobody listens on.
+fn free_address() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("open a socket");
+    listener.local_addr().expect("an address").to_string()
 }

@@ -77,6 +77,8 @@ fn a_run_goes_on_operated_otherwise_and_computes_the_same() {
 
     let other = world.cloze(&["resume", "run", "--set", "cluster.max_restarts=1", "--set", "train.learning_rate=1", "--set", "seed=7"]);
     other.expect_code(8).expect_words(&["a resumed run computes what it was started with", "found: train.learning_rate=1, seed=7"]);
+    // Sections around a run are no part of it.
+    world.cloze(&["resume", "run", "--set", "resources.nodes=3"]).expect_code(8).expect_words(&["found: resources.nodes=3"]);
     assert_eq!(std::fs::read_to_string(run.path.join("recipe.yaml")).ok(), Some(kept), "nothing is written");
 
     let lenient = ["--set", "cluster.max_restarts=1", "--set", "checkpoint.every_steps=10", "--drill", "kill:0@25"];
@@ -88,4 +90,17 @@ fn a_run_goes_on_operated_otherwise_and_computes_the_same() {
     // What was set stays.
     let text = std::fs::read_to_string(run.path.join("recipe.yaml")).expect("the run keeps its recipe");
     assert!(text.contains("max_restarts: 1\n") && text.contains("every_steps: 10\n"), "{text}");
+}
+
+#[test]
+fn a_run_that_has_lost_its_checkpoints_says_so() {
+    let world = World::prepared();
+    world.done(&["train", "recipe.yaml", "--run", "run", "--workers", "1", "--quiet", "--until-step", "10"]);
+    let run = world.run("run");
+    std::fs::remove_dir_all(run.path.join("checkpoints")).expect("lose the checkpoints");
+    world.done(&["resume", "run", "--quiet", "--until-step", "20"]);
+    let warnings = run.events_named("warning");
+    let message = warnings.first().and_then(|event| event["message"].as_str()).expect("a warning");
+    assert_eq!(message, "the run saved step 10, and no checkpoint of it is left: it starts from scratch");
+    world.done(&["resume", "run", "--quiet", "--until-step", "15"]).expect_words(&["the run is at step 20 already"]);
 }

@@ -458,7 +458,7 @@ fn next_start(client: &Client) -> u64 {
 fn a_successor_takes_the_generation_over(stage: Stage) {
     let folder = tempfile::tempdir().unwrap();
     let journal = folder.path().join("journal.jsonl");
-    let first = Controller::start(stage, SocketAddr::from(([127, 0, 0, 1], 0)), &journal, Past::Over { generation: 0 });
+    let first = Controller::start(stage, SocketAddr::from(([127, 0, 0, 1], 0)), &journal, Past::Over { generation: 0, saved_step: 0 });
     let address = first.address;
     let clients: Vec<Client> = (0..2)
         .map(|worker| Client::join(JoinOptions { coordinator_grace: PATIENCE, ..stage.options(&address.to_string(), worker) }).unwrap())
@@ -495,7 +495,7 @@ fn a_successor_takes_the_generation_over(stage: Stage) {
 fn a_generation_whose_member_is_new_is_not_taken_over(stage: Stage) {
     let folder = tempfile::tempdir().unwrap();
     let journal = folder.path().join("journal.jsonl");
-    let first = Controller::start(stage, SocketAddr::from(([127, 0, 0, 1], 0)), &journal, Past::Over { generation: 0 });
+    let first = Controller::start(stage, SocketAddr::from(([127, 0, 0, 1], 0)), &journal, Past::Over { generation: 0, saved_step: 0 });
     let address = first.address;
     let join = |worker| Client::join(JoinOptions { coordinator_grace: PATIENCE, ..stage.options(&address.to_string(), worker) }).unwrap();
     let (survivor, victim) = (join(0), join(1));

@@ -57,7 +57,7 @@ pub(super) fn admit(identity: &Identity, body: &[u8]) -> anyhow::Result<Errand> 
         return Err(Failure::new(FailureKind::Mismatch, "the worker read another recipe")
             .expected(format!("recipe hash {}", identity.recipe_hash))
             .found(format!("recipe hash {}", join.recipe_hash))
-            .hint("recipe.yaml in the run folder was changed; start a new run")
+            .hint("recipe.yaml in the run folder is another one than the controller's; start the worker anew, or put the old recipe back")
             .into());
     }
     if join.build != identity.build {

@@ -208,7 +208,8 @@ impl Roster {
         };
         if !matches!(self.state.stage, Stage::Gathering { .. }) {
             let generation = self.state.generation;
-            // A run that is resumed later has nobody to wait for.
+            // A run that is resumed later has nobody to wait for, and should find what is saved.
+            self.record(Entry::Progress { step: self.step, saved_step: self.state.saved_step })?;
             self.record(Entry::Over { generation })?;
             self.tell_all(&CoordinatorMessage::Abort { generation, reason: reason.clone() });
         }

@@ -123,7 +123,7 @@ fn options(workers: u32, secrets: Secrets) -> CoordinatorOptions {
         retries_per_step: 0,
         state_is_replicated: true,
         journal: None,
-        past: Past::Over { generation: 0 },
+        past: Past::Over { generation: 0, saved_step: 0 },
         told: None,
         until_step: None,
     }

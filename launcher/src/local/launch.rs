@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use cloze_cluster::host::executable_id_of;
-use cloze_cluster::{Coordinator, CoordinatorOptions, Event, HangLimits, Journal, Past, RunEnd, Secret};
+use cloze_cluster::{Coordinator, CoordinatorOptions, Event, HangLimits, Journal, Memory, Past, RunEnd, Secret};
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::{HangRecipe, Recipe, Shard};
 use tokio::sync::mpsc;
@@ -96,6 +96,8 @@ pub struct LaunchPlan {
     pub drills: Vec<Drill>,
     /// Step after which the run is left, with its state saved; `None` goes on to the end.
     pub until_step: Option<u64>,
+    /// What is set anew in the recipe of a resumed run, as `key=value`.
+    pub changes: Vec<String>,
 }
 
 /// How a run over hosts has ended.
@@ -137,6 +139,9 @@ pub fn launch_on_hosts(options: LaunchOptions, hosts: HostsPlan) -> anyhow::Resu
         min_workers: plan.recipe.cluster.min_workers,
         steps: plan.total_steps,
     })?;
+    if !plan.changes.is_empty() {
+        reporters.write(Event::RecipeChanged { changes: plan.changes.clone() })?;
+    }
     let signals = Signals::listen().context("listen to signals")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(RUNTIME_THREADS).thread_name("launcher").enable_all().build();
     let runtime = runtime.context("start the launcher's runtime")?;
@@ -349,8 +354,11 @@ async fn take_over(
     let path = run.paths().events();
     let told = last_told(&path).map_err(|error| storage("read what was told of the run", &path, &error))?;
     // Without a journal it is not known who was in the generation; its workers come back all the same and start another.
-    let past =
-        if run.paths().journal().exists() { Past::MayRun } else { Past::Over { generation: told.map_or(0, |told| told.generation) } };
+    let past = if run.paths().journal().exists() {
+        Past::MayRun
+    } else {
+        Past::Over { generation: told.map_or(0, |told| told.generation), saved_step: 0 }
+    };
     let options = CoordinatorOptions { told, ..plan.coordinator_options(run, control.address, &credentials, past) };
     match Coordinator::bind(options).await {
         Ok(coordinator) => {
@@ -362,8 +370,10 @@ async fn take_over(
                 reporters.write(Event::Warning { message: message.to_owned() })?;
             }
             if !living.is_empty() && seconds > COME_BACK_TIMEOUT_S {
-                let message =
-                    format!("{} workers of the earlier controller have {seconds} s to come back before they are killed", living.len());
+                let message = format!(
+                    "the workers of the earlier controller ({}) have {seconds} s to come back before they are killed",
+                    living.len()
+                );
                 reporters.write(Event::Warning { message })?;
             }
             Ok(Some(Opened { coordinator, credentials, living }))
@@ -394,35 +404,35 @@ fn is_of_the_machine(error: &anyhow::Error) -> bool {
 async fn open_anew(run: &RunFolder, plan: &LaunchPlan, inheritance: Inheritance, reporters: &mut Reporters) -> anyhow::Result<Opened> {
     let Inheritance { mut legacy, adoption, reason } = inheritance;
     if adoption == Adoption::Replace && !legacy.living.is_empty() {
-        let lost = "the steps since the newest checkpoint are lost with them";
-        let message = format!("{} workers of the earlier controller are killed, and {lost}: {reason}", legacy.living.len());
+        let lost = "what no checkpoint has is lost with them";
+        let message = format!("the workers of the earlier controller ({}) are killed, and {lost}: {reason}", legacy.living.len());
         reporters.write(Event::Warning { message })?;
         legacy.end_living().await?;
     }
     let bind =
         plan.bind.or_else(|| legacy.control.as_ref().map(|control| SocketAddr::new(control.address.ip(), 0))).unwrap_or(DEFAULT_BIND);
     let credentials = Credentials::fresh(plan.recipe.cluster.tls)?;
-    let generation = if plan.resumed { last_generation(run.paths(), reporters)? } else { 0 };
-    let coordinator = Coordinator::bind(plan.coordinator_options(run, bind, &credentials, Past::Over { generation })).await?;
+    let past = if plan.resumed { what_is_over(run.paths(), reporters)? } else { Past::Over { generation: 0, saved_step: 0 } };
+    let coordinator = Coordinator::bind(plan.coordinator_options(run, bind, &credentials, past)).await?;
     Ok(Opened { coordinator, credentials, living: Vec::new() })
 }
 
-/// The newest generation of a run whose workers are not taken over, by its journal and by the end of its events.
-fn last_generation(paths: &RunPaths, reporters: &mut Reporters) -> anyhow::Result<u64> {
+/// The past of a run whose workers are not taken over, by its journal and by the end of its events.
+fn what_is_over(paths: &RunPaths, reporters: &mut Reporters) -> anyhow::Result<Past> {
     let path = paths.events();
     let told = told::last_generation(&path).map_err(|error| storage("read what was told of the run", &path, &error))?;
     let noted = match Journal::read(&paths.journal()) {
-        Ok(memory) => memory.generation,
+        Ok(memory) => memory,
         Err(failure) if failure.kind == FailureKind::Damaged => {
             let found = failure.found.unwrap_or_default();
             let message =
                 format!("{} is damaged ({found}); it is begun anew, since no worker of the run lives here", paths.journal().display());
             reporters.write(Event::Warning { message })?;
-            0
+            Memory::default()
         }
         Err(failure) => return Err(failure.into()),
     };
-    Ok(noted.max(told))
+    Ok(Past::Over { generation: noted.generation.max(told), saved_step: noted.saved_step })
 }
 
 async fn open_dashboard(

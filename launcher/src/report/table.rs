@@ -296,8 +296,18 @@ fn arm_name(material: &Material, trial: &Trial) -> String {
     }
     let varying: Vec<&(String, Value)> = trial.parameters.iter().filter(|(key, _)| varies(material, key)).collect();
     let shown = if varying.is_empty() { trial.parameters.iter().collect() } else { varying };
-    let names = shown.into_iter().map(|(key, value)| format!("{}={}", short_key(trial, key), value_text(value)));
+    let names = shown.into_iter().map(|(key, value)| format!("{}={}", short_key(trial, key), value_name(material, key, value)));
     names.collect::<Vec<_>>().join(", ")
+}
+
+/// A swept value for people; whole, where shortened it would read like another one of its key.
+fn value_name(material: &Material, key: &str, value: &Value) -> String {
+    let short = value_text(value);
+    let others = material.trials.iter().flat_map(|trial| &trial.parameters).filter(|(other, found)| other == key && found != value);
+    if others.into_iter().any(|(_, found)| value_text(found) == short) {
+        return value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    }
+    short
 }
 
 /// Whether trials differ in a swept key.
@@ -344,5 +354,16 @@ mod tests {
         assert!(matches(&three, &of_three) && !matches(&none, &of_three));
         // A key of the run itself that neither the trial nor its recipe has is `null`.
         assert!(matches(&three, &keys("data.max_tasks", Value::Null)));
+    }
+
+    #[test]
+    fn values_that_would_read_alike_are_shown_whole() {
+        let trial = |url: &str| Trial { parameters: vec![("data.url".to_owned(), json!(url))], ..Trial::default() };
+        let name = |urls: &[&str]| {
+            let material = Material { trials: urls.iter().map(|url| trial(url)).collect(), ..Material::default() };
+            arm_name(&material, &material.trials[0])
+        };
+        assert_eq!(name(&["/a/train", "/b/test", "/a/train"]), "url=train");
+        assert_eq!(name(&["/a/train", "/b/train"]), "url=/a/train");
     }
 }

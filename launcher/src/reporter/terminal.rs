@@ -186,6 +186,7 @@ fn ends_progress(event: &Event) -> bool {
 fn life_line(event: &Event) -> Option<(Tone, String)> {
     let line = match event {
         Event::DashboardListening { url } => (Tone::Plain, format!("dashboard: {url}")),
+        Event::RecipeChanged { changes } => (Tone::Plain, format!("set anew from here on: {}", changes.join(", "))),
         Event::WorkerRestarted { worker, attempt, budget_left } => {
             (Tone::Plain, format!("worker {worker} restarted (attempt {attempt}, {budget_left} left for this run)"))
         }

@@ -21,7 +21,9 @@ impl RunPaths {
     /// The files of a folder that is there, under the one name that every program on this host calls it by: absolute and without
     /// links. Fails with kind `Input` when there is no such folder.
     pub fn find(folder: &Path) -> Result<Self, Failure> {
-        fs::canonicalize(folder).map(Self::new).map_err(|error| no_run(folder, &error))
+        let found = fs::canonicalize(folder)
+            .and_then(|path| if path.is_dir() { Ok(path) } else { Err(io::Error::from(io::ErrorKind::NotADirectory)) });
+        found.map(Self::new).map_err(|error| no_run(folder, &error))
     }
 
     /// The folder itself.

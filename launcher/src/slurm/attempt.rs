@@ -98,6 +98,7 @@ impl Attempt<'_> {
             dashboard: Some(([127, 0, 0, 1], 0).into()),
             drills: Vec::new(),
             until_step: self.until_step,
+            changes: Vec::new(),
         };
         let step = step(slurm, submission, paths.root(), machines.nodes.first().map(String::as_str));
         let step: Vec<String> = step.into_iter().filter(|word| !word.starts_with("--container-")).collect();

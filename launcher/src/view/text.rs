@@ -33,7 +33,7 @@ pub fn status_page(view: &RunView, controller: bool, now: f64) -> String {
         add("generation", format!("{} with {} of {} slots", view.generation, view.members.len(), view.workers.len()));
         add("state from", view.source.clone());
     }
-    add("step", step_text(view));
+    add("step", step_text(view, controller));
     add("loss", loss_text(view));
     add("speed", speed_text(view));
     add("data", format!("{} of {} examples", view.progress.examples, view.progress.examples_in_all));
@@ -41,7 +41,7 @@ pub fn status_page(view: &RunView, controller: bool, now: f64) -> String {
         let (step, bytes) = (saved.step, compact(saved.bytes as f64));
         add("checkpoint", format!("step {step}, {bytes}B in {:.1} s, held up {:.1} s: {}", saved.seconds, saved.blocked_s, saved.url));
     }
-    if let Some(url) = &view.dashboard {
+    if let Some(url) = view.dashboard.as_ref().filter(|_| controller) {
         add("dashboard", url.clone());
     }
     add("last event", format!("{} ago", clock_text(now - view.updated)));
@@ -91,11 +91,16 @@ fn failure_text(failure: &cloze_recipes::failure::Failure) -> String {
     parts.into_iter().flatten().map(String::as_str).collect::<Vec<_>>().join("; ")
 }
 
-fn step_text(view: &RunView) -> String {
+fn step_text(view: &RunView, controller: bool) -> String {
     let (step, steps) = (view.progress.step, view.progress.steps);
     let percent = (step * 100).checked_div(steps).unwrap_or(0);
     let eta = view.progress.eta_s.map_or_else(|| UNKNOWN.to_owned(), clock_text);
-    if view.state.is_end() { format!("{step} of {steps} ({percent} %)") } else { format!("{step} of {steps} ({percent} %), ETA {eta}") }
+    // Where nobody tells of steps, the pace of the last ones is that of the past.
+    if view.state.is_end() || !controller {
+        format!("{step} of {steps} ({percent} %)")
+    } else {
+        format!("{step} of {steps} ({percent} %), ETA {eta}")
+    }
 }
 
 fn loss_text(view: &RunView) -> String {

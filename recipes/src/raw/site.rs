@@ -46,7 +46,7 @@ pub struct SiteRaw {
     /// Memory of one GPU, in MiB, for `cloze plan`.
     #[schemars(range(min = 1, max = 16_777_216))]
     pub gpu_memory_mib: Option<u64>,
-    /// Tokens that one worker trains on in a second, by `cloze bench`, for the time that `cloze plan` expects.
+    /// Tokens that one worker trains on in a second, by `cloze bench RECIPE`, for the time that `cloze plan` expects.
     #[schemars(range(max = 1e12), extend("exclusiveMinimum" = 0.0))]
     pub tokens_per_second: Option<f64>,
 }

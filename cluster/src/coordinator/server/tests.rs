@@ -82,7 +82,7 @@ impl Sandbox {
             retries_per_step: 1,
             state_is_replicated: true,
             journal: None,
-            past: Past::Over { generation: 0 },
+            past: Past::Over { generation: 0, saved_step: 0 },
             told: None,
             until_step: None,
         };

@@ -35,6 +35,7 @@ fn plan(worker_binary: &Path) -> LaunchPlan {
         dashboard: None,
         drills: Vec::new(),
         until_step: None,
+        changes: Vec::new(),
     }
 }
 

@@ -7,7 +7,7 @@ use crate::journal::Past;
 fn a_successor_takes_over_what_the_journal_knows() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("journal.jsonl");
-    let mut first = Roster::new(2, limits(), Some(Journal::open(&path, Past::Over { generation: 0 }).unwrap())).unwrap();
+    let mut first = Roster::new(2, limits(), Some(Journal::open(&path, Past::Over { generation: 0, saved_step: 0 }).unwrap())).unwrap();
     let _inboxes: Vec<Inbox> = (0..2).map(|worker| join(&mut first, worker, u64::from(worker), at(0))).collect();
     (0..2).for_each(|worker| ready(&mut first, worker, at(0), 0, None));
     settle(&mut first, at(0));
@@ -50,7 +50,7 @@ fn members_that_are_taken_over_hear_of_another_end() {
     let path = folder.path().join("journal.jsonl");
     for (before, after) in [(Some(40), None), (None, Some(40)), (Some(40), Some(40))] {
         let open = |past, until_step| Roster::new(1, Limits { until_step, ..limits() }, Some(Journal::open(&path, past).unwrap())).unwrap();
-        let mut first = open(Past::Over { generation: 0 }, before);
+        let mut first = open(Past::Over { generation: 0, saved_step: 0 }, before);
         let _inbox = join(&mut first, 0, 0, at(0));
         ready(&mut first, 0, at(0), 0, None);
         settle(&mut first, at(0));
@@ -66,7 +66,7 @@ fn members_that_are_taken_over_hear_of_another_end() {
 #[test]
 fn numbers_of_generations_are_not_used_again() {
     let folder = tempfile::tempdir().unwrap();
-    let journal = Journal::open(&folder.path().join("journal.jsonl"), Past::Over { generation: 4 }).unwrap();
+    let journal = Journal::open(&folder.path().join("journal.jsonl"), Past::Over { generation: 4, saved_step: 0 }).unwrap();
     let mut roster = Roster::new(1, limits(), Some(journal)).unwrap();
     let _inbox = join(&mut roster, 0, 0, at(0));
     ready(&mut roster, 0, at(0), 0, None);
@@ -78,7 +78,7 @@ fn numbers_of_generations_are_not_used_again() {
 fn the_end_of_a_run_leaves_nothing_to_take_over() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("journal.jsonl");
-    let mut roster = Roster::new(1, limits(), Some(Journal::open(&path, Past::Over { generation: 0 }).unwrap())).unwrap();
+    let mut roster = Roster::new(1, limits(), Some(Journal::open(&path, Past::Over { generation: 0, saved_step: 0 }).unwrap())).unwrap();
     let mut inbox = join(&mut roster, 0, 0, at(0));
     ready(&mut roster, 0, at(0), 0, None);
     settle(&mut roster, at(0));
