@@ -12,7 +12,7 @@ use crate::sandbox::{CLOZE, Outcome, Process, RECIPE_TEXT, SshHosts, World, run_
 /// Longest wait for something of a sweep to happen.
 const PATIENCE: Duration = Duration::from_mins(2);
 /// Steps of a trial: enough that it lives while things happen to it.
-const STEPS: u64 = 200;
+const STEPS: u64 = 500;
 
 /// A study on hosts, as a test sees it.
 struct Study<'a> {
@@ -28,7 +28,7 @@ impl<'a> Study<'a> {
         world.write("spread.yaml", recipe + "sweep: {seeds: [1, 2, 3], concurrency: 2}\n");
         let shell = ssh.remote_shell().replace(' ', ", ");
         let text = "preflight: {enabled: false}\nenvironment: {FROM_SITE: 'two words'}\nsetup: ['test \"$FROM_SITE\" = \"two words\"']\n";
-        let site = format!("version: 1\nname: lab\nkind: ssh\nssh: {{hosts: [{hosts}], command: [{shell}], lost_after_s: 15}}\n{text}");
+        let site = format!("version: 1\nname: lab\nkind: ssh\nssh: {{hosts: [{hosts}], command: [{shell}], lost_after_s: 30}}\n{text}");
         world.write("lab.yaml", site);
         Self { world, ssh }
     }

@@ -5,18 +5,23 @@
 //! batch begins any more, whatever is still on its way to a host. The process leads a session, to which all that it starts belongs, so that
 //! its host can say whether anything of it is left.
 
-use std::fs;
-use std::io::{self, ErrorKind};
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write as _};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
 
+use cloze_cluster::host::host_name;
 use cloze_recipes::failure::{Failure, FailureKind};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
 use super::folder::{StudyFolder, read_json};
 use crate::local::{is_same_process, session_of, start_ticks};
-use crate::run_folder::{READABLE, remove_if_there, storage, write_whole};
+use crate::run_folder::{remove_if_there, storage};
+
+/// Claims that this process has tried to make; each has a file of its own before it is linked.
+static NUM_MADE: AtomicU32 = AtomicU32::new(0);
 
 /// The kernel's identity since its start.
 const BOOT_PATH: &str = "/proc/sys/kernel/random/boot_id";
@@ -49,6 +54,8 @@ pub struct Worker {
     pub start_ticks: u64,
     /// The kernel under which it runs.
     pub boot: String,
+    /// What that machine calls itself; one name may lead to several.
+    pub machine: String,
 }
 
 impl Claim {
@@ -60,16 +67,27 @@ impl Claim {
     /// Makes the claim, unless there is one already; returns the one that holds.
     pub fn make(&self, folder: &StudyFolder, batch: u32) -> anyhow::Result<Self> {
         let path = folder.claim_path(batch);
-        let own = path.with_extension(format!("claim-{}-{}", std::process::id(), cloze_cluster::host::host_name()));
-        write_whole(&own, &serde_json::to_vec(self)?, READABLE)?;
-        let linked = fs::hard_link(&own, &path);
+        let number = NUM_MADE.fetch_add(1, Ordering::Relaxed);
+        let own = path.with_extension(format!("claim-{}-{number}-{}", std::process::id(), host_name()));
+        // Nobody else writes a file of this name, so it is written as it is: a name in between could be another one's too.
+        let text = serde_json::to_vec(self)?;
+        let written = File::create(&own).and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()));
+        let linked = written.and_then(|()| fs::hard_link(&own, &path));
         remove_if_there(&own).map_err(|error| storage("remove a file", &own, &error))?;
         match linked {
-            Ok(()) => Ok(self.clone()),
+            Ok(()) => {}
             // A file server that was asked twice may say so of our own.
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(Self::read(folder, batch)?.unwrap_or(Self::Withdrawn)),
-            Err(error) => Err(storage("claim a batch", &path, &error).hint("the disk of the study must have hard links").into()),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(storage("claim a batch", &path, &error).hint("the disk of the study must have hard links").into()),
         }
+        // What is there now holds, whoever was told what.
+        let held = Self::read(folder, batch)?;
+        held.ok_or_else(|| {
+            Failure::new(FailureKind::Storage, "a claim is gone that was there")
+                .at(path.display())
+                .hint("did somebody clear the study's jobs?")
+                .into()
+        })
     }
 }
 
@@ -77,7 +95,7 @@ impl Worker {
     /// This process, once it leads a session.
     pub fn this_process(host: &str) -> io::Result<Self> {
         let process_id = std::process::id();
-        Ok(Self { host: host.to_owned(), process_id, start_ticks: start_ticks(process_id)?, boot: boot()? })
+        Ok(Self { host: host.to_owned(), process_id, start_ticks: start_ticks(process_id)?, boot: boot()?, machine: host_name() })
     }
 
     /// Lets this process lead a session of its own, unless it does already.
@@ -93,12 +111,24 @@ impl Worker {
 
     /// Whether it runs itself; only its host can say.
     pub fn is_alive(&self) -> io::Result<bool> {
-        Ok(boot()? == self.boot && is_same_process(self.process_id, self.start_ticks)?)
+        Ok(self.runs_under_this_kernel()? && is_same_process(self.process_id, self.start_ticks)?)
+    }
+
+    /// Whether it began since this machine was started. Fails on another machine, where nobody can tell.
+    pub fn runs_under_this_kernel(&self) -> io::Result<bool> {
+        if boot()? == self.boot {
+            return Ok(true);
+        }
+        let here = host_name();
+        if here == self.machine {
+            return Ok(false);
+        }
+        Err(io::Error::other(format!("{} was {}, and now {here} answers to that name", self.host, self.machine)))
     }
 
     /// The processes of its session that are left, itself included; only its host can say.
     pub fn session(&self) -> io::Result<Vec<u32>> {
-        if boot()? != self.boot {
+        if !self.runs_under_this_kernel()? {
             return Ok(Vec::new());
         }
         // While a session has members no process gets its id, so another process of the id means that nothing is left.
@@ -110,16 +140,20 @@ impl Worker {
         for entry in fs::read_dir("/proc")? {
             let name = entry?.file_name();
             let Some(process_id) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
-            if session_of(process_id)? == Some(self.process_id) {
-                members.push(process_id);
+            match session_of(process_id) {
+                Ok(found) if found == Some(self.process_id) => members.push(process_id),
+                Ok(_) => {}
+                // Where processes of others are hidden, one that may not be looked at is another user's.
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(members)
     }
 
-    /// Asks the process to save and leave.
+    /// Asks the process to save and leave; asked again it is the same wish, since nobody knows whether the first one came through.
     pub fn stop(&self) -> io::Result<()> {
-        if self.is_alive()? { signal(self.process_id, Signal::TERM) } else { Ok(()) }
+        if self.is_alive()? { signal(self.process_id, Signal::USR2) } else { Ok(()) }
     }
 
     /// Ends all of its session; this process last, where it is among them.
@@ -184,7 +218,13 @@ mod tests {
         let mut line = [0; 6];
         std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut line).unwrap();
         let process_id = child.id();
-        let worker = Worker { host: "n1".to_owned(), process_id, start_ticks: start_ticks(process_id).unwrap(), boot: boot().unwrap() };
+        let worker = Worker {
+            host: "n1".to_owned(),
+            process_id,
+            start_ticks: start_ticks(process_id).unwrap(),
+            boot: boot().unwrap(),
+            machine: host_name(),
+        };
         (child, worker)
     }
 
@@ -201,7 +241,9 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let folder = folder(root.path());
         assert_eq!(Claim::read(&folder, 7).unwrap(), None);
-        let of = |process_id| Claim::Taken(Worker { host: "n1".to_owned(), process_id, start_ticks: 1, boot: "b".to_owned() });
+        let of = |process_id| {
+            Claim::Taken(Worker { host: "n1".to_owned(), process_id, start_ticks: 1, boot: "b".to_owned(), machine: "m".to_owned() })
+        };
         assert_eq!(of(1).make(&folder, 7).unwrap(), of(1));
         for later in [of(2), Claim::Withdrawn] {
             assert_eq!(later.make(&folder, 7).unwrap(), of(1));
@@ -226,5 +268,25 @@ mod tests {
         assert_eq!((worker.is_alive().unwrap(), worker.session().unwrap().len()), (false, 1));
         worker.end().unwrap();
         wait_until("its session ends", || worker.session().unwrap().is_empty());
+    }
+
+    #[test]
+    fn of_several_who_claim_at_once_one_has_it_and_all_know_who() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = folder(root.path());
+        for batch in 1..=50 {
+            let claimers: Vec<_> = (0..8)
+                .map(|index| {
+                    let folder = folder.clone();
+                    let worker =
+                        Worker { host: "n1".to_owned(), process_id: index, start_ticks: 1, boot: "b".to_owned(), machine: "m".to_owned() };
+                    let claim = if index == 7 { Claim::Withdrawn } else { Claim::Taken(worker) };
+                    std::thread::spawn(move || claim.make(&folder, batch).unwrap())
+                })
+                .collect();
+            let held: Vec<Claim> = claimers.into_iter().map(|claimer| claimer.join().unwrap()).collect();
+            assert!(held.iter().all(|claim| *claim == held[0]), "{held:?}");
+            assert_eq!(Claim::read(&folder, batch).unwrap().as_ref(), Some(&held[0]));
+        }
     }
 }

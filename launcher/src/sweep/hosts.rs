@@ -11,6 +11,7 @@ mod greet;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::io::{ErrorKind, Read as _};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, sleep};
@@ -34,7 +35,7 @@ use super::executor::{Gone, Out};
 use super::folder::StudyFolder;
 use super::local::least_used;
 use super::visit::{Orders, Report, Start, Word};
-use crate::hosts::{Preparation, RemoteHost};
+use crate::hosts::{Preparation, RemoteHost, is_name_of};
 use crate::run_folder::{READABLE, storage, write_whole};
 use crate::slurm::Avoided;
 
@@ -42,7 +43,10 @@ use crate::slurm::Avoided;
 const POLL_MS: u64 = 200;
 
 /// Longest sign of life that is read, in bytes.
-const MAX_BEAT_BYTES: usize = 64;
+const MAX_BEAT_BYTES: u64 = 64;
+
+/// Starts of a batch on a host that answers, after each of which nobody had claimed it; then the host is left out.
+const MAX_ABSENCES: u32 = 3;
 
 /// Longest wait for the visits that end what is out, in seconds, before the controller leaves.
 const END_WAIT_S: u64 = 10;
@@ -118,6 +122,8 @@ struct Given {
     /// Its sign of life, and since when it is the same; looked at while its host cannot be visited.
     beat: Option<(Vec<u8>, Instant)>,
     stop: Stop,
+    /// How often it was started, and nobody had claimed it in time.
+    absences: u32,
 }
 
 /// Whether a batch is to leave.
@@ -169,7 +175,10 @@ impl Hosts {
         while let Ok(answer) = self.answers.1.try_recv() {
             self.hear(answer);
         }
-        let num_answering = self.states.iter().filter(|host| host.failures == 0).count();
+        // One that gets nothing any more is not asked, and its silence tells nothing.
+        let has_batches = |index: usize| self.batches.values().any(|given| given.host == index);
+        let counts = |index: usize, host: &HostState| host.failures == 0 && (host.check != Check::Failed || has_batches(index));
+        let num_answering = self.states.iter().enumerate().filter(|(index, host)| counts(*index, host)).count();
         if is_alone(num_answering, self.last_answer.elapsed()) {
             return Err(self.alone().into());
         }
@@ -181,7 +190,7 @@ impl Hosts {
         let host = next_host(&self.loads(), self.concurrency).context("no host has room for a trial")?;
         let taken: Vec<u32> = self.batches.values().filter(|given| given.host == host).map(|given| given.place).collect();
         let place = least_used(self.places(), &taken.iter().copied());
-        self.batches.insert(batch.number, Given { host, place, word: None, beat: None, stop: Stop::No });
+        self.batches.insert(batch.number, Given { host, place, word: None, beat: None, stop: Stop::No, absences: 0 });
         self.states[host].next_visit = Instant::now();
         Ok(())
     }
@@ -255,12 +264,11 @@ impl Hosts {
         left.map(text).collect()
     }
 
-    /// Gives no more batches to the host of this one, whose check has failed, as long as another one is left.
+    /// Gives no more batches to the host of this one, whose check has failed, as long as another one is left that answers.
     pub fn avoid(&mut self, batch: u32) -> Avoided {
         let Some(host) = self.batches.get(&batch).map(|given| given.host) else { return Avoided::default() };
         let name = vec![self.states[host].remote.name.clone()];
-        let others =
-            self.states.iter().enumerate().filter(|(index, other)| *index != host && other.is_listed && other.check != Check::Failed);
+        let others = self.states.iter().enumerate().filter(|(index, other)| *index != host && other.is_listed && other.is_usable());
         match (others.count(), self.states[host].check == Check::Failed) {
             (_, true) => Avoided::default(),
             (0, _) => {
@@ -336,6 +344,7 @@ impl Hosts {
         for (batch, word) in report.batches {
             let Some(given) = self.batches.get_mut(&batch).filter(|given| given.host == index) else { continue };
             given.beat = None;
+            given.absences += u32::from(word == Word::Absent);
             if given.word.as_ref().is_none_or(|(known, _)| *known != word) {
                 given.word = Some((word, now));
                 has_news = true;
@@ -406,9 +415,12 @@ impl Hosts {
             None => Claim::Withdrawn.make(folder, batch)?,
         };
         let Claim::Taken(worker) = found else { return Ok(false) };
-        let known = self.states.iter().position(|host| host.remote.name == worker.host);
+        // This machine may have been called otherwise by a controller elsewhere.
+        let here = host_name();
+        let is_it = |host: &HostState| host.remote.name == worker.host || (host.remote.is_here() && is_name_of(&worker.host, &here));
+        let known = self.states.iter().position(is_it);
         let host = known.unwrap_or_else(|| {
-            let host = RemoteHost::of(&worker.host, &self.site.command, &host_name());
+            let host = RemoteHost::of(&worker.host, &self.site.command, &here);
             self.states.push(HostState::new(host, false));
             self.states.len() - 1
         });
@@ -416,7 +428,7 @@ impl Hosts {
         let place = least_used(self.places(), &taken.iter().copied());
         // Its claim is all that is known: it lives until its host says something else.
         let word = Some((Word::Lives, Instant::now()));
-        self.batches.insert(batch, Given { host, place, word, beat: None, stop: Stop::No });
+        self.batches.insert(batch, Given { host, place, word, beat: None, stop: Stop::No, absences: 0 });
         self.states[host].next_visit = Instant::now();
         Ok(true)
     }
@@ -437,14 +449,16 @@ impl Hosts {
         let is_unbegun = matches!(facts.word, None | Some(Word::Absent));
         let lost_after = Duration::from_secs(self.site.lost_after_s.into());
         let (decision, reason) = match fate(&facts, lost_after) {
-            (Fate::Wait, reason) if is_unbegun && given.stop != Stop::No => (Fate::Withdraw, reason),
+            (Fate::Wait, reason) if is_unbegun && (given.stop != Stop::No || given.absences >= MAX_ABSENCES) => (Fate::Withdraw, reason),
             decided => decided,
         };
         match (decision, &given.word) {
             (Fate::Wait, _) => Ok(None),
             (Fate::Withdraw, _) => {
                 if Claim::Withdrawn.make(&folder, batch)? == Claim::Withdrawn {
-                    return Ok(Some(Gone::not_begun(trial)));
+                    let never_begins = given.absences >= MAX_ABSENCES;
+                    let how = format!("it was started {MAX_ABSENCES} times, and did not begin");
+                    return Ok(Some(if never_begins { self.never_began(batch, trial, &how) } else { Gone::not_begun(trial) }));
                 }
                 // It has begun, and nobody has heard of that.
                 given.word = Some((Word::Lives, Instant::now()));
@@ -466,11 +480,27 @@ impl Hosts {
                 given.word = Some((Word::Lives, Instant::now()));
                 Ok(None)
             }
-            (Fate::Gone, Some((Word::Gone(how) | Word::Failed(how), _))) => {
-                Ok(Some(Gone::ended(trial, format!("{}: {how}", host.remote.name))))
+            (Fate::Gone, Some((Word::Failed(how), _))) => {
+                let how = how.clone();
+                Ok(Some(self.never_began(batch, trial, &how)))
             }
+            (Fate::Gone, Some((Word::Gone(how), _))) => Ok(Some(Gone::ended(trial, format!("{}: {how}", host.remote.name)))),
             (Fate::Gone, _) => Ok(Some(Gone::ended(trial, format!("{}: {reason}", host.remote.name)))),
         }
+    }
+
+    /// What cannot even begin on a host is tried on another one, at no cost of an attempt, and the host gets nothing more; on the last host
+    /// it counts as tried.
+    fn never_began(&mut self, batch: u32, trial: usize, how: &str) -> Gone {
+        let name = self.host_of(batch).unwrap_or_default().to_owned();
+        if self.avoid(batch).news.is_empty() && self.has_spared {
+            return Gone::ended(trial, format!("{name}: {how}"));
+        }
+        let line = format!("warning: host {name} gets no more trials: what is started there does not begin: {how}");
+        if !self.news.contains(&line) {
+            self.news.push(line);
+        }
+        Gone::not_begun(trial)
     }
 
     fn alone(&self) -> Failure {
@@ -508,8 +538,18 @@ impl HostState {
 impl Given {
     /// How long its sign of life has not changed, as far as this process has seen it.
     fn silent(&mut self, folder: &StudyFolder, batch: u32) -> Duration {
-        let mut sign = fs::read(folder.beat_path(batch)).unwrap_or_default();
-        sign.truncate(MAX_BEAT_BYTES);
+        let mut sign = Vec::new();
+        let read = File::open(folder.beat_path(batch)).and_then(|file| file.take(MAX_BEAT_BYTES).read_to_end(&mut sign));
+        match read {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            // Whoever cannot read the disk cannot tell that nobody writes to it.
+            Err(error) => {
+                tracing::debug!(%error, batch, "a sign of life cannot be read");
+                self.beat = None;
+                return Duration::ZERO;
+            }
+        }
         let beat = self.beat.get_or_insert_with(|| (sign.clone(), Instant::now()));
         if beat.0 != sign {
             *beat = (sign, Instant::now());

@@ -173,8 +173,16 @@ impl Visit<'_> {
     /// The process that works on a batch here, or did.
     fn worker(&self, batch: u32) -> anyhow::Result<Option<Worker>> {
         match Claim::read(self.folder, batch)? {
-            Some(Claim::Taken(worker)) if worker.host == self.orders.host => Ok(Some(worker)),
-            _ => Ok(None),
+            None | Some(Claim::Withdrawn) => Ok(None),
+            // By its name, or, where controllers call this machine differently, by its kernel.
+            Some(Claim::Taken(worker)) if worker.host == self.orders.host || worker.runs_under_this_kernel().unwrap_or(false) => {
+                Ok(Some(worker))
+            }
+            Some(Claim::Taken(worker)) => Err(Failure::new(FailureKind::Environment, "another host has a batch of this one")
+                .at(self.folder.claim_path(batch).display())
+                .expected(&self.orders.host)
+                .found(worker.host)
+                .into()),
         }
     }
 
@@ -258,6 +266,8 @@ fn check_is_shared(folder: &StudyFolder, controller: &str) -> Result<(), Failure
 #[cfg(test)]
 mod tests {
     use super::super::batch::Assignment;
+    use cloze_cluster::host::host_name;
+
     use super::*;
 
     /// A study folder with one batch of the trial `a`, whose controller is `7 login`.
@@ -324,7 +334,7 @@ mod tests {
         let mut child = Command::new("setsid").args(["sleep", "60"]).spawn().unwrap();
         let start_ticks = crate::local::start_ticks(child.id()).unwrap();
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim().to_owned();
-        let worker = Worker { host: "n1".to_owned(), process_id: child.id(), start_ticks, boot };
+        let worker = Worker { host: "n1".to_owned(), process_id: child.id(), start_ticks, boot, machine: host_name() };
         Claim::Taken(worker).make(&folder, 1).unwrap();
         assert_eq!(told(&ordered), Word::Lives);
         assert_eq!(told(&Orders { host: "n2".to_owned(), looks: vec![1], ..orders() }), Word::Absent, "it is another host's");

@@ -22,7 +22,7 @@ const VISIT_S: u64 = 90;
 const POLL_MS: u64 = 10;
 
 /// Longest wait for the end of what a visit has said, once it has ended, in milliseconds.
-const PIPE_WAIT_MS: u64 = 1000;
+const PIPE_WAIT_MS: u64 = 5000;
 
 /// Most that is read of what a host says, in bytes; a report of a thousand batches has some 20,000.
 const MAX_OUTPUT_BYTES: u64 = 1 << 20;

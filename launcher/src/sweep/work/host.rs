@@ -27,7 +27,9 @@ pub(super) struct Stay {
 impl Entry {
     /// Claims the batch. This process must not have started anything yet, since all of it belongs to its session.
     pub(super) fn new(folder: &StudyFolder, plan: &SweepPlan, options: &WorkOptions) -> anyhow::Result<Self> {
-        let (Some(host), Some(site)) = (&options.host, plan.hosts()) else { return Ok(Self::Free) };
+        let Some(host) = &options.host else { return Ok(Self::Free) };
+        // The order is an old one: the study has left its hosts since.
+        let Some(site) = plan.hosts() else { return Ok(Self::Taken) };
         Worker::lead_session()?;
         let worker = Worker::this_process(host).context("look at this process")?;
         let wanted = Claim::Taken(worker.clone());
