@@ -318,6 +318,17 @@ fn what_cannot_begin_starts_nothing() {
     fs::create_dir_all(world.path("full")).unwrap();
     world.write("full/thesis.tex", "x");
     world.cloze(&["sweep", "run", &recipe, "--folder", "full"]).expect_code(3).expect_words(&["not empty", "thesis.tex"]);
+    // Nor into the folder of a run, which stays as it was.
+    world.done(&["data", "prepare", "alone.yaml"]);
+    world.done(&["train", "alone.yaml", "--run", "one", "--quiet", "--set", "train.steps=2"]);
+    let names = || -> Vec<_> { fs::read_dir(world.path("one")).unwrap().map(|entry| entry.unwrap().file_name()).collect() };
+    let before = names();
+    world.cloze(&["sweep", "run", &recipe, "--folder", "one"]).expect_code(3).expect_words(&["the study folder is the folder of a run"]);
+    world.cloze(&["sweep", "resume", "one"]).expect_code(4).expect_words(&["this folder holds a run, and no study", "`cloze resume "]);
+    let from_journal = ["sweep", "resume", "one", "--journal", "journal"];
+    world.cloze(&from_journal).expect_code(3).expect_words(&["the study folder is the folder of a run"]);
+    assert_eq!(names(), before);
+    world.done(&["status", "one"]);
     world.cloze(&["sweep", "status", "full"]).expect_code(4).expect_words(&["this folder holds no study"]);
     world.cloze(&["reproduce", "no/table", "--recipes", "."]).expect_code(3).expect_words(&["there is no such table"]);
 }
