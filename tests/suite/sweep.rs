@@ -68,6 +68,15 @@ impl<'a> Study<'a> {
         text.lines().filter(|line| line.contains("\"run_started\"")).count()
     }
 
+    /// How many runs have a live controller.
+    fn trainings(&self) -> usize {
+        let runs = fs::read_dir(self.world.path(&self.folder()).join("runs")).into_iter().flatten().filter_map(Result::ok);
+        let is_held = |run: &fs::DirEntry| {
+            fs::File::open(run.path().join("lock")).is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(fs::TryLockError::WouldBlock)))
+        };
+        runs.filter(is_held).count()
+    }
+
     fn steps(&self, run: &str) -> Vec<u64> {
         let path = self.world.path(&self.folder()).join("runs").join(run).join("events.jsonl");
         let text = fs::read_to_string(path).unwrap_or_default();
@@ -196,6 +205,32 @@ sweep:
         assert_eq!((record["state"].as_str(), record["attempts"].as_u64()), (Some("done"), Some(1)), "{name}");
         let steps = study.steps(&name);
         assert_eq!((study.starts(&name), steps.len(), steps.last()), (1, 300, Some(&300)), "{name}");
+    }
+}
+
+#[test]
+fn what_a_trial_has_started_ends_with_its_process() {
+    let world = World::with_corpus(2000);
+    let study = Study::new(&world, "cut", "sweep: {seeds: [1, 2, 3], concurrency: 2}\n");
+    let process = study.start(&["--set", "train.steps=300", "--set", "checkpoint.every_steps=1000"]);
+    wait_until("two trials train", PATIENCE, || {
+        study.records().iter().filter(|(name, record)| record["state"] == "training" && study.steps(name).len() > 5).count() == 2
+    });
+    let (cut, record) = study.records().into_iter().find(|(_, record)| record["state"] == "training").unwrap();
+    let lock = world.read(&format!("{}/jobs/{}.lock", study.folder(), record["hash"].as_str().unwrap()));
+    let lock = String::from_utf8(lock).unwrap();
+    assert!(send_signal(lock.split_once(' ').unwrap().0.parse().unwrap(), "KILL"));
+    let mut most = 0;
+    wait_until("all trials are done", PATIENCE, || {
+        most = most.max(study.trainings());
+        study.count("done") == 3
+    });
+    process.wait().expect_code(0).expect_words(&["tried again in 2 s", "3 of 3 done"]);
+    assert_eq!(most, 2, "what a killed process had started trained on in nobody's place");
+    for (name, record) in study.records() {
+        let times = if name == cut { 2 } else { 1 };
+        assert_eq!((study.starts(&name), record["attempts"].as_u64()), (times, Some(times as u64)), "{name}");
+        assert_eq!(study.steps(&name), (1..=300).collect::<Vec<u64>>(), "{name}: each step once");
     }
 }
 
