@@ -162,6 +162,8 @@ trial #6 #2 #1 train.learning_rate=0.002 seed=2
     }
     world.cloze(&["eval", &study.folder()]).expect_code(4).expect_words(&["this folder holds a study", "`cloze sweep report "]);
     assert!(study.records().keys().all(|name| study.starts(name) == 1));
+    let cancelled = world.done(&["sweep", "cancel", &study.folder()]).expect_words(&["there is nothing to cancel: the study is over"]);
+    assert!(!cancelled.stderr.contains("resume"), "{}", cancelled.stderr);
     // The same folder is not another study's.
     let folder = study.folder();
     let other = ["sweep", "run", &recipe, "--folder", &folder, "--set", "train.learning_rate=0.003", "--set", "sweep.grid=null"];
@@ -436,7 +438,7 @@ fn a_study_whose_cluster_is_lost_is_cancelled_and_goes_on_elsewhere() {
     ]);
     assert_eq!(study.states(), ["waiting"]);
     // Nothing is out any more, so nobody has to be asked.
-    elsewhere(&["sweep", "cancel", &folder]).expect_code(0);
+    elsewhere(&["sweep", "cancel", &folder]).expect_code(0).expect_words(&["nothing to cancel: no trial is out", "cloze sweep resume "]);
     // Its job begins after all, and does nothing.
     let begun = elsewhere(&["sweep", "work", &folder, "--batch", "1", "--element", "0"]).expect_code(0);
     begun.expect_words(&["nothing to do"]);

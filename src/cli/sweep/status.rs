@@ -89,7 +89,7 @@ pub(super) fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Res
 }
 
 /// The records of all trials, in the plan's order.
-fn records(folder: &StudyFolder, plan: &SweepPlan) -> Result<Vec<TrialRecord>> {
+pub(super) fn records(folder: &StudyFolder, plan: &SweepPlan) -> Result<Vec<TrialRecord>> {
     let mut known = read_records(folder, plan)?;
     let of = |trial: &PlannedTrial| known.remove(&trial.hash).unwrap_or_else(|| TrialRecord::new(trial, plan.parent_hash(trial)));
     Ok(plan.trials.iter().map(of).collect())
@@ -159,7 +159,7 @@ impl Control {
 }
 
 /// Unix time, in seconds.
-fn now() -> Result<f64> {
+pub(super) fn now() -> Result<f64> {
     Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("read the time of day")?.as_secs_f64())
 }
 
