@@ -195,6 +195,7 @@ sweep:
     assert!(holder.contains("; controlled by process ") && holder.contains(", for "), "{holder}");
     process.kill();
     let orphaned = world.done(&["sweep", "status", &folder]).stdout;
+    assert!(orphaned.contains(" and wrote last "), "{orphaned}");
     assert!(orphaned.contains("2 out; no controller lives here; the last one, process ") && !orphaned.contains("gone"), "{orphaned}");
     let out: Vec<String> = study.records().into_iter().filter(|(_, record)| record["state"] == "training").map(|(name, _)| name).collect();
     let before: Vec<usize> = out.iter().map(|name| study.steps(name).len()).collect();
