@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use cloze_launcher::sweep::leave::leave_with_parent;
 use cloze_recipes::failure::Failure;
 
 use cli::arguments::{Arguments, Command, DataCommand};
@@ -20,6 +21,9 @@ use cli::{
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     cli::start_logging();
+    if let Err(error) = leave_with_parent() {
+        tracing::warn!(%error, "this program may outlive the process that has started it");
+    }
     match dispatch(arguments.command) {
         Ok(code) => code,
         Err(error) => {

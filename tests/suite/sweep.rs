@@ -68,6 +68,15 @@ impl<'a> Study<'a> {
         text.lines().filter(|line| line.contains("\"run_started\"")).count()
     }
 
+    /// How many runs have a live controller.
+    fn trainings(&self) -> usize {
+        let runs = fs::read_dir(self.world.path(&self.folder()).join("runs")).into_iter().flatten().filter_map(Result::ok);
+        let is_held = |run: &fs::DirEntry| {
+            fs::File::open(run.path().join("lock")).is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(fs::TryLockError::WouldBlock)))
+        };
+        runs.filter(is_held).count()
+    }
+
     fn steps(&self, run: &str) -> Vec<u64> {
         let path = self.world.path(&self.folder()).join("runs").join(run).join("events.jsonl");
         let text = fs::read_to_string(path).unwrap_or_default();
@@ -153,6 +162,8 @@ trial #6 #2 #1 train.learning_rate=0.002 seed=2
     }
     world.cloze(&["eval", &study.folder()]).expect_code(4).expect_words(&["this folder holds a study", "`cloze sweep report "]);
     assert!(study.records().keys().all(|name| study.starts(name) == 1));
+    let cancelled = world.done(&["sweep", "cancel", &study.folder()]).expect_words(&["there is nothing to cancel: the study is over"]);
+    assert!(!cancelled.stderr.contains("resume"), "{}", cancelled.stderr);
     // The same folder is not another study's.
     let folder = study.folder();
     let other = ["sweep", "run", &recipe, "--folder", &folder, "--set", "train.learning_rate=0.003", "--set", "sweep.grid=null"];
@@ -184,6 +195,7 @@ sweep:
     assert!(holder.contains("; controlled by process ") && holder.contains(", for "), "{holder}");
     process.kill();
     let orphaned = world.done(&["sweep", "status", &folder]).stdout;
+    assert!(orphaned.contains(" and wrote last "), "{orphaned}");
     assert!(orphaned.contains("2 out; no controller lives here; the last one, process ") && !orphaned.contains("gone"), "{orphaned}");
     let out: Vec<String> = study.records().into_iter().filter(|(_, record)| record["state"] == "training").map(|(name, _)| name).collect();
     let before: Vec<usize> = out.iter().map(|name| study.steps(name).len()).collect();
@@ -196,6 +208,32 @@ sweep:
         assert_eq!((record["state"].as_str(), record["attempts"].as_u64()), (Some("done"), Some(1)), "{name}");
         let steps = study.steps(&name);
         assert_eq!((study.starts(&name), steps.len(), steps.last()), (1, 300, Some(&300)), "{name}");
+    }
+}
+
+#[test]
+fn what_a_trial_has_started_ends_with_its_process() {
+    let world = World::with_corpus(2000);
+    let study = Study::new(&world, "cut", "sweep: {seeds: [1, 2, 3], concurrency: 2}\n");
+    let process = study.start(&["--set", "train.steps=300", "--set", "checkpoint.every_steps=1000"]);
+    wait_until("two trials train", PATIENCE, || {
+        study.records().iter().filter(|(name, record)| record["state"] == "training" && study.steps(name).len() > 5).count() == 2
+    });
+    let (cut, record) = study.records().into_iter().find(|(_, record)| record["state"] == "training").unwrap();
+    let lock = world.read(&format!("{}/jobs/{}.lock", study.folder(), record["hash"].as_str().unwrap()));
+    let lock = String::from_utf8(lock).unwrap();
+    assert!(send_signal(lock.split_once(' ').unwrap().0.parse().unwrap(), "KILL"));
+    let mut most = 0;
+    wait_until("all trials are done", PATIENCE, || {
+        most = most.max(study.trainings());
+        study.count("done") == 3
+    });
+    process.wait().expect_code(0).expect_words(&["tried again in 2 s", "3 of 3 done"]);
+    assert_eq!(most, 2, "what a killed process had started trained on in nobody's place");
+    for (name, record) in study.records() {
+        let times = if name == cut { 2 } else { 1 };
+        assert_eq!((study.starts(&name), record["attempts"].as_u64()), (times, Some(times as u64)), "{name}");
+        assert_eq!(study.steps(&name), (1..=300).collect::<Vec<u64>>(), "{name}: each step once");
     }
 }
 
@@ -318,6 +356,17 @@ fn what_cannot_begin_starts_nothing() {
     fs::create_dir_all(world.path("full")).unwrap();
     world.write("full/thesis.tex", "x");
     world.cloze(&["sweep", "run", &recipe, "--folder", "full"]).expect_code(3).expect_words(&["not empty", "thesis.tex"]);
+    // Nor into the folder of a run, which stays as it was.
+    world.done(&["data", "prepare", "alone.yaml"]);
+    world.done(&["train", "alone.yaml", "--run", "one", "--quiet", "--set", "train.steps=2"]);
+    let names = || -> Vec<_> { fs::read_dir(world.path("one")).unwrap().map(|entry| entry.unwrap().file_name()).collect() };
+    let before = names();
+    world.cloze(&["sweep", "run", &recipe, "--folder", "one"]).expect_code(3).expect_words(&["the study folder is the folder of a run"]);
+    world.cloze(&["sweep", "resume", "one"]).expect_code(4).expect_words(&["this folder holds a run, and no study", "`cloze resume "]);
+    let from_journal = ["sweep", "resume", "one", "--journal", "journal"];
+    world.cloze(&from_journal).expect_code(3).expect_words(&["the study folder is the folder of a run"]);
+    assert_eq!(names(), before);
+    world.done(&["status", "one"]);
     world.cloze(&["sweep", "status", "full"]).expect_code(4).expect_words(&["this folder holds no study"]);
     world.cloze(&["reproduce", "no/table", "--recipes", "."]).expect_code(3).expect_words(&["there is no such table"]);
 }
@@ -390,7 +439,7 @@ fn a_study_whose_cluster_is_lost_is_cancelled_and_goes_on_elsewhere() {
     ]);
     assert_eq!(study.states(), ["waiting"]);
     // Nothing is out any more, so nobody has to be asked.
-    elsewhere(&["sweep", "cancel", &folder]).expect_code(0);
+    elsewhere(&["sweep", "cancel", &folder]).expect_code(0).expect_words(&["nothing to cancel: no trial is out", "cloze sweep resume "]);
     // Its job begins after all, and does nothing.
     let begun = elsewhere(&["sweep", "work", &folder, "--batch", "1", "--element", "0"]).expect_code(0);
     begun.expect_words(&["nothing to do"]);

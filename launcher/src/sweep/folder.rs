@@ -459,6 +459,11 @@ pub(super) fn read_bounded(path: &Path) -> Result<Option<Vec<u8>>, Failure> {
 }
 
 fn no_study(folder: &Path) -> Failure {
+    if folder.join("run.json").is_file() {
+        let shown = folder.display();
+        let hint = format!("for runs there are `cloze status {shown}`, `cloze resume {shown}` and `cloze cancel {shown}`");
+        return Failure::new(FailureKind::Input, "this folder holds a run, and no study").at(shown).hint(hint);
+    }
     Failure::new(FailureKind::Input, "this folder holds no study")
         .at(folder.display())
         .hint("`cloze sweep run RECIPE` makes one and names its folder")

@@ -5,8 +5,9 @@ use std::fs::OpenOptions;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use cloze_cluster::host::host_name;
 use cloze_recipes::failure::{Failure, FailureKind};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
@@ -17,9 +18,14 @@ use super::folder::StudyFolder;
 use super::lock::{FileLock, holder_process};
 use super::steps::shown;
 use crate::run_folder::storage;
+use crate::view::controller_lives;
 
 /// Interval at which the processes are looked at.
 const POLL_MS: u64 = 100;
+
+/// Longest wait for the run of a trial whose process was killed, in seconds: it saves and leaves, and has its place meanwhile. After that
+/// the trial is given back, and its next attempt waits for the run.
+const LEAVE_WAIT_S: u64 = 180;
 
 /// The processes of this machine.
 #[derive(Debug)]
@@ -32,12 +38,14 @@ pub struct Local {
     children: BTreeMap<u32, (Child, u32)>,
     /// Children whose outcome is there and that have not ended yet; they hold no place any more.
     leaving: Vec<Child>,
+    /// How a batch without an outcome has ended, and since when that is known; what its process has started may still leave.
+    ended: BTreeMap<u32, (String, Instant)>,
 }
 
 impl Local {
     /// Nothing runs yet; `program` is the `cloze` program.
     pub fn new(folder: StudyFolder, program: PathBuf, concurrency: u32) -> Self {
-        Self { folder, program, concurrency: concurrency.max(1), children: BTreeMap::new(), leaving: Vec::new() }
+        Self { folder, program, concurrency: concurrency.max(1), children: BTreeMap::new(), leaving: Vec::new(), ended: BTreeMap::new() }
     }
 
     /// Starts a batch, which has one element here.
@@ -66,29 +74,48 @@ impl Local {
         Ok(())
     }
 
-    /// Trials whose process has ended. One that an earlier controller has started is known by the lock that it holds.
+    /// Trials whose process has ended, and of which nothing trains any more. One that an earlier controller has started is known by the
+    /// lock that it holds.
     pub fn gone(&mut self, outs: &[Out<'_>]) -> anyhow::Result<Vec<Gone>> {
         self.reap();
         let mut gone = Vec::new();
         for out in outs {
-            let how = match self.children.get_mut(&out.place.batch) {
-                Some((child, _)) => child.try_wait().map_err(|error| storage("wait for a process", self.folder.root(), &error))?.map(shown),
-                None => match FileLock::holder(&self.folder.trial_lock_path(out.hash))? {
-                    Some(_) => None,
-                    None => Some("nobody knows how: its controller was killed".to_owned()),
-                },
-            };
-            if let Some(how) = how {
-                // Without an outcome nobody forgets its batch, and its place is free all the same.
-                self.children.remove(&out.place.batch);
-                gone.push(Gone::ended(out.trial, how));
+            let batch = out.place.batch;
+            let Some(how) = self.end_of(out)? else { continue };
+            let since = self.ended.entry(batch).or_insert_with(|| (how.clone(), Instant::now())).1;
+            if since.elapsed() < Duration::from_secs(LEAVE_WAIT_S) && self.trains_on(out.hash)? {
+                continue;
             }
+            // Without an outcome nobody forgets its batch, and its place is free all the same.
+            self.forget(batch);
+            gone.push(Gone::ended(out.trial, how));
         }
         Ok(gone)
     }
 
+    /// How the process of a trial has ended; `None` where it lives.
+    fn end_of(&mut self, out: &Out<'_>) -> anyhow::Result<Option<String>> {
+        if let Some((how, _)) = self.ended.get(&out.place.batch) {
+            return Ok(Some(how.clone()));
+        }
+        if let Some((child, _)) = self.children.get_mut(&out.place.batch) {
+            return Ok(child.try_wait().map_err(|error| storage("wait for a process", self.folder.root(), &error))?.map(shown));
+        }
+        let holder = FileLock::holder(&self.folder.trial_lock_path(out.hash))?;
+        Ok(if holder.is_none() { Some("nobody knows how: its controller was killed".to_owned()) } else { None })
+    }
+
+    /// Whether the run of a trial still has a controller, which was told to leave when the process that worked on the trial was gone.
+    fn trains_on(&self, hash: &str) -> anyhow::Result<bool> {
+        let plan = self.folder.plan()?;
+        let Some(trial) = plan.trials.iter().find(|trial| trial.hash == hash) else { return Ok(false) };
+        let run = self.folder.run_path(&trial.name);
+        controller_lives(&run).with_context(|| format!("look at the lock of {}", run.display()))
+    }
+
     /// Forgets a batch, whose outcome is there; its process ends by itself, and its place is free at once.
     pub fn forget(&mut self, batch: u32) {
+        self.ended.remove(&batch);
         if let Some((child, _)) = self.children.remove(&batch) {
             self.leaving.push(child);
             self.reap();
@@ -116,7 +143,8 @@ impl Local {
     }
 
     fn each(&self, outs: &[Out<'_>], send: impl Fn(Pid) -> rustix::io::Result<()>) {
-        for out in outs {
+        // The id of a process that has ended may be another one's by now.
+        for out in outs.iter().filter(|out| !self.ended.contains_key(&out.place.batch)) {
             let found = match self.children.get(&out.place.batch) {
                 Some((child, _)) => Some(child.id()),
                 // A process of an earlier controller: while it holds its lock the id is its own.

@@ -22,6 +22,7 @@ pub mod hosts;
 pub mod journal;
 pub mod ladder;
 pub mod lease;
+pub mod leave;
 pub mod local;
 pub mod lock;
 pub mod lost;

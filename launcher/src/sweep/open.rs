@@ -293,10 +293,21 @@ fn check_retry(records: &[TrialRecord], name: &str) -> Result<(), Failure> {
         .hint(hint))
 }
 
-/// Refuses a folder that holds something else.
+/// Refuses a folder that holds something else. A run's folder has a lock as well, so only one that lies beside a study's folders is that
+/// of a study that was not made to its end.
 fn check_is_ours(root: &Path) -> Result<(), Failure> {
     fs::create_dir_all(root).map_err(|error| storage("create the study folder", root, &error))?;
-    if root.join("study.json").exists() || root.join("lock").exists() {
+    if root.join("study.json").exists() {
+        return Ok(());
+    }
+    if root.join("run.json").exists() {
+        return Err(Failure::new(FailureKind::Recipe, "the study folder is the folder of a run")
+            .at(root.display())
+            .expected("an empty or missing folder, or one of this study")
+            .found("run.json")
+            .hint("name another one with `--folder`; `cloze status` says how that run is"));
+    }
+    if root.join("lock").exists() && root.join("trials").is_dir() {
         return Ok(());
     }
     let mut entries = fs::read_dir(root).map_err(|error| storage("list the study folder", root, &error))?;

@@ -28,6 +28,7 @@ pub(super) use self::results::run_facts;
 use self::results::{RunFacts, metric};
 use super::batch::{Assignment, Batch, End, Outcome};
 use super::folder::{PlannedTrial, StudyFolder, SweepPlan, read_json};
+use super::leave::bind;
 use super::share::Part;
 use super::steps::{Manners, StopLevel, run};
 use super::time::unix_now_s;
@@ -335,7 +336,11 @@ impl Attempt<'_> {
         std::fs::rename(&partial, &path).with_context(|| format!("give {} its name", path.display()))
     }
 
-    fn run(&self, command: Command, manners: Manners) -> anyhow::Result<()> {
+    /// What this process starts on this machine does not outlive it; elsewhere the batch system or the next visit ends all of it.
+    fn run(&self, mut command: Command, manners: Manners) -> anyhow::Result<()> {
+        if !self.shop.plan.ends_whole() {
+            bind(&mut command);
+        }
         run(command, &self.shop.folder.log_path(&self.recipe.name), manners, self.shop.stop)
     }
 

@@ -11,11 +11,13 @@ use cloze_launcher::sweep::executor::Executor;
 use cloze_launcher::sweep::folder::StudyFolder;
 use cloze_launcher::sweep::lock::FileLock;
 use cloze_launcher::sweep::open::OpenStudy;
+use cloze_launcher::sweep::outlook::is_over;
 use cloze_launcher::sweep::unreached::Unreached;
 use cloze_launcher::words::{counted, is_or_are};
 use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::machines::{cluster_name, of_hosts, of_queue};
+use super::status::{now, records};
 use super::{controller, controller_over};
 use crate::cli::run::write_last_line;
 
@@ -39,16 +41,33 @@ pub struct CancelArguments {
 /// Asks the live controller, or does it in its place.
 pub(super) fn cancel(arguments: &CancelArguments) -> Result<ExitCode> {
     let folder = StudyFolder::find(&arguments.folder)?;
-    let shown = folder.root().display().to_string();
-    if let Some(holder) = FileLock::holder(&folder.lock_path())? {
+    let was_there = if let Some(holder) = FileLock::holder(&folder.lock_path())? {
         ask(&folder, &holder)?;
-    } else if arguments.mark_only {
-        give_up(OpenStudy::open(folder.root(), None, None)?)?;
+        true
     } else {
-        take_off(OpenStudy::open(folder.root(), None, None)?)?;
-    }
-    write_last_line(&mut std::io::stderr(), &format!("cancelled; go on with: cloze sweep resume {shown}"))?;
+        let study = OpenStudy::open(folder.root(), None, None)?;
+        let num_out = study.num_out();
+        if arguments.mark_only {
+            give_up(study)?;
+        } else {
+            take_off(study)?;
+        }
+        num_out > 0
+    };
+    let plan = folder.plan()?;
+    let is_over = is_over(now()?, &plan, &records(&folder, &plan)?);
+    write_last_line(&mut std::io::stderr(), &last_line(was_there, is_over, &folder.root().display().to_string()))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What has become of a study, and what is left to do.
+fn last_line(was_there: bool, is_over: bool, shown: &str) -> String {
+    match (was_there, is_over) {
+        (true, true) => format!("nothing is left to do; the table is that of: cloze sweep report {shown}"),
+        (true, false) => format!("cancelled; go on with: cloze sweep resume {shown}"),
+        (false, true) => "there is nothing to cancel: the study is over".to_owned(),
+        (false, false) => format!("there is nothing to cancel: no trial is out; go on with: cloze sweep resume {shown}"),
+    }
 }
 
 /// Asks a live controller and waits until it has left.
@@ -109,5 +128,19 @@ fn out_of_reach(error: anyhow::Error, study: &OpenStudy) -> anyhow::Error {
         }
         Ok(failure) => failure.into(),
         Err(error) => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_there_is_cancelled_and_only_what_is_not_over_goes_on() {
+        for (was_there, is_over) in [(true, true), (true, false), (false, true), (false, false)] {
+            let line = last_line(was_there, is_over, "/s");
+            let words = ["cancelled", "nothing to cancel", "cloze sweep resume /s"].map(|word| line.contains(word));
+            assert_eq!(words, [was_there && !is_over, !was_there, !is_over], "{line}");
+        }
     }
 }

@@ -45,6 +45,8 @@ struct Control {
     last_controller: Option<String>,
     /// Unix time at which that one began, in seconds.
     last_controller_began: Option<f64>,
+    /// Unix time of the newest change of a trial's record that is known here, in seconds; controllers alone change them.
+    last_change: Option<f64>,
     /// The lease of the study's journal in a bucket; absent without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     lease: Option<LeaseState>,
@@ -63,7 +65,7 @@ pub(super) fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Res
     for record in records.iter_mut().filter(|record| record.state == TrialState::Training) {
         record.step = record.step.max(newest_step(&folder.run_path(&record.name)));
     }
-    let control = Control::of(&folder, &plan, now)?;
+    let control = Control::of(&folder, &plan, (&records, now))?;
     let mut outs = queued(&folder, &plan, &records);
     let unasked = if control.may_live() { None } else { add_lost(&folder, &plan, &records, &mut outs) };
     if arguments.json {
@@ -89,7 +91,7 @@ pub(super) fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Res
 }
 
 /// The records of all trials, in the plan's order.
-fn records(folder: &StudyFolder, plan: &SweepPlan) -> Result<Vec<TrialRecord>> {
+pub(super) fn records(folder: &StudyFolder, plan: &SweepPlan) -> Result<Vec<TrialRecord>> {
     let mut known = read_records(folder, plan)?;
     let of = |trial: &PlannedTrial| known.remove(&trial.hash).unwrap_or_else(|| TrialRecord::new(trial, plan.parent_hash(trial)));
     Ok(plan.trials.iter().map(of).collect())
@@ -122,7 +124,7 @@ fn lost_text(
 }
 
 impl Control {
-    fn of(folder: &StudyFolder, plan: &SweepPlan, now: f64) -> Result<Self> {
+    fn of(folder: &StudyFolder, plan: &SweepPlan, (records, now): (&[TrialRecord], f64)) -> Result<Self> {
         let controller = FileLock::holder(&folder.lock_path())?;
         let last = last_holder(&folder.lock_path())?;
         let began = last.as_ref().and_then(|(_, taken)| Some(taken.duration_since(UNIX_EPOCH).ok()?.as_secs_f64()));
@@ -133,7 +135,8 @@ impl Control {
             Some(Err(error)) => (None, Some(format!("{error:#}").lines().next().unwrap_or_default().to_owned())),
         };
         let last_controller = last.map(|(holder, _)| holder);
-        Ok(Self { controller, last_controller, last_controller_began: began, lease, lease_unknown })
+        let last_change = records.iter().map(|record| record.updated).filter(|&updated| updated > 0.0).max_by(f64::total_cmp);
+        Ok(Self { controller, last_controller, last_controller_began: began, last_change, lease, lease_unknown })
     }
 
     /// Whether a controller lives, or may live where nobody here can see it.
@@ -143,10 +146,12 @@ impl Control {
 
     fn text(&self, now: f64) -> String {
         let ago = self.last_controller_began.map(|began| duration((now - began).max(0.0)));
+        let wrote = self.last_change.filter(|&changed| self.last_controller_began.is_some_and(|began| changed >= began));
+        let wrote = wrote.map_or_else(String::new, |changed| format!(" and wrote last {} ago", duration((now - changed).max(0.0))));
         let lock = match (&self.controller, &self.last_controller, ago) {
             (Some(holder), _, Some(ago)) => format!("controlled by {holder}, for {ago}"),
             (Some(holder), _, None) => format!("controlled by {holder}"),
-            (None, Some(holder), Some(ago)) => format!("no controller lives here; the last one, {holder}, began {ago} ago"),
+            (None, Some(holder), Some(ago)) => format!("no controller lives here; the last one, {holder}, began {ago} ago{wrote}"),
             (None, ..) => "no controller lives here".to_owned(),
         };
         let lease = match (&self.lease, &self.lease_unknown) {
@@ -159,7 +164,7 @@ impl Control {
 }
 
 /// Unix time, in seconds.
-fn now() -> Result<f64> {
+pub(super) fn now() -> Result<f64> {
     Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("read the time of day")?.as_secs_f64())
 }
 
@@ -173,6 +178,7 @@ mod tests {
             controller: controller.map(str::to_owned),
             last_controller: last.map(str::to_owned),
             last_controller_began: last.map(|_| 1000.0),
+            last_change: None,
             lease,
             lease_unknown: unknown.map(str::to_owned),
         };
@@ -196,6 +202,9 @@ mod tests {
                 "no controller lives here; nobody knows who has the lease (no answer)".to_owned(),
             ),
         ];
+        let wrote = |changed| Control { last_change: Some(changed), ..control(None, Some("process 7 of a"), None, None) };
+        assert_eq!(wrote(1060.0).text(1065.0), format!("{died} and wrote last 5 s ago"));
+        assert_eq!(wrote(900.0).text(1065.0), died, "that was one before it");
         for (control, may_live, text) in cases {
             assert_eq!((control.may_live(), control.text(1065.0)), (may_live, text));
         }

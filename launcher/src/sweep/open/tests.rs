@@ -31,6 +31,27 @@ fn only_a_failed_trial_is_tried_again() {
     }
 }
 
+#[test]
+fn the_folder_of_a_run_is_no_study_and_stays_as_it_is() {
+    let cases: [(&[&str], Option<&str>); 5] = [
+        (&[], None),
+        (&["lock", "trials/"], None),
+        (&["lock", "run.json"], Some("the study folder is the folder of a run")),
+        (&["lock", "run.json", "trials/"], Some("the study folder is the folder of a run")),
+        (&["lock"], Some("the study folder is not empty")),
+    ];
+    for (names, refused) in cases {
+        let root = tempfile::tempdir().unwrap();
+        for name in names {
+            let path = root.path().join(name);
+            if name.ends_with('/') { fs::create_dir(path).unwrap() } else { fs::write(path, "").unwrap() }
+        }
+        let failure = check_is_ours(root.path()).err();
+        assert_eq!(failure.as_ref().map(|failure| (failure.kind, failure.what.as_str())), refused.map(|what| (FailureKind::Recipe, what)));
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), names.len(), "{names:?}");
+    }
+}
+
 /// A study of these trials in a folder, with its records in another one.
 fn study(root: &Path, journal: &Path, states: &[(&str, TrialState)]) -> StudyFolder {
     let folder = StudyFolder::new(fs::canonicalize(root).unwrap());
@@ -193,8 +214,9 @@ fn a_study_that_the_bucket_does_not_take_is_in_no_folder() {
 fn a_study_that_is_in_the_bucket_alone_is_gone_on_with_by_any_host() {
     let [source, here, there, bucket] = [(); 4].map(|()| tempfile::tempdir().unwrap());
     let (study, url) = (recipe_study(source.path(), &[]), bucket.path().display().to_string());
-    // It is killed when the bucket has the study and the folder does not: what is there of the folder is its lock.
+    // It is killed when the bucket has the study and the folder does not: what is there of the folder is its lock, beside its folders.
     fs::write(here.path().join("lock"), "").unwrap();
+    fs::create_dir(here.path().join("trials")).unwrap();
     block(here.path(), "sweep.json");
     assert!(OpenStudy::create(&study, here.path(), in_bucket(bucket.path())).is_err());
     assert!(bucket.path().join("study.json").is_file() && !here.path().join("study.json").exists());
