@@ -337,7 +337,13 @@ mod tests {
         let worker = Worker { host: "n1".to_owned(), process_id: child.id(), start_ticks, boot, machine: host_name() };
         Claim::Taken(worker).make(&folder, 1).unwrap();
         assert_eq!(told(&ordered), Word::Lives);
-        assert_eq!(told(&Orders { host: "n2".to_owned(), looks: vec![1], ..orders() }), Word::Absent, "it is another host's");
+        let by_another_name = Orders { host: "n2".to_owned(), looks: vec![1], ..orders() };
+        assert_eq!(told(&by_another_name), Word::Lives, "it is this machine, whatever it is called");
+        let far = Worker { host: "n9".to_owned(), process_id: 1, start_ticks: 1, boot: "b".to_owned(), machine: "m".to_owned() };
+        Claim::Taken(far).make(&folder, 2).unwrap();
+        let strange = Orders { starts: vec![Start { batch: 2, place: 0, of: 1 }], ..orders() };
+        let failure: Failure = visit(&folder, program.clone(), &strange).unwrap_err().downcast().unwrap();
+        assert_eq!((failure.what.as_str(), failure.found.as_deref()), ("another host has a batch of this one", Some("n9")));
         assert_eq!(fs::read_to_string(&begun).unwrap().lines().count(), 1, "it was started again");
         child.kill().unwrap();
         child.wait().unwrap();
