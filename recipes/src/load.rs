@@ -25,7 +25,7 @@ pub fn load(path: &Path, overrides: &[String]) -> anyhow::Result<Recipe> {
 /// `checkpoint.url` at the current folder. Nothing that a recipe points to is opened, and of the sections around the run only the form is
 /// looked at; [`load_study`](crate::load_study()) reads them.
 ///
-/// Fails with a [`Failure`](crate::failure::Failure) of kind `Recipe`: at once where a file cannot be read as YAML or has no such profile,
+/// Fails with a [`Failure`] of kind `Recipe`: at once where a file cannot be read as YAML or has no such profile,
 /// else with one line for each problem.
 pub fn load_with_profile(path: &Path, overrides: &[String], profile: Option<&str>) -> anyhow::Result<Recipe> {
     let current_folder = std::env::current_dir().context("find the current folder")?;

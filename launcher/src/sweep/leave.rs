@@ -32,7 +32,7 @@ pub(super) fn bind(command: &mut Command) {
     command.env(PARENT_VARIABLE, std::process::id().to_string());
 }
 
-/// Keeps what [`bind`] has promised; a program that nobody has bound goes on as ever. SIGTERM lets a run save, and ends everything else
+/// Keeps what `bind` has promised; a program that nobody has bound goes on as ever. SIGTERM lets a run save, and ends everything else
 /// together with what it has started; workers of a run are in groups of their own, and their controller asks them.
 pub fn leave_with_parent() -> io::Result<()> {
     let Some(parent) = std::env::var(PARENT_VARIABLE).ok().and_then(|text| text.parse().ok()) else { return Ok(()) };
