@@ -224,7 +224,7 @@ impl<'a> Outpost<'a> {
     /// told a token or a key cannot follow.
     fn look_for_successor(&mut self) -> anyhow::Result<()> {
         self.looked = Instant::now();
-        if self.leaving || self.stated.token.is_some() || self.stated.key.is_some() {
+        if !self.can_follow() {
             return Ok(());
         }
         let control = ControlFile::read(&self.crew.command().paths).unwrap_or_else(|error| {
@@ -239,6 +239,10 @@ impl<'a> Outpost<'a> {
             ))?;
         }
         Ok(())
+    }
+
+    fn can_follow(&self) -> bool {
+        !self.leaving && self.stated.token.is_none() && self.stated.key.is_none()
     }
 
     /// What the clock brings: signals, the controller's events, deadlines, replacements.
@@ -337,7 +341,10 @@ impl<'a> Outpost<'a> {
         let (worker, attempt, budget_left) = (replacement.worker, replacement.attempt, replacement.budget_left);
         match reach(&self.crew.command().paths, &self.stated).await {
             // All workers are started anew then, and this one with them.
-            Ok(contact) if contact.token != self.crew.command().contact.token => self.look_for_successor(),
+            Ok(contact) if self.can_follow() && contact.token != self.crew.command().contact.token => {
+                self.crew.postpone(replacement, now + Duration::from_millis(RETRY_MS));
+                self.look_for_successor()
+            }
             Ok(contact) => {
                 self.away_since = None;
                 self.crew.redirect(contact);
