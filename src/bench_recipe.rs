@@ -56,8 +56,7 @@ pub fn bench_recipe(options: &RecipeBenchOptions) -> Result<String> {
     let dataset = Arc::new(Dataset::open(&recipe.data.output)?);
     let (tokenizer, anchor_id) = Tokenizer::load_with_anchor(&recipe.model.tokenizer, &recipe.model.anchor_token)?;
     dataset.check_tokenizer(&tokenizer)?;
-    let facts =
-        TokenFacts { mask_id: tokenizer.mask_id, special_ids: tokenizer.special_ids(), vocab_size: tokenizer.vocab_size(), anchor_id };
+    let facts = TokenFacts::of(&tokenizer, anchor_id);
     let total_steps = options.warmup_steps + options.steps;
     let mut feed = BatchFeed::start(FeedPlan {
         spec: BatchSpec::new(recipe, facts, &*dataset),

@@ -195,12 +195,7 @@ fn watch_for_abort(client: &Client, generation: u64, interrupt: &Arc<AtomicBool>
 }
 
 fn feed_plan(worker: &Worker, trainer: &Trainer, from_step: u64, total_steps: u64) -> FeedPlan {
-    let facts = TokenFacts {
-        mask_id: worker.tokenizer.mask_id,
-        special_ids: worker.tokenizer.special_ids(),
-        vocab_size: worker.tokenizer.vocab_size(),
-        anchor_id: worker.anchor_id,
-    };
+    let facts = TokenFacts::of(&worker.tokenizer, worker.anchor_id);
     FeedPlan {
         dataset: Arc::clone(&worker.dataset),
         spec: BatchSpec::new(&worker.recipe, facts, &*worker.dataset),

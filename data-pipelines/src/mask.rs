@@ -9,6 +9,7 @@ use cloze_recipes::recipe::{Auxiliary, Masking, ObjectiveRecipe};
 use crate::batch::Slot;
 use crate::dataset::Sample;
 use crate::draw::{Stream, below, draw_u64, draw_unit};
+use crate::tokenizer::Tokenizer;
 
 /// Label of a position that is not scored.
 pub const NOT_SCORED: i32 = -100;
@@ -24,6 +25,13 @@ pub struct TokenFacts {
     pub vocab_size: u32,
     /// Id of the token right before the answer.
     pub anchor_id: u32,
+}
+
+impl TokenFacts {
+    /// Those of a tokenizer, with the token that stands before an answer.
+    pub fn of(tokenizer: &Tokenizer, anchor_id: u32) -> Self {
+        Self { mask_id: tokenizer.mask_id, special_ids: tokenizer.special_ids(), vocab_size: tokenizer.vocab_size(), anchor_id }
+    }
 }
 
 /// Everything that the masks of a run depend on.

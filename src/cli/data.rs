@@ -41,8 +41,7 @@ pub fn inspect(arguments: &InspectArguments, stdout: &mut dyn Write) -> Result<E
     let dataset = Dataset::open(&recipe.data.output)?;
     check_prepared(&recipe, dataset.manifest())?;
     let (tokenizer, anchor_id) = Tokenizer::load_with_anchor(&recipe.model.tokenizer, &recipe.model.anchor_token)?;
-    let facts =
-        TokenFacts { mask_id: tokenizer.mask_id, special_ids: tokenizer.special_ids(), vocab_size: tokenizer.vocab_size(), anchor_id };
+    let facts = TokenFacts::of(&tokenizer, anchor_id);
     let spec = BatchSpec::new(&recipe, facts, &dataset);
     write_inspection(&dataset, &tokenizer, &Inspection { spec: &spec, step: arguments.step, count: arguments.count }, stdout)?;
     Ok(ExitCode::SUCCESS)
