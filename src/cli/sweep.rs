@@ -172,7 +172,7 @@ pub struct WorkArguments {
     /// Cores that it may use
     #[arg(long)]
     pub cores: Option<u32>,
-    /// This host, as the controller that has visited it calls it
+    /// This host, as the controller that has started this or has visited the host calls it
     #[arg(long)]
     pub host: Option<String>,
     /// The host was checked before

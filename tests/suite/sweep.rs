@@ -211,6 +211,58 @@ sweep:
     }
 }
 
+/// The first claim of a study's jobs, and where it lies.
+fn claim_of(world: &World, study: &Study<'_>) -> (std::path::PathBuf, Value) {
+    let path = world.path(&format!("{}/jobs/batch-000001.claim", study.folder()));
+    let claim = serde_json::from_slice(&fs::read(&path).expect("read a claim")).expect("a claim is whole");
+    (path, claim)
+}
+
+#[test]
+fn a_trial_that_another_machine_works_on_is_not_begun_again() {
+    let world = World::with_corpus(2000);
+    let study = Study::new(&world, "far", "sweep: {seeds: [1], concurrency: 1}\n");
+    let process = study.start(&["--set", "train.steps=300", "--set", "checkpoint.every_steps=1000"]);
+    wait_until("a trial trains", PATIENCE, || study.records().keys().any(|name| study.steps(name).len() > 5));
+    process.kill();
+    // As another machine sees it where locks do not reach so far.
+    let (name, record) = study.records().into_iter().next().unwrap();
+    let (path, mut claim) = claim_of(&world, &study);
+    claim["taken"]["boot"] = "another".into();
+    claim["taken"]["machine"] = "far".into();
+    fs::write(&path, claim.to_string()).unwrap();
+    let folder = study.folder();
+    for lock in [format!("{folder}/jobs/{}.lock", record["hash"].as_str().unwrap()), format!("{folder}/runs/{name}/lock")] {
+        fs::remove_file(world.path(&lock)).unwrap();
+    }
+    world.done(&["sweep", "resume", &folder]).expect_words(&["of far, which nobody here can ask; it keeps its trial", "1 of 1 done"]);
+    assert_eq!(study.records()[&name]["attempts"], 1);
+    assert_eq!((study.starts(&name), study.steps(&name)), (1, (1..=300).collect::<Vec<u64>>()), "each step once");
+}
+
+#[test]
+fn a_trial_ends_where_another_host_may_have_its_study() {
+    let world = World::with_corpus(2000);
+    let study = Study::new(&world, "tied", "sweep: {seeds: [1], concurrency: 1}\n");
+    let process = study.start(&["--set", "train.steps=100000", "--set", "checkpoint.every_steps=100000", "--journal", "journal"]);
+    wait_until("a trial trains", PATIENCE, || study.records().keys().any(|name| study.steps(name).len() > 5));
+    process.kill();
+    // In the same folder nobody waits for the end of the lease, and the trial goes on.
+    let next = Process::start(&mut world.command(&["sweep", "resume", &study.folder()]), "");
+    let lease = |number: u32| world.path(&format!("journal/leases/{number:012}.json"));
+    wait_until("the next controller has the lease", PATIENCE, || lease(2).is_file());
+    next.kill();
+    let name = study.records().into_keys().next().unwrap();
+    let (_, claim) = claim_of(&world, &study);
+    let worker = world.read(&format!("{}/runs/{name}/processes/worker-0.json", study.folder()));
+    let worker: Value = serde_json::from_slice(&worker).unwrap();
+    let lives = |process: &Value| fs::metadata(format!("/proc/{}", process["process_id"])).is_ok();
+    assert!(lives(&claim["taken"]) && lives(&worker), "they go on without a controller");
+    fs::write(lease(3), r#"{"holder": "process 1 of far", "renewed": 1.0}"#).unwrap();
+    wait_until("what works on the trial is ended", PATIENCE, || !lives(&claim["taken"]) && !lives(&worker));
+    assert!(study.steps(&name).len() < 100_000 && study.starts(&name) == 1);
+}
+
 #[test]
 fn what_a_trial_has_started_ends_with_its_process() {
     let world = World::with_corpus(2000);

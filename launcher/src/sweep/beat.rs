@@ -9,8 +9,8 @@
 //! | `beat`  | tries again                     | ends with its work |
 //! | `fence` | has none; it reads a clock only | ends with its work |
 
-use std::fs::OpenOptions;
-use std::io::Write as _;
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -21,6 +21,12 @@ use anyhow::Context as _;
 
 use super::claim::Worker;
 use super::folder::StudyFolder;
+
+/// After so many seconds without a sign what works on a controller's own machine counts as lost for one on another machine.
+pub(super) const LOST_AFTER_S: u32 = 300;
+
+/// Longest sign of life that is read, in bytes.
+const MAX_SIGN_BYTES: u64 = 64;
 
 /// Longest interval between two signs, in seconds.
 const BEAT_MAX_S: u64 = 10;
@@ -130,14 +136,16 @@ fn sign(path: &Path, number: u64) -> std::io::Result<()> {
     file.sync_data()
 }
 
-fn wait(time: Duration, is_over: &AtomicBool) {
+/// Waits so long, or until the work is over.
+pub(super) fn wait(time: Duration, is_over: &AtomicBool) {
     let until = Instant::now() + time;
     while Instant::now() < until && !is_over.load(Ordering::Relaxed) {
         sleep(Duration::from_millis(POLL_MS).min(time));
     }
 }
 
-fn end(worker: &Worker) {
+/// Ends the session of this process.
+pub(super) fn end(worker: &Worker) {
     if let Err(error) = worker.end() {
         // Without its list of processes a host can end this one only; its programs are found by the next visit. The log may lie on the
         // very disk that does not answer, so nothing is said of it.
@@ -146,9 +154,66 @@ fn end(worker: &Worker) {
     }
 }
 
+/// The signs of a batch, as a controller sees them that cannot ask its machine.
+#[derive(Debug, Default)]
+pub(super) struct Signs {
+    /// The newest, and since when it is the same.
+    newest: Option<(Vec<u8>, Duration)>,
+}
+
+impl Signs {
+    /// How long the sign of a batch has not changed at this time of the controller's clock, as far as it has looked.
+    pub(super) fn silent(&mut self, now: Duration, folder: &StudyFolder, batch: u32) -> Duration {
+        let mut sign = Vec::new();
+        let read = File::open(folder.beat_path(batch)).and_then(|file| file.take(MAX_SIGN_BYTES).read_to_end(&mut sign));
+        match read {
+            Ok(_) => self.note(now, Ok(sign)),
+            Err(error) if error.kind() == ErrorKind::NotFound => self.note(now, Ok(Vec::new())),
+            Err(error) => {
+                tracing::debug!(%error, batch, "a sign of life cannot be read");
+                self.note(now, Err(error))
+            }
+        }
+    }
+
+    fn note(&mut self, now: Duration, sign: io::Result<Vec<u8>>) -> Duration {
+        // Whoever cannot read the disk cannot tell that nobody writes to it.
+        let Ok(sign) = sign else {
+            self.newest = None;
+            return Duration::ZERO;
+        };
+        let newest = self.newest.get_or_insert_with(|| (sign.clone(), now));
+        if newest.0 != sign {
+            *newest = (sign, now);
+        }
+        now.saturating_sub(newest.1)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sign_is_as_old_as_this_controller_has_seen_it_unchanged() {
+        let mut signs = Signs::default();
+        let s = Duration::from_secs;
+        let mut note =
+            |now, sign: Option<&[u8]>| signs.note(s(now), sign.map(<[u8]>::to_vec).ok_or_else(|| io::Error::other("gone"))).as_secs();
+        // (time, sign, how long it has not changed): what it was before the first look counts for nothing.
+        let looks: [(u64, Option<&[u8]>, u64); 7] = [
+            (1000, Some(b"1"), 0),
+            (1200, Some(b"1"), 200),
+            (1250, Some(b"2"), 0),
+            (1549, Some(b"2"), 299),
+            (1550, None, 0),
+            (1551, Some(b"2"), 0),
+            (1851, Some(b"2"), 300),
+        ];
+        for (now, sign, expected) in looks {
+            assert_eq!(note(now, sign), expected, "at {now}");
+        }
+    }
 
     #[test]
     fn a_process_ends_long_before_it_counts_as_lost() {

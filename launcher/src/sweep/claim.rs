@@ -194,7 +194,8 @@ fn kill(process_id: u32) {
     }
 }
 
-fn boot() -> io::Result<String> {
+/// The kernel's identity since its start.
+pub(super) fn boot() -> io::Result<String> {
     fs::read_to_string(BOOT_PATH).map(|text| text.trim().to_owned())
 }
 

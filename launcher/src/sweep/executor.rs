@@ -70,7 +70,8 @@ impl Executor {
     pub fn news(&mut self) -> Vec<String> {
         match self {
             Self::Hosts(hosts) => hosts.news(),
-            Self::Local(_) | Self::Queue(_) | Self::Unreached(_) => Vec::new(),
+            Self::Local(local) => local.news(),
+            Self::Queue(_) | Self::Unreached(_) => Vec::new(),
         }
     }
 

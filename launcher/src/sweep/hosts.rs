@@ -11,7 +11,6 @@ mod greet;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read as _};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, sleep};
@@ -30,6 +29,7 @@ use self::greet::brief;
 pub(super) use self::greet::look_at;
 pub use self::greet::{greet_hosts, site_of_hosts};
 use super::batch::Batch;
+use super::beat::Signs;
 use super::claim::Claim;
 use super::executor::{Gone, Out};
 use super::folder::StudyFolder;
@@ -41,9 +41,6 @@ use crate::slurm::Avoided;
 
 /// Interval at which outcomes and the ends of visits are looked for, in milliseconds; visits are rarer.
 const POLL_MS: u64 = 200;
-
-/// Longest sign of life that is read, in bytes.
-const MAX_BEAT_BYTES: u64 = 64;
 
 /// Starts of a batch on a host that answers, after each of which nobody had claimed it; then the host is left out.
 const MAX_ABSENCES: u32 = 3;
@@ -75,6 +72,8 @@ pub struct Hosts {
     states: Vec<HostState>,
     batches: BTreeMap<u32, Given>,
     answers: (Sender<Answer>, Receiver<Answer>),
+    /// When this controller began.
+    began: Instant,
     /// When a host has answered last; the beginning, before any has.
     last_answer: Instant,
     news: Vec<String>,
@@ -119,8 +118,8 @@ struct Given {
     place: u32,
     /// What its host has said last, and since when.
     word: Option<(Word, Instant)>,
-    /// Its sign of life, and since when it is the same; looked at while its host cannot be visited.
-    beat: Option<(Vec<u8>, Instant)>,
+    /// Its signs of life, looked at while its host cannot be visited.
+    signs: Signs,
     stop: Stop,
     /// How often it was started, and nobody had claimed it in time.
     absences: u32,
@@ -163,6 +162,7 @@ impl Hosts {
             states,
             batches: BTreeMap::new(),
             answers: channel(),
+            began: Instant::now(),
             last_answer: Instant::now(),
             news: Vec::new(),
             has_spared: false,
@@ -190,7 +190,7 @@ impl Hosts {
         let host = next_host(&self.loads(), self.concurrency).context("no host has room for a trial")?;
         let taken: Vec<u32> = self.batches.values().filter(|given| given.host == host).map(|given| given.place).collect();
         let place = least_used(self.places(), &taken.iter().copied());
-        self.batches.insert(batch.number, Given { host, place, word: None, beat: None, stop: Stop::No, absences: 0 });
+        self.batches.insert(batch.number, Given { host, place, word: None, signs: Signs::default(), stop: Stop::No, absences: 0 });
         self.states[host].next_visit = Instant::now();
         Ok(())
     }
@@ -343,7 +343,7 @@ impl Hosts {
         let mut has_news = false;
         for (batch, word) in report.batches {
             let Some(given) = self.batches.get_mut(&batch).filter(|given| given.host == index) else { continue };
-            given.beat = None;
+            given.signs = Signs::default();
             given.absences += u32::from(word == Word::Absent);
             if given.word.as_ref().is_none_or(|(known, _)| *known != word) {
                 given.word = Some((word, now));
@@ -428,7 +428,7 @@ impl Hosts {
         let place = least_used(self.places(), &taken.iter().copied());
         // Its claim is all that is known: it lives until its host says something else.
         let word = Some((Word::Lives, Instant::now()));
-        self.batches.insert(batch, Given { host, place, word, beat: None, stop: Stop::No, absences: 0 });
+        self.batches.insert(batch, Given { host, place, word, signs: Signs::default(), stop: Stop::No, absences: 0 });
         self.states[host].next_visit = Instant::now();
         Ok(true)
     }
@@ -439,7 +439,7 @@ impl Hosts {
         let Some(given) = self.batches.get_mut(&batch) else { return Ok(None) };
         let host = &mut self.states[given.host];
         let is_reached = host.failures == 0;
-        let silent = if is_reached { Duration::ZERO } else { given.silent(&folder, batch) };
+        let silent = if is_reached { Duration::ZERO } else { given.signs.silent(self.began.elapsed(), &folder, batch) };
         let facts = BatchFacts {
             is_reached,
             word: given.word.as_ref().map(|(word, _)| word),
@@ -532,29 +532,6 @@ impl HostState {
     /// Whether it may get batches.
     fn is_usable(&self) -> bool {
         self.is_known && self.failures == 0 && self.check != Check::Failed
-    }
-}
-
-impl Given {
-    /// How long its sign of life has not changed, as far as this process has seen it.
-    fn silent(&mut self, folder: &StudyFolder, batch: u32) -> Duration {
-        let mut sign = Vec::new();
-        let read = File::open(folder.beat_path(batch)).and_then(|file| file.take(MAX_BEAT_BYTES).read_to_end(&mut sign));
-        match read {
-            Ok(_) => {}
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            // Whoever cannot read the disk cannot tell that nobody writes to it.
-            Err(error) => {
-                tracing::debug!(%error, batch, "a sign of life cannot be read");
-                self.beat = None;
-                return Duration::ZERO;
-            }
-        }
-        let beat = self.beat.get_or_insert_with(|| (sign.clone(), Instant::now()));
-        if beat.0 != sign {
-            *beat = (sign, Instant::now());
-        }
-        beat.1.elapsed()
     }
 }
 

@@ -1,7 +1,7 @@
 //! The records of a sweep's trials: in the study folder, and where `--journal` says so in a bucket too, so that the controller can be
 //! started again on another machine. This process is the one that writes them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -11,9 +11,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::folder::{StudyFolder, StudyInfo, SweepPlan, read_bounded};
-use super::lease::{Lease, MAX_CLOCK_SKEW_S};
+use super::lease::{Home, Lease, MAX_CLOCK_SKEW_S};
 use super::lock::{FileLock, Taken};
-use super::record::{MAX_RECORD_BYTES, TrialRecord};
+use super::record::{MAX_RECORD_BYTES, TrialRecord, TrialState};
 use super::time::unix_now_s;
 use crate::run_folder::{READABLE, write_whole};
 
@@ -36,6 +36,10 @@ const PLAN: &str = "sweep.json";
 pub struct Journal {
     folder: StudyFolder,
     remote: Option<Remote>,
+    /// Trials that are out; `None` before the records were read.
+    outs: Option<BTreeSet<String>>,
+    /// Whether trials run on this machine, where they live by the lease.
+    is_here: bool,
     _lock: FileLock,
 }
 
@@ -48,8 +52,9 @@ impl Journal {
     /// Opens the journal of a study folder. Fails with kind `Run` where another live controller has it.
     pub fn open(folder: &StudyFolder, url: Option<&str>, now: f64) -> anyhow::Result<Self> {
         let lock = lock(folder)?;
-        let remote = url.map(|url| Remote::open(url, now)).transpose()?;
-        Ok(Self { folder: folder.clone(), remote, _lock: lock })
+        let home = Home::of(&folder.lock_path())?;
+        let remote = url.map(|url| Remote::open(url, home, now)).transpose()?;
+        Ok(Self { folder: folder.clone(), remote, outs: None, is_here: false, _lock: lock })
     }
 
     /// The folder.
@@ -85,8 +90,15 @@ impl Journal {
     }
 
     /// Writes how the trials are run, in the bucket and here.
-    pub fn write_plan(&self, plan: &SweepPlan) -> anyhow::Result<()> {
-        self.write_both(PLAN, plan)
+    pub fn write_plan(&mut self, plan: &SweepPlan) -> anyhow::Result<()> {
+        self.write_both(PLAN, plan)?;
+        self.settle(plan);
+        Ok(())
+    }
+
+    /// Takes note of where the trials run from now on.
+    pub fn settle(&mut self, plan: &SweepPlan) {
+        self.is_here = !plan.ends_whole();
     }
 
     /// Writes a file of the study: into the bucket first, since whoever opens the study later believes that one.
@@ -124,7 +136,7 @@ impl Journal {
     }
 
     /// The records that there are, by hash, and what is odd about them. Those of the bucket win.
-    pub fn records(&self, plan: &SweepPlan, now: f64) -> anyhow::Result<(BTreeMap<String, TrialRecord>, Vec<String>)> {
+    pub fn records(&mut self, plan: &SweepPlan, now: f64) -> anyhow::Result<(BTreeMap<String, TrialRecord>, Vec<String>)> {
         let mut records = read_records(&self.folder, plan)?;
         if let Some(Remote { store, .. }) = &self.remote {
             for record in remote_records(store)? {
@@ -132,6 +144,8 @@ impl Journal {
                 records.insert(record.hash.clone(), record);
             }
         }
+        self.settle(plan);
+        self.outs = Some(records.values().filter(|record| is_out(record)).map(|record| record.hash.clone()).collect());
         let ahead = records.values().filter(|record| record.updated > now + MAX_CLOCK_SKEW_S);
         let odd = ahead.map(|record| {
             let ahead_s = record.updated - now;
@@ -145,10 +159,19 @@ impl Journal {
     /// has taken over meanwhile: what this one knows is older.
     pub fn write(&mut self, record: &TrialRecord) -> anyhow::Result<()> {
         self.renew(unix_now_s())?;
+        let outs = self.outs.get_or_insert_default();
+        // Where the writing fails it is not known what others believe.
+        if is_out(record) {
+            outs.insert(record.hash.clone());
+        }
         if let Some(Remote { store, .. }) = &self.remote {
             store::put(store, &record_key(&record.hash), serde_json::to_vec_pretty(record).context("serialise a record")?)?;
         }
-        write_record(&self.folder, record)
+        write_record(&self.folder, record)?;
+        if !is_out(record) {
+            self.outs.get_or_insert_default().remove(&record.hash);
+        }
+        Ok(())
     }
 
     /// Keeps what others see of this controller alive.
@@ -156,25 +179,40 @@ impl Journal {
         self.remote.as_mut().map_or(Ok(()), |remote| remote.lease.renew(now))
     }
 
-    /// Leaves the journal to the next controller.
+    /// Leaves the journal to the next controller; while trials of this machine are out, only to one in this folder.
     pub fn close(mut self) -> anyhow::Result<()> {
-        self.remote.take().map_or(Ok(()), |remote| remote.lease.release())
+        self.give_back()
     }
+
+    /// Gives the lease back. What is out on this machine lives by it, and must have ended before another host has the study: then it is
+    /// kept, until it is over by itself.
+    fn give_back(&mut self) -> anyhow::Result<()> {
+        let Some(Remote { lease, .. }) = self.remote.take() else { return Ok(()) };
+        let is_needed = match &self.outs {
+            Some(outs) => self.is_here && !outs.is_empty(),
+            None => lease.follows(),
+        };
+        if is_needed { Ok(()) } else { lease.release() }
+    }
+}
+
+fn is_out(record: &TrialRecord) -> bool {
+    record.state == TrialState::Training
 }
 
 impl Drop for Journal {
     /// Also a controller that fails leaves its lease to the next one, if it can.
     fn drop(&mut self) {
-        if let Some(Err(error)) = self.remote.take().map(|remote| remote.lease.release()) {
+        if let Err(error) = self.give_back() {
             tracing::warn!(error = format!("{error:#}"), "the lease of the journal could not be given back; it is over by itself");
         }
     }
 }
 
 impl Remote {
-    fn open(url: &str, now: f64) -> anyhow::Result<Self> {
+    fn open(url: &str, home: Home, now: f64) -> anyhow::Result<Self> {
         let store = store::open(url, &BTreeMap::new())?;
-        let lease = Lease::take(&store, now)?;
+        let lease = Lease::take(&store, home, now)?;
         Ok(Self { store, lease })
     }
 }
@@ -266,7 +304,7 @@ mod tests {
         let [root, bucket] = [(); 2].map(|()| tempfile::tempdir().unwrap());
         let folder = StudyFolder::new(root.path().to_owned());
         folder.make().unwrap();
-        let journal = Journal::open(&folder, Some(&bucket.path().display().to_string()), 1000.0).unwrap();
+        let mut journal = Journal::open(&folder, Some(&bucket.path().display().to_string()), 1000.0).unwrap();
         // A folder of the plan's name takes no file.
         fs::create_dir_all(bucket.path().join(PLAN).join("inside")).unwrap();
         assert!(journal.write_plan(&fixtures::plan(Vec::new())).is_err());
@@ -274,6 +312,40 @@ mod tests {
         fs::remove_dir_all(bucket.path().join(PLAN)).unwrap();
         journal.write_plan(&fixtures::plan(Vec::new())).unwrap();
         assert_eq!(journal.remote_plan().unwrap().unwrap(), folder.plan().unwrap());
+    }
+
+    #[test]
+    fn the_lease_is_kept_while_a_trial_of_this_machine_is_out() {
+        let bucket = tempfile::tempdir().unwrap();
+        let url = bucket.path().display().to_string();
+        let trials = vec![fixtures::trial("aa")];
+        let out = TrialRecord { state: TrialState::Training, ..TrialRecord::new(&trials[0], None) };
+        let [here, there] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let open = |root: &Path| {
+            let folder = StudyFolder::new(root.to_owned());
+            folder.make().unwrap();
+            Journal::open(&folder, Some(&url), unix_now_s())
+        };
+        let refused = || open(there.path()).err().map(|error| error.downcast::<Failure>().unwrap().kind);
+        let plan = fixtures::plan(trials.clone());
+        let mut journal = open(here.path()).unwrap();
+        journal.records(&plan, 0.0).unwrap();
+        journal.write(&out).unwrap();
+        drop(journal);
+        assert_eq!(refused(), Some(FailureKind::Run), "it may train on");
+        // In this folder its trials are known, so nobody waits; one that fails before it has read them leaves it as it was.
+        drop(open(here.path()).unwrap());
+        assert_eq!(refused(), Some(FailureKind::Run), "it may still train on");
+        let mut next = open(here.path()).unwrap();
+        next.records(&plan, 0.0).unwrap();
+        // Jobs of a batch system have their own end.
+        next.settle(&SweepPlan { site: Some(fixtures::site("mine", "kind: slurm")), ..plan.clone() });
+        next.close().unwrap();
+        let mut third = open(there.path()).unwrap();
+        third.records(&plan, 0.0).unwrap();
+        third.write(&TrialRecord::new(&trials[0], None)).unwrap();
+        third.close().unwrap();
+        assert!(open(here.path()).is_ok(), "nothing is out");
     }
 
     #[test]

@@ -6,12 +6,17 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 
 use anyhow::Context as _;
 use cloze_cluster::host::host_name;
 use cloze_data::store::{self, ConditionalPut, Store};
 use cloze_recipes::failure::{Failure, FailureKind};
 use serde::{Deserialize, Serialize};
+
+use super::claim::boot;
+use crate::run_folder::storage;
 
 /// A lease that was not renewed for longer than this is over, in seconds. Longer than a controller is busy with one submission, which
 /// does not renew: 120 s for it and 2 x 30 s to look for its job, after up to 20 s without a renewal.
@@ -37,6 +42,52 @@ struct Text {
     holder: String,
     /// Unix time of the last renewal, in seconds.
     renewed: f64,
+    /// The lock that its holder has beside the lease.
+    #[serde(default)]
+    home: Option<Home>,
+}
+
+/// The lock of a study folder, as one file under one kernel. There is one holder of it, so a lease of the same home is that of a controller
+/// that has gone before whoever holds the lock now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Home {
+    boot: String,
+    device: u64,
+    inode: u64,
+}
+
+impl Home {
+    /// That of this lock, which must be there.
+    pub fn of(lock: &Path) -> Result<Self, Failure> {
+        let failed = |error: &std::io::Error| storage("look at a lock", lock, error);
+        let found = std::fs::metadata(lock).map_err(|error| failed(&error))?;
+        Ok(Self { boot: boot().map_err(|error| failed(&error))?, device: found.dev(), inode: found.ino() })
+    }
+}
+
+/// What somebody who lives by the lease of a home sees in the newest one.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Sight {
+    /// A controller of this home has it, and renewed it at this Unix time, in seconds.
+    Ours(f64),
+    /// Another controller has it, or nobody has it any more.
+    Theirs(String),
+}
+
+impl Sight {
+    /// Looks at the newest lease of a journal.
+    pub(super) fn look(store: &Store, home: &Home) -> anyhow::Result<Self> {
+        Ok(Self::of(newest(store)?.map(|(_, text)| text), home))
+    }
+
+    fn of(newest: Option<Text>, home: &Home) -> Self {
+        match newest {
+            Some(text) if is_own(Some(&text), home) => Self::Ours(text.renewed),
+            Some(text) => Self::Theirs(text.holder),
+            None => Self::Theirs("nobody".to_owned()),
+        }
+    }
 }
 
 /// A lease that this process holds.
@@ -45,6 +96,8 @@ pub struct Lease {
     store: Store,
     number: u64,
     holder: String,
+    home: Home,
+    follows: bool,
     renewed: f64,
 }
 
@@ -59,12 +112,20 @@ enum Judgement {
     Future(u64),
 }
 
-fn judge(now: f64, newest: Option<&Text>) -> Judgement {
+fn judge(now: f64, newest: Option<&Text>, home: Option<&Home>) -> Judgement {
+    // Its controller held the very lock that whoever asks holds now.
+    if home.is_some_and(|home| is_own(newest, home)) {
+        return Judgement::Free;
+    }
     match newest.map(|text| now - text.renewed) {
         Some(age_s) if age_s < -MAX_CLOCK_SKEW_S => Judgement::Future((-age_s) as u64),
         Some(age_s) if age_s <= LEASE_S => Judgement::Held(age_s.max(0.0) as u64),
         None | Some(_) => Judgement::Free,
     }
+}
+
+fn is_own(newest: Option<&Text>, home: &Home) -> bool {
+    newest.is_some_and(|text| text.home.as_ref() == Some(home))
 }
 
 /// What the lease of a journal says to somebody who only looks.
@@ -104,8 +165,8 @@ impl LeaseState {
     }
 
     fn of(now: f64, newest: Option<Text>) -> Self {
-        let judgement = judge(now, newest.as_ref());
-        let Some(Text { holder, renewed }) = newest else { return Self::Free };
+        let judgement = judge(now, newest.as_ref(), None);
+        let Some(Text { holder, renewed, .. }) = newest else { return Self::Free };
         match judgement {
             Judgement::Free => Self::Over { holder, renewed_s_ago: (now - renewed) as u64 },
             Judgement::Held(renewed_s_ago) => Self::Held { holder, renewed_s_ago },
@@ -133,9 +194,9 @@ impl fmt::Display for LeaseState {
 }
 
 impl Lease {
-    /// Takes the lease of a journal. Fails with kind `Run` where another controller has it, `Environment` where a clock is wrong, and
+    /// Takes the lease of a journal, for a controller that holds the lock of this home. Fails with kind `Run` where another controller has it, `Environment` where a clock is wrong, and
     /// `Storage` where the store cannot promise that only one gets it.
-    pub fn take(store: &Store, now: f64) -> anyhow::Result<Self> {
+    pub fn take(store: &Store, home: Home, now: f64) -> anyhow::Result<Self> {
         if store::probe_conditional_put(store)? != ConditionalPut::Honoured {
             return Err(Failure::new(FailureKind::Storage, "this store cannot promise that a journal has one controller")
                 .at(&store.display_url)
@@ -145,14 +206,14 @@ impl Lease {
         }
         let newest = newest(store)?;
         let text = newest.as_ref().map(|(_, text)| text);
-        match judge(now, text) {
+        match judge(now, text, Some(&home)) {
             Judgement::Free => {}
             Judgement::Held(age_s) => return Err(held(store, text, age_s).into()),
             Judgement::Future(ahead_s) => return Err(from_the_future(store, text, ahead_s).into()),
         }
-        let number = newest.map_or(1, |(number, _)| number + 1);
+        let number = newest.as_ref().map_or(1, |(number, _)| number + 1);
         let holder = format!("process {} of {}", std::process::id(), host_name());
-        let lease = Self { store: store.clone(), number, holder, renewed: now };
+        let lease = Self { store: store.clone(), number, holder, follows: is_own(text, &home), home, renewed: now };
         if !store::put_if_absent(store, &key(number), lease.text(now)?)? {
             return Err(held(store, None, 0).into());
         }
@@ -160,6 +221,11 @@ impl Lease {
             store::delete(store, &key(number - 1))?;
         }
         Ok(lease)
+    }
+
+    /// Whether a controller of the same home had the lease before and did not give it back, so that trials may live by it.
+    pub fn follows(&self) -> bool {
+        self.follows
     }
 
     /// Renews it where it is due. Fails with kind `Run` where another controller has taken over meanwhile.
@@ -182,7 +248,7 @@ impl Lease {
     }
 
     fn text(&self, now: f64) -> anyhow::Result<Vec<u8>> {
-        serde_json::to_vec(&Text { holder: self.holder.clone(), renewed: now }).context("serialise a lease")
+        serde_json::to_vec(&Text { holder: self.holder.clone(), renewed: now, home: Some(self.home.clone()) }).context("serialise a lease")
     }
 }
 
@@ -227,7 +293,7 @@ fn lost(store: &Store, holder: Option<&str>) -> Failure {
     Failure::new(FailureKind::Run, "another controller has taken this sweep over")
         .at(store.url(FOLDER))
         .found(holder.unwrap_or("no lease"))
-        .hint("this one could not renew its lease for too long; its jobs go on, and the other one collects them")
+        .hint("this one could not renew its lease for too long; its jobs go on and the other one collects them, its trials on this machine end")
 }
 
 #[cfg(test)]
@@ -238,9 +304,13 @@ mod tests {
         result.unwrap_err().downcast().unwrap()
     }
 
+    fn home(inode: u64) -> Home {
+        Home { boot: "b".to_owned(), device: 1, inode }
+    }
+
     #[test]
     fn ages_decide() {
-        let of = |renewed| Text { holder: "process 1 of a".to_owned(), renewed };
+        let of = |renewed| Text { holder: "process 1 of a".to_owned(), renewed, home: Some(home(1)) };
         let cases = [
             (None, Judgement::Free),
             (Some(of(1000.0)), Judgement::Held(0)),
@@ -250,7 +320,8 @@ mod tests {
             (Some(of(1020.0)), Judgement::Future(20)),
         ];
         for (text, expected) in cases {
-            assert_eq!(judge(1000.0, text.as_ref()), expected, "{text:?}");
+            assert_eq!(judge(1000.0, text.as_ref(), Some(&home(2))), expected, "{text:?}");
+            assert_eq!(judge(1000.0, text.as_ref(), Some(&home(1))), Judgement::Free, "whoever has its lock follows at once: {text:?}");
             let state = LeaseState::of(1000.0, text.clone());
             assert_eq!(state.may_live(), !matches!(expected, Judgement::Free), "{text:?}");
             assert!(text.is_none_or(|text| state.to_string().contains(&text.holder)), "{state}");
@@ -261,24 +332,34 @@ mod tests {
     fn a_journal_has_one_controller() {
         let folder = tempfile::tempdir().unwrap();
         let store = store::open(&folder.path().display().to_string(), &BTreeMap::new()).unwrap();
-        let mut first = Lease::take(&store, 1000.0).unwrap();
+        let mut first = Lease::take(&store, home(1), 1000.0).unwrap();
         let url = folder.path().display().to_string();
         let holder = format!("process {} of {}", std::process::id(), host_name());
         assert_eq!(LeaseState::look(&url, 1050.0).unwrap(), LeaseState::Held { holder: holder.clone(), renewed_s_ago: 50 });
         assert_eq!(LeaseState::look(&url, 1301.0).unwrap(), LeaseState::Over { holder, renewed_s_ago: 301 });
-        let second = failure(Lease::take(&store, 1050.0));
+        let second = failure(Lease::take(&store, home(2), 1050.0));
         assert_eq!((second.kind, second.what.as_str()), (FailureKind::Run, "another controller has this sweep"));
         assert_eq!(second.found.unwrap(), format!("process {} of {}, 50 s ago", std::process::id(), host_name()));
         first.renew(1060.0).unwrap();
-        assert_eq!(failure(Lease::take(&store, 1100.0)).kind, FailureKind::Run);
-        let behind = failure(Lease::take(&store, 900.0));
+        assert_eq!(failure(Lease::take(&store, home(2), 1100.0)).kind, FailureKind::Run);
+        let behind = failure(Lease::take(&store, home(2), 900.0));
         assert_eq!((behind.kind, behind.what.as_str()), (FailureKind::Environment, "the lease of this sweep is from the future"));
         // The first stays away for too long; the one that takes over is found by it.
-        let other = Lease::take(&store, 1361.0).unwrap();
+        let other = Lease::take(&store, home(2), 1361.0).unwrap();
         let lost = first.renew(1370.0).unwrap_err().downcast::<Failure>().unwrap();
         assert_eq!(lost.what, "another controller has taken this sweep over");
+        let sights = [1, 2].map(|inode| Sight::look(&store, &home(inode)).unwrap());
+        let holder = format!("process {} of {}", std::process::id(), host_name());
+        assert_eq!(sights, [Sight::Theirs(holder), Sight::Ours(1361.0)]);
+        let other = {
+            drop(other);
+            // It was killed, and who comes after it in the same folder need not wait.
+            Lease::take(&store, home(2), 1365.0).unwrap()
+        };
+        assert_eq!(Sight::look(&store, &home(2)).unwrap(), Sight::Ours(1365.0));
         other.release().unwrap();
+        assert_eq!(Sight::look(&store, &home(2)).unwrap(), Sight::Theirs("nobody".to_owned()));
         assert_eq!(LeaseState::look(&url, 1371.0).unwrap().to_string(), "nobody has the lease");
-        Lease::take(&store, 1371.0).unwrap();
+        Lease::take(&store, home(1), 1371.0).unwrap();
     }
 }

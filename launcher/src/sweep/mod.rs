@@ -42,5 +42,6 @@ mod beat;
 #[cfg(test)]
 mod fixtures;
 mod site_choice;
+mod tether;
 mod time;
 mod waits;

@@ -88,6 +88,7 @@ impl OpenStudy {
         let folder = StudyFolder::find(root)?;
         folder.make()?;
         let mut plan = folder.plan()?;
+        let is_new = journal.is_some() && plan.journal.as_deref() != journal;
         if let Some(url) = journal {
             plan.journal = Some(url.to_owned());
         }
@@ -105,6 +106,10 @@ impl OpenStudy {
                 opened.agree_on_site(plan.site, named)?;
             }
             None => opened.journal.publish(&read_recipes(&folder, &opened.plan)?, &opened.plan, &here)?,
+        }
+        if is_new {
+            // What works on trials looks at the lease that is there.
+            StudyFolder::write_json(&folder.plan_path(), &opened.plan)?;
         }
         Ok(opened)
     }
@@ -127,6 +132,7 @@ impl OpenStudy {
                 self.odd.push(format!("the folder named {line}; the study goes on at {of_bucket}, as the bucket says"));
                 self.leave(self.plan.site.as_ref(), bucket.as_ref())?;
                 self.plan.site = bucket;
+                self.journal.settle(&self.plan);
                 StudyFolder::write_json(&self.journal.folder().plan_path(), &self.plan)
             }
         }
@@ -234,7 +240,7 @@ impl OpenStudy {
         failure.at(self.journal.folder().root().display())
     }
 
-    fn with_records(journal: Journal, plan: SweepPlan, now: f64) -> anyhow::Result<Self> {
+    fn with_records(mut journal: Journal, plan: SweepPlan, now: f64) -> anyhow::Result<Self> {
         let (mut known, odd) = journal.records(&plan, now)?;
         let mut records = Vec::with_capacity(plan.trials.len());
         for trial in &plan.trials {

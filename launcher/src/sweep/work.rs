@@ -68,7 +68,7 @@ pub struct WorkOptions {
     pub gpus: Option<String>,
     /// Cores that this process may use; `None` is all.
     pub cores: Option<u32>,
-    /// The host on which a controller has started it through a remote shell, as the controller calls it.
+    /// The host on which a controller has started it, itself or through a remote shell, as the controller calls it.
     pub host: Option<String>,
     /// Whether that host was checked before.
     pub is_checked: bool,
@@ -196,7 +196,7 @@ impl Workshop<'_> {
             Some(unfit) => (Err(unfit.failure.clone().into()), unfit.bad_nodes.clone()),
             None => (attempt_of.go(), attempt_of.take_bad_nodes()?),
         };
-        self.entry.clear()?;
+        self.clear(&attempt_of.run_path())?;
         let facts = attempt_of.run_facts()?;
         let outcome = |end, metric, evaluation, failure| Outcome {
             trial: trial.clone(),
@@ -219,6 +219,12 @@ impl Workshop<'_> {
         };
         outcome.write(self.folder)?;
         Ok(outcome)
+    }
+
+    /// Ends and forgets what an attempt has left behind, as far as this element answers for it.
+    fn clear(self, run_path: &Path) -> anyhow::Result<()> {
+        self.entry.clear()?;
+        if matches!(self.entry, Entry::Claimed(_)) { forget(run_path) } else { Ok(()) }
     }
 }
 
@@ -391,7 +397,11 @@ impl Attempt<'_> {
 /// Forgets the workers of an earlier attempt in a batch system or on a host, where all that it started, on whatever node, has ended before
 /// this one began. On this machine nobody has ended them, and the next controller takes them over.
 fn forget_ended(plan: &SweepPlan, run_path: &Path) -> anyhow::Result<()> {
-    if plan.ends_whole() && run_path.join("run.json").is_file() {
+    if plan.ends_whole() { forget(run_path) } else { Ok(()) }
+}
+
+fn forget(run_path: &Path) -> anyhow::Result<()> {
+    if run_path.join("run.json").is_file() {
         forget_earlier(&RunPaths::find(run_path)?)?;
     }
     Ok(())

@@ -132,13 +132,12 @@ fn what_a_host_has_begun_stays_with_it_until_its_sign_of_life_fails() {
     assert_eq!(hosts.gone(&outs).unwrap(), [Gone::not_begun(6)]);
     tend_until(&mut hosts, "the host is not reached", |hosts| hosts.states[1].failures > 0);
     assert_eq!(hosts.gone(&outs[..1]).unwrap(), Vec::new());
-    let given = hosts.batches.get_mut(&5).unwrap();
-    let long_ago = Instant::now().checked_sub(Duration::from_secs(16)).unwrap();
+    let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
     // The sign has changed since.
-    given.beat = Some((b"1".to_vec(), long_ago));
+    hosts.began = ago(16);
     fs::write(folder.beat_path(5), "2").unwrap();
     assert_eq!(hosts.gone(&outs[..1]).unwrap(), Vec::new());
-    hosts.batches.get_mut(&5).unwrap().beat = Some((b"2".to_vec(), long_ago));
+    hosts.began = ago(33);
     let gone = hosts.gone(&outs[..1]).unwrap();
     assert!(gone[0].is_begun && gone[0].how.contains("gives no sign of life for 1"), "{gone:?}");
     assert!(folder.given_up_path(5).exists(), "what works there cannot know");
