@@ -17,6 +17,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
 use super::folder::{StudyFolder, read_json};
+use super::share::Part;
 use crate::local::{is_same_process, session_of, start_ticks};
 use crate::run_folder::{remove_if_there, storage};
 
@@ -56,6 +57,9 @@ pub struct Worker {
     pub boot: String,
     /// What that machine calls itself; one name may lead to several.
     pub machine: String,
+    /// The part of that machine that it has; an earlier version of this program did not say so.
+    #[serde(default)]
+    pub part: Option<Part>,
 }
 
 impl Claim {
@@ -95,7 +99,14 @@ impl Worker {
     /// This process, once it leads a session.
     pub fn this_process(host: &str) -> io::Result<Self> {
         let process_id = std::process::id();
-        Ok(Self { host: host.to_owned(), process_id, start_ticks: start_ticks(process_id)?, boot: boot()?, machine: host_name() })
+        Ok(Self {
+            host: host.to_owned(),
+            process_id,
+            start_ticks: start_ticks(process_id)?,
+            boot: boot()?,
+            machine: host_name(),
+            part: None,
+        })
     }
 
     /// Lets this process lead a session of its own, unless it does already.
@@ -225,6 +236,7 @@ mod tests {
             start_ticks: start_ticks(process_id).unwrap(),
             boot: boot().unwrap(),
             machine: host_name(),
+            part: None,
         };
         (child, worker)
     }
@@ -243,7 +255,14 @@ mod tests {
         let folder = folder(root.path());
         assert_eq!(Claim::read(&folder, 7).unwrap(), None);
         let of = |process_id| {
-            Claim::Taken(Worker { host: "n1".to_owned(), process_id, start_ticks: 1, boot: "b".to_owned(), machine: "m".to_owned() })
+            Claim::Taken(Worker {
+                host: "n1".to_owned(),
+                process_id,
+                start_ticks: 1,
+                boot: "b".to_owned(),
+                machine: "m".to_owned(),
+                part: None,
+            })
         };
         assert_eq!(of(1).make(&folder, 7).unwrap(), of(1));
         for later in [of(2), Claim::Withdrawn] {
@@ -279,8 +298,14 @@ mod tests {
             let claimers: Vec<_> = (0..8)
                 .map(|index| {
                     let folder = folder.clone();
-                    let worker =
-                        Worker { host: "n1".to_owned(), process_id: index, start_ticks: 1, boot: "b".to_owned(), machine: "m".to_owned() };
+                    let worker = Worker {
+                        host: "n1".to_owned(),
+                        process_id: index,
+                        start_ticks: 1,
+                        boot: "b".to_owned(),
+                        machine: "m".to_owned(),
+                        part: None,
+                    };
                     let claim = if index == 7 { Claim::Withdrawn } else { Claim::Taken(worker) };
                     std::thread::spawn(move || claim.make(&folder, batch).unwrap())
                 })

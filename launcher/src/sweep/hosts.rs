@@ -33,7 +33,7 @@ use super::beat::Signs;
 use super::claim::Claim;
 use super::executor::{Gone, Out};
 use super::folder::StudyFolder;
-use super::local::least_used;
+use super::share::least_used;
 use super::visit::{Orders, Report, Start, Word};
 use crate::hosts::{Preparation, RemoteHost, is_name_of};
 use crate::run_folder::{READABLE, storage, write_whole};
@@ -425,7 +425,7 @@ impl Hosts {
             self.states.len() - 1
         });
         let taken: Vec<u32> = self.batches.values().filter(|given| given.host == host).map(|given| given.place).collect();
-        let place = least_used(self.places(), &taken.iter().copied());
+        let place = worker.part.map_or_else(|| least_used(self.places(), &taken.iter().copied()), |part| part.place);
         // Its claim is all that is known: it lives until its host says something else.
         let word = Some((Word::Lives, Instant::now()));
         self.batches.insert(batch, Given { host, place, word, signs: Signs::default(), stop: Stop::No, absences: 0 });

@@ -20,6 +20,7 @@ use super::claim::{Claim, Worker};
 use super::executor::{Gone, Out};
 use super::folder::StudyFolder;
 use super::lock::{FileLock, holder_process};
+use super::share::least_used;
 use super::steps::shown;
 use crate::local::forget_earlier;
 use crate::run_folder::{READABLE, RunPaths, storage, write_whole};
@@ -57,8 +58,8 @@ pub struct Local {
 enum Found {
     /// Nobody has begun with it, and nobody will.
     Nowhere,
-    /// On this machine, or on none any more.
-    Here,
+    /// On this machine, in this place where its claim names one, or on none any more.
+    Here(Option<u32>),
     /// On another machine.
     Elsewhere(Worker, Signs),
 }
@@ -86,7 +87,8 @@ impl Local {
         let opened = OpenOptions::new().create(true).append(true).open(&log_path);
         let log = opened.map_err(|error| storage("open a log", &log_path, &error))?;
         let errors = log.try_clone().map_err(|error| storage("open a log", &log_path, &error))?;
-        let place = least_used(self.concurrency, &self.children.values().map(|(_, place)| *place));
+        let found = self.found.values().filter_map(|found| if let Found::Here(place) = found { *place } else { None });
+        let place = least_used(self.concurrency, &self.children.values().map(|(_, place)| *place).chain(found));
         let child = Command::new(&self.program)
             .args(["sweep", "work"])
             .arg(self.folder.root())
@@ -127,7 +129,7 @@ impl Local {
                     gone.extend(self.lost(out)?);
                     continue;
                 }
-                Some(Found::Here) | None => {}
+                Some(Found::Here(_)) | None => {}
             }
             let Some(how) = self.end_of(out)? else { continue };
             let since = self.ended.entry(batch).or_insert_with(|| (how.clone(), Instant::now())).1;
@@ -153,7 +155,7 @@ impl Local {
         };
         let found = match claim {
             Claim::Withdrawn => Found::Nowhere,
-            Claim::Taken(worker) if worker.runs_under_this_kernel().is_ok() => Found::Here,
+            Claim::Taken(worker) if worker.runs_under_this_kernel().is_ok() => Found::Here(worker.part.map(|part| part.place)),
             Claim::Taken(worker) => {
                 self.news.push(format!(
                     "what works on batch {batch} is process {} of {}, which nobody here can ask; it keeps its trial until it has given no sign \
@@ -276,15 +278,12 @@ impl Local {
     }
 }
 
-/// The place that the fewest of these have, the first of several.
-pub(super) fn least_used(concurrency: u32, taken: &(impl Iterator<Item = u32> + Clone)) -> u32 {
-    (0..concurrency).min_by_key(|&place| taken.clone().filter(|&other| other == place).count()).unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::fixtures::{plan, trial};
+    use super::super::lock::Taken;
     use super::super::record::Place;
+    use super::super::share::Part;
     use super::*;
 
     /// Trials of an earlier controller, each in a batch of its number.
@@ -344,10 +343,18 @@ mod tests {
     }
 
     #[test]
-    fn a_free_place_comes_first() {
-        let cases: [(&[u32], u32); 4] = [(&[], 0), (&[0, 2], 1), (&[0, 1, 2], 0), (&[0, 0, 1, 2, 2], 1)];
-        for (taken, expected) in cases {
-            assert_eq!(least_used(3, &taken.iter().copied()), expected, "{taken:?}");
-        }
+    fn a_trial_of_an_earlier_controller_keeps_its_place() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = StudyFolder::new(root.path().to_owned());
+        folder.make().unwrap();
+        claimed(&folder, 1, |worker| Worker { part: Some(Part { place: 0, of: 2 }), ..worker });
+        let Taken::Ours(_lock) = FileLock::take(&folder.trial_lock_path("aa")).unwrap() else { panic!("nobody has it") };
+        let mut local = Local::new(folder, PathBuf::from("/bin/true"), 2);
+        assert_eq!(gone(&mut local, &[1]), Vec::new());
+        local.submit(&Batch { number: 2, elements: Vec::new() }).unwrap();
+        local.forget(1);
+        local.submit(&Batch { number: 3, elements: Vec::new() }).unwrap();
+        let places: Vec<u32> = local.children.values().map(|(_, place)| *place).collect();
+        assert_eq!(places, [1, 0], "the first of them runs beside the one that was there");
     }
 }

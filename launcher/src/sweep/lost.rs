@@ -223,7 +223,8 @@ mod tests {
         let mut outs = BTreeMap::new();
         assert_eq!(add_lost(&folder, &on_hosts, &records, &mut outs), None);
         assert_eq!(outs.get("c"), Some(&OutState::Gone("nobody has begun with it".to_owned())));
-        let worker = Worker { host: "n1".to_owned(), process_id: 1, start_ticks: 1, boot: "b".to_owned(), machine: "m".to_owned() };
+        let worker =
+            Worker { host: "n1".to_owned(), process_id: 1, start_ticks: 1, boot: "b".to_owned(), machine: "m".to_owned(), part: None };
         Claim::Taken(worker).make(&folder, 1).unwrap();
         let mut outs = BTreeMap::new();
         let unasked = add_lost(&folder, &on_hosts, &records, &mut outs).unwrap();

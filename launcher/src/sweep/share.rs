@@ -1,7 +1,10 @@
 //! The part of a machine that one of several trials on it gets.
 
+use serde::{Deserialize, Serialize};
+
 /// Which of the trials that share a machine this is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Part {
     /// Its place, from 0.
     pub place: u32,
@@ -32,9 +35,24 @@ impl Part {
     }
 }
 
+/// Of so many places the one that the fewest of these trials have, the first of several. One whose machine was divided into more places is
+/// counted where its GPUs are, which are dealt out round after round.
+pub(super) fn least_used(places: u32, taken: &(impl Iterator<Item = u32> + Clone)) -> u32 {
+    let num_at = |place: u32| taken.clone().filter(|other| other % places == place).count();
+    (0..places).min_by_key(|&place| num_at(place)).unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_free_place_comes_first() {
+        let cases: [(&[u32], u32); 5] = [(&[], 0), (&[0, 2], 1), (&[0, 1, 2], 0), (&[0, 0, 1, 2, 2], 1), (&[3, 4], 2)];
+        for (taken, expected) in cases {
+            assert_eq!(least_used(3, &taken.iter().copied()), expected, "{taken:?}");
+        }
+    }
 
     #[test]
     fn cores_are_shared_evenly() {

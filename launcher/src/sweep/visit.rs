@@ -334,12 +334,13 @@ mod tests {
         let mut child = Command::new("setsid").args(["sleep", "60"]).spawn().unwrap();
         let start_ticks = crate::local::start_ticks(child.id()).unwrap();
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim().to_owned();
-        let worker = Worker { host: "n1".to_owned(), process_id: child.id(), start_ticks, boot, machine: host_name() };
+        let worker = Worker { host: "n1".to_owned(), process_id: child.id(), start_ticks, boot, machine: host_name(), part: None };
         Claim::Taken(worker).make(&folder, 1).unwrap();
         assert_eq!(told(&ordered), Word::Lives);
         let by_another_name = Orders { host: "n2".to_owned(), looks: vec![1], ..orders() };
         assert_eq!(told(&by_another_name), Word::Lives, "it is this machine, whatever it is called");
-        let far = Worker { host: "n9".to_owned(), process_id: 1, start_ticks: 1, boot: "b".to_owned(), machine: "m".to_owned() };
+        let far =
+            Worker { host: "n9".to_owned(), process_id: 1, start_ticks: 1, boot: "b".to_owned(), machine: "m".to_owned(), part: None };
         Claim::Taken(far).make(&folder, 2).unwrap();
         let strange = Orders { starts: vec![Start { batch: 2, place: 0, of: 1 }], ..orders() };
         let failure: Failure = visit(&folder, program.clone(), &strange).unwrap_err().downcast().unwrap();

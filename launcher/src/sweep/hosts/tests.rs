@@ -5,6 +5,7 @@ use std::path::Path;
 use super::super::claim::Worker;
 use super::super::fixtures;
 use super::super::record::Place;
+use super::super::share::Part;
 use super::greet::check_names;
 use super::*;
 use crate::sample::resources;
@@ -124,7 +125,7 @@ fn what_a_host_has_begun_stays_with_it_until_its_sign_of_life_fails() {
     let root = tempfile::tempdir().unwrap();
     let mut hosts = hosts(root.path());
     let folder = hosts.visitor.folder.clone();
-    let worker = Worker { host: "n2".to_owned(), process_id: 1, start_ticks: 1, boot: "b".to_owned(), machine: "m".to_owned() };
+    let worker = Worker { host: "n2".to_owned(), process_id: 1, start_ticks: 1, boot: "b".to_owned(), machine: "m".to_owned(), part: None };
     Claim::Taken(worker).make(&folder, 5).unwrap();
     fs::write(root.path().join("down-n2"), "").unwrap();
     // An earlier controller has given out both; nobody had begun with the other one.
@@ -146,6 +147,22 @@ fn what_a_host_has_begun_stays_with_it_until_its_sign_of_life_fails() {
     fs::remove_file(root.path().join("down-n2")).unwrap();
     tend_until(&mut hosts, "the host answers again", |hosts| hosts.states[1].failures == 0 && hosts.states[1].ends.is_empty());
     assert!(asked(root.path()).contains("--end=5"));
+}
+
+#[test]
+fn a_trial_of_an_earlier_controller_keeps_its_place() {
+    let root = tempfile::tempdir().unwrap();
+    let mut hosts = hosts(root.path());
+    let part = Some(Part { place: 1, of: 2 });
+    let worker = Worker { host: "n1".to_owned(), process_id: 1, start_ticks: 1, boot: "b".to_owned(), machine: "m".to_owned(), part };
+    Claim::Taken(worker).make(&hosts.visitor.folder.clone(), 5).unwrap();
+    assert_eq!(hosts.gone(&[out(5)]).unwrap(), Vec::new());
+    tend_until(&mut hosts, "both hosts answer", |hosts| hosts.room() == 2);
+    for number in 6..=7 {
+        hosts.submit(&batch(number)).unwrap();
+    }
+    let given: Vec<(usize, u32)> = hosts.batches.values().map(|given| (given.host, given.place)).collect();
+    assert_eq!(given, [(0, 1), (1, 0), (0, 0)], "the last one shares a host with the first, and no place");
 }
 
 #[test]

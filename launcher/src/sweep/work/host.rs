@@ -41,7 +41,7 @@ impl Entry {
             None => LOST_AFTER_S,
         };
         Worker::lead_session()?;
-        let worker = Worker::this_process(host).context("look at this process")?;
+        let worker = Worker { part: Some(options.part), ..Worker::this_process(host).context("look at this process")? };
         let tether = match tether(folder, plan, &worker)? {
             Watch::Free => None,
             Watch::Tied(tether) => Some(tether),
