@@ -35,7 +35,7 @@ mod tree;
 mod validate;
 
 pub use identity::{OPERATIONAL_KEYS, is_operational};
-pub use job_time::check_job_time;
+pub use job_time::{check_job_time, check_kept_job_time};
 pub use load::{load, load_text, load_with_profile};
 pub use load_site::{load_site, place_in_site};
 pub use load_study::{CheckedFile, check_file, load_study};

@@ -25,7 +25,7 @@ use super::arguments::RecipeArguments;
 use super::run::{RUNS_FOLDER, check_data};
 use super::sweep::study_folder;
 
-pub(super) use trials::refuse_large_trials;
+pub(super) use trials::{refuse_large, refuse_large_trials};
 
 /// Arguments of `cloze plan`.
 #[derive(Args)]

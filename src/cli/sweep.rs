@@ -1,6 +1,7 @@
 //! `cloze sweep`: many runs of one recipe, from a preview to a table.
 
 mod cancel;
+mod elsewhere;
 mod machines;
 mod status;
 mod visit;
@@ -33,6 +34,7 @@ use cloze_recipes::site::{Site, SiteKind};
 use cloze_recipes::study::Study;
 
 use cancel::{CancelArguments, cancel};
+use elsewhere::check_site;
 use machines::{check_machines, of_hosts, of_queue};
 use status::{StatusArguments, status};
 use visit::{VisitArguments, visit};
@@ -214,6 +216,9 @@ fn resume(arguments: &ResumeArguments) -> Result<Driven> {
 fn reopen(folder: &Path, journal: Option<&str>, cluster: Option<&Path>) -> Result<OpenStudy> {
     let site = cluster.map(cloze_recipes::load_site).transpose()?;
     let mut study = OpenStudy::open(folder, journal, site.as_ref())?;
+    if let Some(site) = &site {
+        check_site(&study, site)?;
+    }
     let wanted = site.as_ref().or(study.plan.site.as_ref());
     let name = check_machines(&study.plan.resources, study.plan.pack, (wanted, cluster))?;
     study.check_in(name.as_deref())?;

@@ -456,6 +456,35 @@ fn a_cluster_file_is_checked_before_a_study_is_made_and_can_be_changed() {
 }
 
 #[test]
+fn another_cluster_file_is_checked_as_that_of_a_new_study() {
+    let world = World::with_corpus(500);
+    let around = "\
+resources: {nodes: 1, workers_per_node: 1, memory_per_node_mib: 600, time_limit_minutes: 2}
+sweep: {seeds: [1, 2], pack: 400}
+";
+    let study = Study::new(&world, "tight", around);
+    let path = fake_slurm(&world);
+    // Here nothing is wrong but the tokenizer, so that there is a study that has not run.
+    world.write("other.json", "{}");
+    world.cloze(&["sweep", "run", &study.recipe(), "--set", "model.tokenizer=other.json"]).expect_code(9);
+    fs::copy(world.path("corpus/tokenizer.json"), world.path("other.json")).unwrap();
+    for (file, slurm) in [("brief", "partition: main, warning_s: 60"), ("warned", "partition: main")] {
+        world.write(&format!("{file}.yaml"), format!("version: 1\nname: a\nkind: slurm\nslurm: {{{slurm}}}\n"));
+    }
+    let folder = study.folder();
+    let plan = world.read(&format!("{folder}/sweep.json"));
+    // (file, words): four hundred trials share a node there, and a job is warned of its end before it has begun.
+    let files = [("brief", "2 of 2 trials and earlier stages need more memory than there is"), ("warned", "found 2, expected at least 3")];
+    for command in ["resume", "retry"] {
+        for (file, words) in files {
+            let refused = run_command(world.command(&["sweep", command, &folder, "--cluster", &format!("{file}.yaml")]).env("PATH", &path));
+            refused.expect_code(3).expect_words(&[words]);
+        }
+    }
+    assert_eq!(world.read(&format!("{folder}/sweep.json")), plan, "the study has moved");
+}
+
+#[test]
 fn a_study_whose_cluster_is_lost_is_cancelled_and_goes_on_elsewhere() {
     let world = World::with_corpus(2000);
     let study = Study::new(&world, "left", "");

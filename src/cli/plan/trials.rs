@@ -26,6 +26,12 @@ type Identity = (Option<PathBuf>, String, PathBuf);
 /// Refuses a study, before anything of it is made, that has trials for which the machines have too little memory; all of them are named.
 /// Fails with kind `Recipe`.
 pub(in crate::cli) fn refuse_large_trials(study: &Study, folder: &Path, site: Option<&Site>) -> Result<()> {
+    let root = std::path::absolute(folder).context("find the current folder")?;
+    refuse_large(study, &Graph::new(study.trials(&root)?)?, site)
+}
+
+/// As [`refuse_large_trials`], of those of these trials that have yet to run, and of the machines of a study that is there.
+pub(in crate::cli) fn refuse_large(study: &Study, graph: &Graph, site: Option<&Site>) -> Result<()> {
     let local = Site::local();
     let site = site.unwrap_or(&local);
     let mut study = study.clone();
@@ -33,9 +39,7 @@ pub(in crate::cli) fn refuse_large_trials(study: &Study, folder: &Path, site: Op
         // A trial on this machine has no other nodes, whatever its recipe says.
         study.resources.nodes = 1;
     }
-    let root = std::path::absolute(folder).context("find the current folder")?;
-    let graph = Graph::new(study.trials(&root)?)?;
-    let too_large = too_large(&study, site, &graph);
+    let too_large = too_large(&study, site, graph);
     let Some((_, first)) = too_large.first() else { return Ok(()) };
     let mut lines: Vec<String> =
         too_large.iter().take(MAX_NAMED).map(|(trial, check)| format!("{}: {}", shown(trial), check.found)).collect();
