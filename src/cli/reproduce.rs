@@ -66,12 +66,16 @@ pub fn reproduce(arguments: &ReproduceArguments, stdout: &mut dyn Write) -> Resu
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes the report into the study's folder, and prints its table.
+/// Prints the table of a study, and writes its report into its folder.
 pub(super) fn report_study(folder: &Path, stdout: &mut dyn Write) -> Result<()> {
     let report = report_folders(&[folder.to_owned()], expected_today(folder)?)?;
     let output = folder.join("report");
-    report.write_all(&output)?;
+    // Whoever may only read a study gets its table all the same.
     stdout.write_all(report.render(ReportFormat::Table)?.as_bytes()).context("print the table")?;
+    report.write_all(&output).map_err(|error| {
+        let failure = Failure::new(FailureKind::Storage, "the report is printed, and nothing was saved").at(output.display());
+        failure.because(format!("{error:#}")).hint(format!("`cloze report {} --format html > FILE` writes it elsewhere", folder.display()))
+    })?;
     write_last_line(&mut std::io::stderr(), &format!("report: {}", output.join("report.html").display()))
 }
 

@@ -1,5 +1,7 @@
 //! A table of a paper from its recipe to the report beside the paper's numbers, without any network; and the report of its study later.
 
+use std::fs;
+
 use serde_json::Value;
 
 use crate::sandbox::{RECIPE_TEXT, World};
@@ -55,6 +57,9 @@ fn a_table_is_reproduced_and_reported_beside_the_paper() {
     let nowhere = world.command(&nowhere).env("PATH", "/nowhere").output().expect("start cloze");
     let shown = String::from_utf8_lossy(&nowhere.stdout).into_owned();
     assert_eq!(nowhere.status.code(), Some(5), "{shown}");
+    let what = shown.lines().find_map(|line| line.strip_prefix("FAIL  partition: ")).expect("the partition fails");
+    let end = String::from_utf8_lossy(&nowhere.stderr).into_owned();
+    assert!(end.contains("partition: see above") && !end.contains(what), "{end}");
     for part in
         ["jobs at first: 1 array of 4 jobs, at most 2 at the same time, 1 node each\n", "#SBATCH --array=0-3%2\n", "FAIL  partition: "]
     {
@@ -69,6 +74,14 @@ fn a_table_is_reproduced_and_reported_beside_the_paper() {
         assert!(table.contains(part), "`{part}` is missing in:\n{table}");
     }
     check_report(&world, folder, &[("slow", 50.0, "within"), ("fast", 999.0, "below"), ("theirs", 61.5, "no_verdict")]);
+    // Whoever may not write gets the table all the same.
+    let kept = world.path(folder).join("report");
+    fs::rename(&kept, world.path("kept")).unwrap();
+    fs::write(&kept, "no folder").unwrap();
+    let unsaved = world.cloze(&["sweep", "report", folder]).expect_code(6).expect_words(&["nothing was saved"]);
+    assert_eq!(unsaved.stdout, table);
+    fs::remove_file(&kept).unwrap();
+    fs::rename(world.path("kept"), &kept).unwrap();
     // What is reported again is the same, and says nothing of the recipe.
     let again = world.done(&["sweep", "report", folder]);
     assert!(again.stdout == table && !again.stderr.contains("expect"), "{}{}", again.stdout, again.stderr);
