@@ -24,6 +24,7 @@ use super::arguments::{ResumeArguments, TrainArguments, WatchArguments, WorkerAr
 use super::hosts::Hosts;
 use super::operation::operated;
 use super::run_place::refuse_study;
+use super::submit::finished_at;
 use super::worker_process::worker_binary;
 
 /// Folder of runs that are given no folder.
@@ -72,6 +73,10 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Exi
     let (run, mut recipe, total) = open_to_resume(&arguments.run)?;
     if !arguments.overrides.is_empty() {
         recipe = operated(run.paths(), run.info(), &arguments.overrides)?;
+    }
+    if let Some(step) = finished_at(run.paths())?.filter(|&step| step >= total && !arguments.watch.quiet) {
+        // Workers look whether its files are whole, and do again what is lost of it.
+        write_last_line(&mut std::io::stderr(), &format!("the run is finished at step {step}; its newest checkpoint is looked at"))?;
     }
     tell_if_past(&run, arguments.watch.until_step)?;
     // The run folder does not say how many machines the recipe wanted.

@@ -128,7 +128,7 @@ pub fn resume(arguments: &ResumeArguments, stdout: &mut dyn Write) -> Result<Opt
 }
 
 /// The last step of a run that has nothing left to do.
-fn finished_at(run: &RunPaths) -> Result<Option<u64>> {
+pub(super) fn finished_at(run: &RunPaths) -> Result<Option<u64>> {
     if !run.events().exists() {
         return Ok(None);
     }

@@ -46,3 +46,13 @@ fn where_all_checkpoints_are_damaged_the_run_ends_with_one_message() {
     outcome.expect_words(&["no checkpoint is usable"]);
     assert!(!world.path("model").exists());
 }
+
+#[test]
+fn a_cache_that_cannot_be_used_is_told_once() {
+    let world = World::prepared();
+    world.write("file", "no folder");
+    let cache = format!("checkpoint.cache={}", world.path("file").display());
+    let outcome = world.done(&["train", "recipe.yaml", "--run", "uncached", "--workers", "2", "--set", &cache]);
+    assert_eq!(outcome.stderr.matches("`checkpoint.cache` cannot be used").count(), 1, "{}", outcome.stderr);
+    assert_eq!(world.run("uncached").events_named("warning").len(), 1);
+}

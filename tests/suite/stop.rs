@@ -23,12 +23,18 @@ fn a_terminated_run_saves_its_step_and_resume_finishes_it() {
     assert_eq!(stopped.events_named("run_stopped")[0]["step"], step);
     assert_eq!(stopped.live_workers(), 0);
     assert!(stopped.checkpoint_path(step, "manifest.json").is_file());
-    outcome.expect_words(&[&format!("error: stopped; step {step} is saved"), "hint: go on with: cloze resume ", " --workers 2"]);
+    let outcome =
+        outcome.expect_words(&[&format!("error: stopped; step {step} is saved"), "hint: go on with: cloze resume ", " --workers 2"]);
+    let told = outcome.stderr.lines().filter(|line| line.contains("is saved")).count();
+    assert_eq!(told, 1, "how it ended is said once: {}", outcome.stderr);
 
     world.done(&["resume", "stopped", "--workers", "2"]);
     assert_eq!(stopped.restored_steps(), [0, step]);
     assert_eq!(stopped.events_named("step").len() as u64, STEPS, "no step is done twice");
     assert_eq!(stopped.loss_bits(), whole.loss_bits());
+    // What is finished is said before anything is started.
+    let again = world.done(&["resume", "stopped"]).stderr;
+    assert!(again.starts_with(&format!("the run is finished at step {STEPS}; its newest checkpoint is looked at\n")), "{again}");
 }
 
 #[test]

@@ -280,7 +280,7 @@ fn what_a_trial_has_started_ends_with_its_process() {
         most = most.max(study.trainings());
         study.count("done") == 3
     });
-    process.wait().expect_code(0).expect_words(&["tried again in 2 s", "3 of 3 done"]);
+    process.wait().expect_code(0).expect_words(&["tried again in 2 s at the earliest", "3 of 3 done"]);
     assert_eq!(most, 2, "what a killed process had started trained on in nobody's place");
     for (name, record) in study.records() {
         let times = if name == cut { 2 } else { 1 };

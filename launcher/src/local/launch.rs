@@ -1,5 +1,6 @@
 //! From options to the end of a run.
 
+use std::fs;
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -130,7 +131,7 @@ pub fn launch_on_hosts(options: LaunchOptions, hosts: HostsPlan) -> anyhow::Resu
     // The workers read it there.
     run.keep_recipe(&plan.recipe)?;
     let started = Instant::now();
-    let terminal = crate::reporter::terminal(output, style, &run, plan.recipe.train.log_every_steps);
+    let terminal = crate::reporter::terminal(output, style, plan.recipe.train.log_every_steps);
     let mut reporters = Reporters::open(&run, terminal)?;
     reporters.write(Event::RunStarted {
         name: run.info().name.clone(),
@@ -141,6 +142,9 @@ pub fn launch_on_hosts(options: LaunchOptions, hosts: HostsPlan) -> anyhow::Resu
     })?;
     if !plan.changes.is_empty() {
         reporters.write(Event::RecipeChanged { changes: plan.changes.clone() })?;
+    }
+    if let Some(message) = unusable_cache(&plan) {
+        reporters.write(Event::Warning { message })?;
     }
     let signals = Signals::listen().context("listen to signals")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(RUNTIME_THREADS).thread_name("launcher").enable_all().build();
@@ -164,6 +168,15 @@ pub fn launch_on_hosts(options: LaunchOptions, hosts: HostsPlan) -> anyhow::Resu
         let end = end?;
         Ok(HostsEnd { lost_host: hosts.lost_host(&end), end })
     })
+}
+
+/// Why the workers of this machine will keep no copies of checkpoints, where they are to; a run does well without.
+fn unusable_cache(plan: &LaunchPlan) -> Option<String> {
+    let folder = plan.recipe.checkpoint.cache.as_ref().filter(|_| plan.local_workers > 0)?;
+    let probe = folder.join(format!(".probe-{}", std::process::id()));
+    let tried = fs::create_dir_all(folder).and_then(|()| fs::write(&probe, "")).and_then(|()| fs::remove_file(&probe));
+    let shown = folder.display();
+    tried.err().map(|error| format!("`checkpoint.cache` cannot be used, so a restart fetches checkpoints from the store: {shown}: {error}"))
 }
 
 impl LaunchPlan {

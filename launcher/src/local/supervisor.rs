@@ -399,7 +399,7 @@ mod tests {
     }
 
     fn reporters(run: &RunFolder) -> Reporters {
-        let terminal = crate::reporter::terminal(Box::new(std::io::sink()), TerminalStyle::default(), run, 1);
+        let terminal = crate::reporter::terminal(Box::new(std::io::sink()), TerminalStyle::default(), 1);
         Reporters::open(run, terminal).unwrap()
     }
 

@@ -101,8 +101,8 @@ fn replay(paths: &RunPaths, mut reader: impl FnMut(&Recorded)) -> anyhow::Result
 }
 
 /// Makes the terminal reader of a run.
-pub(crate) fn terminal(output: Box<dyn Write + Send>, style: TerminalStyle, run: &RunFolder, log_every_steps: u64) -> Terminal {
-    Terminal::new(output, style, log_every_steps, format!("`cloze resume {}`", run.path().display()))
+pub(crate) fn terminal(output: Box<dyn Write + Send>, style: TerminalStyle, log_every_steps: u64) -> Terminal {
+    Terminal::new(output, style, log_every_steps)
 }
 
 #[cfg(test)]
@@ -135,7 +135,7 @@ mod tests {
     fn every_reader_gets_every_event() {
         let root = tempfile::tempdir().unwrap();
         let run = folder(root.path());
-        let terminal = terminal(Box::new(io::sink()), TerminalStyle::default(), &run, 1);
+        let terminal = terminal(Box::new(io::sink()), TerminalStyle::default(), 1);
         let mut reporters = Reporters::open(&run, terminal).unwrap();
         reporters.write(Event::Warning { message: "disk is slow".to_owned() }).unwrap();
         reporters.write(Event::RunStopped { step: 3 }).unwrap();
@@ -162,7 +162,7 @@ mod tests {
     fn a_reader_that_cannot_write_is_a_storage_failure() {
         let root = tempfile::tempdir().unwrap();
         let run = folder(root.path());
-        let terminal = terminal(Box::new(Full), TerminalStyle::default(), &run, 1);
+        let terminal = terminal(Box::new(Full), TerminalStyle::default(), 1);
         let mut reporters = Reporters::open(&run, terminal).unwrap();
         let error = reporters.write(Event::Warning { message: "disk is slow".to_owned() }).unwrap_err();
         assert_eq!(error.downcast::<Failure>().unwrap().kind, FailureKind::Storage);

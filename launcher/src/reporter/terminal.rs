@@ -38,8 +38,6 @@ pub struct Terminal {
     output: Box<dyn Write + Send>,
     style: TerminalStyle,
     log_every_steps: u64,
-    /// The command that goes on with a stopped run.
-    resume_command: String,
     total_steps: u64,
     world_size: u32,
     /// First step that this generation reported, with its time.
@@ -52,12 +50,11 @@ pub struct Terminal {
 
 impl Terminal {
     /// A reader that writes to `output`. Where no line is rewritten, every `log_every_steps`-th step has a line, and the last.
-    pub fn new(output: Box<dyn Write + Send>, style: TerminalStyle, log_every_steps: u64, resume_command: String) -> Self {
+    pub fn new(output: Box<dyn Write + Send>, style: TerminalStyle, log_every_steps: u64) -> Self {
         Self {
             output,
             style,
             log_every_steps: log_every_steps.max(1),
-            resume_command,
             total_steps: 0,
             world_size: 0,
             first_step: None,
@@ -147,8 +144,8 @@ impl Terminal {
             }
             Event::Warning { message } => vec![(Tone::Bad, format!("warning: {message}"))],
             Event::RunFinished { step, seconds } => vec![(Tone::Good, format!("finished at step {step} in {}", clock_text(*seconds)))],
-            Event::RunStopped { step } => vec![(Tone::Good, self.stopped_text(*step))],
-            // The failure itself is what the program ends with.
+            // What is saved and how to go on, and the failure itself, are what the program ends with.
+            Event::RunStopped { .. } => vec![(Tone::Good, "the workers have left".to_owned())],
             Event::RunFailed { .. } => vec![(Tone::Bad, "the run failed".to_owned())],
             other => life_line(other).into_iter().collect(),
         }
@@ -158,14 +155,6 @@ impl Terminal {
         let skipped_lines = skipped.iter().map(|skipped| (Tone::Bad, format!("warning: checkpoint passed over: {skipped}")));
         let started = sentences::generation_started(generation, self.world_size, step, source);
         skipped_lines.chain([(Tone::Plain, started)]).collect()
-    }
-
-    fn stopped_text(&self, step: u64) -> String {
-        if step == 0 {
-            "stopped before anything was saved".to_owned()
-        } else {
-            format!("stopped; step {step} is saved and {} goes on from there", self.resume_command)
-        }
     }
 }
 
@@ -299,7 +288,7 @@ mod tests {
     /// Shows events one second apart.
     fn shown(style: TerminalStyle, events: Vec<Event>) -> String {
         let screen = Screen::default();
-        let mut terminal = Terminal::new(Box::new(screen.clone()), style, 10, "`cloze resume runs/demo`".to_owned());
+        let mut terminal = Terminal::new(Box::new(screen.clone()), style, 10);
         for (second, event) in (0_u32..).zip(events) {
             terminal.write(&Recorded { time: f64::from(second), event }).unwrap();
         }
@@ -337,7 +326,7 @@ mod tests {
         let line = |step: u64| format!("step {step}/0 · loss 1.234 · lr 9.8e-4 · 812 examples/s · 33k tokens/s · ETA 0:00");
         let expected = format!(
             "{ERASE_LINE}{one}{ERASE_LINE}warning: disk is slow\n{one}{ERASE_LINE}{two}\n\
-             stopped; step 2 is saved and `cloze resume runs/demo` goes on from there\n",
+             the workers have left\n",
             one = line(1),
             two = line(2)
         );
@@ -360,7 +349,7 @@ mod tests {
     #[test]
     fn other_ends() {
         let cases = [
-            (Event::RunStopped { step: 0 }, "stopped before anything was saved\n"),
+            (Event::RunStopped { step: 0 }, "the workers have left\n"),
             (lost(None, "x"), "worker 1 on node-a lost before it could start: x\n"),
             (
                 Event::GenerationAborted { generation: 3, reason: "the collective broke".to_owned(), step: 7, worker: None, rank: None },

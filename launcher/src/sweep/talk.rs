@@ -86,7 +86,7 @@ impl Talk {
         match retry_s {
             // By a time limit, or for a job that is more urgent.
             Some(_) if is_stopped => self.line(&format!("{} was stopped at step {} and goes on from there", record.name, record.step)),
-            Some(wait_s) => self.line(&format!("{} failed: {what}; tried again in {:.0} s", record.name, wait_s.max(0.0))),
+            Some(wait_s) => self.line(&format!("{} failed: {what}; tried again in {:.0} s at the earliest", record.name, wait_s.max(0.0))),
             None => self.line(&format!("{} failed: {what}", record.name)),
         }
     }
