@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cloze_recipes::failure::{Failure, FailureKind};
 use cloze_recipes::recipe::ModelShape;
 use safetensors::SafeTensors;
@@ -114,8 +114,15 @@ impl Workload {
             .map_err(|error| Failure::new(FailureKind::Input, "the workload file cannot be read").at(path.display()).because(error))?;
         let tensors = SafeTensors::deserialize(&bytes)
             .map_err(|error| Failure::new(FailureKind::Damaged, "the workload file is not valid").at(path.display()).because(error))?;
-        let data =
-            |name: &str| tensors.tensor(name).map(|t| t.data().to_vec()).with_context(|| format!("find {name} in {}", path.display()));
+        let data = |name: &str| {
+            let missing = |error| {
+                Failure::new(FailureKind::Damaged, "the workload file is not valid")
+                    .at(path.display())
+                    .expected(format!("a tensor `{name}`"))
+                    .because(error)
+            };
+            tensors.tensor(name).map(|t| t.data().to_vec()).map_err(missing)
+        };
         let integers = |bytes: Vec<u8>| bytes.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b)).collect::<Vec<_>>();
         let offsets: Vec<usize> = data("offsets")?.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as usize).collect();
         let workload = Self { ids: integers(data("input_ids")?), labels: integers(data("labels")?), offsets };

@@ -14,7 +14,7 @@ use cloze_launcher::slurm::{
 use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::run::{open_to_resume, write_last_line};
-use super::run_place::find_run;
+use super::run_place::{check_run, find_run};
 
 /// Arguments of `cloze cancel`.
 #[derive(Args)]
@@ -120,6 +120,9 @@ pub fn logs(arguments: &LogsArguments, stdout: &mut dyn Write) -> Result<ExitCod
             "`cloze sweep status {study}` names its trials; their logs are in {study}/jobs, and `cloze logs {study}/runs/TRIAL` shows those of a run"
         )
     })?;
+    if !run.root().join("logs").is_dir() {
+        check_run(run.root())?;
+    }
     let choice = LogChoice { worker: arguments.worker, job: arguments.job.clone(), attempt: arguments.attempt, follow: arguments.follow };
     match show_logs(&run, &choice, stdout) {
         Ok(true) => Ok(ExitCode::SUCCESS),

@@ -20,6 +20,16 @@ pub(super) fn refuse_study(folder: &Path, for_study: fn(&str) -> String) -> Resu
     Err(Failure::new(FailureKind::Input, "this folder holds a study, which has many runs").at(&shown).hint(for_study(&shown)))
 }
 
+/// Refuses a folder that is no run.
+pub(super) fn check_run(folder: &Path) -> Result<(), Failure> {
+    if folder.join("run.json").is_file() {
+        return Ok(());
+    }
+    Err(Failure::new(FailureKind::Input, "this folder holds no run")
+        .at(folder.display())
+        .hint("`cloze train RECIPE` starts a run and names its folder"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

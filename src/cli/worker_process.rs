@@ -12,7 +12,7 @@ use cloze_recipes::failure::{Failure, FailureKind};
 
 use super::arguments::{DeviceName, EvalArguments, ExportArguments, ForwardArguments, PlacementArguments, PredictArguments};
 
-use super::run_place::refuse_study;
+use super::run_place::{check_run, refuse_study};
 
 /// Environment variable that names another worker binary.
 const WORKER_VARIABLE: &str = "CLOZE_WORKER";
@@ -39,6 +39,9 @@ pub fn worker_binary() -> Result<PathBuf> {
 /// `cloze eval`
 pub fn eval(arguments: &EvalArguments) -> Result<ExitCode> {
     let is_run = arguments.target.is_dir();
+    if !arguments.target.exists() && !is_recipe_name(&arguments.target) {
+        check_run(&arguments.target)?;
+    }
     if is_run {
         refuse_study(&arguments.target, |study| {
             format!(
@@ -63,22 +66,17 @@ pub fn eval(arguments: &EvalArguments) -> Result<ExitCode> {
     Ok(code)
 }
 
+/// Whether somebody who writes this means a recipe file, where nothing is there.
+fn is_recipe_name(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml")
+}
+
 /// The scores stand in the run's folder already, so a bucket that does not take them is no failure.
 fn tell_bucket(run: &Path) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64());
     if let Err(error) = publish_run(run, now) {
         tracing::warn!(error = format!("{error:#}"), "the bucket of the run's checkpoints could not be told its scores");
     }
-}
-
-/// Refuses a folder that is no run.
-fn check_run(folder: &Path) -> Result<(), Failure> {
-    if folder.join("run.json").is_file() {
-        return Ok(());
-    }
-    Err(Failure::new(FailureKind::Input, "this folder holds no run")
-        .at(folder.display())
-        .hint("`cloze train RECIPE` starts a run and names its folder"))
 }
 
 /// Recipe file and output folder of a run's evaluation.

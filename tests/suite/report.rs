@@ -61,7 +61,13 @@ fn two_runs_become_a_report_a_list_and_a_difference() {
     assert_eq!((found["runs"].as_array().map(Vec::len), &found["runs"][0]["name"]), (Some(1), &json!("fast")));
     let shown = world.done(&["runs", "show", "slow"]).stdout;
     assert!(shown.contains("train.learning_rate: 0.0001") && shown.contains("worker-hours"), "{shown}");
-    world.cloze(&["runs", "show", "corpus"]).expect_code(4).expect_words(&["this folder holds no run"]);
+    for command in [["runs", "show", "corpus"].as_slice(), &["logs", "corpus"], &["eval", "corpus"], &["eval", "runs/nothere"]] {
+        world.cloze(command).expect_code(4).expect_words(&["this folder holds no run"]);
+    }
+    world.cloze(&["eval", "nothere.yaml"]).expect_code(3).expect_words(&["cannot read the recipe"]);
+    let odd = [b"\x08\0\0\0\0\0\0\0".as_slice(), b"{}      "].concat();
+    world.write("odd.safetensors", odd);
+    world.cloze(&["bench", "--workload", "odd.safetensors"]).expect_code(7).expect_words(&["the workload file is not valid", "`offsets`"]);
 
     let difference: Value = serde_json::from_str(&world.done(&["diff", "slow", "fast", "--json"]).stdout).expect("the difference is JSON");
     let keys: Vec<&str> = difference["recipe"].as_array().into_iter().flatten().filter_map(|pair| pair["key"].as_str()).collect();
