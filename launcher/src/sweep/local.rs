@@ -1,7 +1,7 @@
 //! Trials on this machine: each a child process of its own, which outlives a controller that is killed.
 //!
 //! Where the study folder lies on a disk that several machines share, what an earlier controller has started may run on another one, which
-//! nobody here can ask: it keeps its trial while it gives signs of life ([`super::beat`]).
+//! nobody here can ask: it keeps its trial while it gives signs of life (`beat.rs`).
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
