@@ -12,6 +12,7 @@ use cloze_data::mask::TokenFacts;
 use cloze_data::prepare::{PrepareOptions, PrepareOutcome, ProgressLine, check_prepared, prepare as prepare_data};
 use cloze_data::synth::{SynthOptions, synth as write_corpus};
 use cloze_data::tokenizer::Tokenizer;
+use cloze_launcher::words::counted;
 
 use super::arguments::{InspectArguments, PrepareArguments, RecipeArguments, SynthArguments};
 
@@ -73,6 +74,14 @@ pub fn synth(arguments: &SynthArguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// What there is of the samples that were kept. Tasks of which nothing was kept are counted as seen, since there may be many of them.
+fn kept_text(manifest: &Manifest) -> String {
+    let Manifest { tokens, tasks, shards, .. } = manifest;
+    let with_samples = tasks.iter().filter(|task| task.counts.kept > 0).count();
+    let of_seen = counted(tasks.len(), "task");
+    format!("samples kept, {tokens} tokens, of {with_samples} of {of_seen}, in {}", counted(shards.len(), "shard"))
+}
+
 /// What happened to the records, one line a stage.
 fn summary(manifest: &Manifest) -> String {
     let counts = &manifest.counts;
@@ -84,12 +93,43 @@ fn summary(manifest: &Manifest) -> String {
         (counts.not_single_token, "whose answer is not one token".to_owned()),
         (counts.too_long, "too long".to_owned()),
         (counts.capped, format!("left out by number ({cap})")),
-        (
-            counts.kept,
-            format!("samples kept, {} tokens, {} tasks, {} shards", manifest.tokens, manifest.tasks.len(), manifest.shards.len()),
-        ),
+        (counts.kept, kept_text(manifest)),
     ];
     let text: String = lines.iter().map(|(count, what)| format!("{count:>12}  {what}\n")).collect();
     let shortfall = if manifest.shortfall > 0 { format!("{:>12}  fewer than wanted\n", manifest.shortfall) } else { String::new() };
     text + &shortfall
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use cloze_data::manifest::{Counts, MANIFEST_VERSION, ShardEntry, TaskEntry};
+
+    use super::*;
+
+    #[test]
+    fn tasks_that_kept_nothing_are_told_apart() {
+        let task = |name: &str, kept| TaskEntry {
+            name: name.to_owned(),
+            source: None,
+            counts: Counts { read: 4, held_out: 4 - kept, kept, ..Counts::default() },
+        };
+        let manifest = Manifest {
+            version: MANIFEST_VERSION,
+            recipe_hash: String::new(),
+            settings: BTreeMap::new(),
+            tokenizer_fingerprint: String::new(),
+            inputs: Vec::new(),
+            counts: Counts { read: 12, held_out: 9, kept: 3, ..Counts::default() },
+            cap_per_task: None,
+            shortfall: 0,
+            tasks: vec![task("a", 3), task("b", 0), task("c", 0)],
+            samples: 3,
+            tokens: 50,
+            shards: vec![ShardEntry { file: "s".to_owned(), samples: 3, tokens: 50, bytes: 9, blake3: String::new() }],
+        };
+        let text = summary(&manifest);
+        assert!(text.ends_with("           3  samples kept, 50 tokens, of 1 of 3 tasks, in 1 shard\n"), "{text}");
+    }
 }

@@ -19,6 +19,7 @@ use super::link::MAX_WINDOW_MS;
 use super::protocol::{Answer, MAX_LINE_BYTES, Measurements, NodeMeasurement, PairMeasurement, Peer, Ready, Request, Setup};
 use super::schedule::rounds;
 use crate::hosts::RemoteHost;
+use crate::words::counted;
 
 /// Agents that are started at the same time; a remote shell's server refuses many more.
 const MAX_STARTS: usize = 64;
@@ -110,7 +111,7 @@ impl Check {
         let PreflightOptions { nodes, agent, setup, limits, progress } = options;
         let total = Duration::from_secs(limits.timeout_s.into());
         let started = Instant::now();
-        progress(&format!("starting {} agents", nodes.len()));
+        progress(&format!("starting {}", counted(nodes.len(), "agent")));
         let nodes = start_all(nodes, agent, &setup, started + total.mul_f64(START_SHARE)).await?;
         let mut check = Self { nodes, deadline: started + total };
         check.compare_clocks().await?;
@@ -204,7 +205,8 @@ impl Check {
             .filter(|round| !round.is_empty())
             .collect();
         if !broken.is_empty() {
-            progress(&format!("measuring {} links again that did not work", broken.iter().map(Vec::len).sum::<usize>()));
+            let num_broken = broken.iter().map(Vec::len).sum();
+            progress(&format!("measuring {} again that did not work", counted(num_broken, "link")));
         }
         for (seats, second) in self.measure_rounds(&reached, &broken, progress).await? {
             let Some(first) = pairs.get_mut(&seats).filter(|_| second.error.is_none()) else { continue };
@@ -527,6 +529,22 @@ esac; done"#;
         ];
         assert_eq!(pairs, expected);
         assert!(words.iter().any(|line| line == "measuring 2 links again that did not work"), "{words:?}");
+    }
+
+    #[test]
+    fn one_agent_is_no_plural() {
+        let limits = Preflight { enabled: true, min_bandwidth_share: 0.5, max_slowdown: 2.0, timeout_s: 20 };
+        for (names, expected) in [(["a"].as_slice(), "starting 1 agent"), (["a", "b"].as_slice(), "starting 2 agents")] {
+            let node = |name: &&str| {
+                let prefix = ["/bin/sh", "-c", "exit 1"].map(str::to_owned).to_vec();
+                NodeOptions { host: RemoteHost { name: (*name).to_owned(), prefix, form: CommandForm::Words }, address: None }
+            };
+            let mut lines = Vec::new();
+            let nodes = names.iter().map(node).collect();
+            let progress = &mut |line: &str| lines.push(line.to_owned());
+            run_preflight(PreflightOptions { nodes, agent: Vec::new(), setup: setup(), limits, progress }).unwrap();
+            assert_eq!(lines.first().map(String::as_str), Some(expected));
+        }
     }
 
     #[test]
