@@ -77,6 +77,7 @@ impl Controller {
         for text in odd {
             talk.line(&format!("warning: {text}"));
         }
+        talk.learn(&records);
         let next_batch = newest_batch(&journal, &records)? + 1;
         // What an earlier `cloze sweep cancel` has asked for is done.
         let path = journal.folder().cancel_path();

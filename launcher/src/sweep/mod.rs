@@ -32,6 +32,7 @@ pub mod queue;
 pub mod record;
 pub mod share;
 pub mod steps;
+mod short;
 pub mod talk;
 pub mod text;
 pub mod unreached;

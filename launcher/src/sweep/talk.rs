@@ -8,9 +8,9 @@ use cloze_recipes::failure::FailureKind;
 use cloze_recipes::study::{Metric, Score};
 
 use super::decide::Reason;
-use super::graph::plain;
 use super::lost::OutState;
 use super::record::{TrialRecord, TrialState};
+use super::short::ShortValues;
 
 /// Where a sweep says how it is.
 pub struct Talk {
@@ -19,12 +19,19 @@ pub struct Talk {
     interactive: bool,
     quiet: bool,
     shown: String,
+    /// How the values of swept keys are shown.
+    values: ShortValues,
 }
 
 impl Talk {
     /// Says it there.
     pub fn new(output: Box<dyn Write>, interactive: bool, quiet: bool) -> Self {
-        Self { output, interactive, quiet, shown: String::new() }
+        Self { output, interactive, quiet, shown: String::new(), values: ShortValues::default() }
+    }
+
+    /// Learns the values of all trials, so that long ones are shortened and can still be told apart.
+    pub fn learn(&mut self, records: &[TrialRecord]) {
+        self.values = ShortValues::of(records.iter().flat_map(|record| &record.parameters));
     }
 
     /// Says something in a line of its own. That nobody can read it is no reason to stop.
@@ -63,7 +70,8 @@ impl Talk {
     pub fn started(&mut self, record: &TrialRecord, until_step: Option<u64>, verb: &str) {
         let rung = until_step.map_or_else(String::new, |step| format!(", to step {step}"));
         let attempt = if record.fruitless_attempts > 0 { format!(", attempt {}", record.attempts) } else { String::new() };
-        self.line(&format!("{} {verb}{rung}{attempt}: {}", record.name, arm_text(record)));
+        let point = self.values.point(record.parameters.iter(), record.seed);
+        self.line(&format!("{} {verb}{rung}{attempt}: {point}", record.name));
     }
 
     /// A trial has ended well.
@@ -122,12 +130,6 @@ pub fn counts_with_outs(records: &[TrialRecord], is_over: bool, outs: &BTreeMap<
     text
 }
 
-/// Swept keys and values of a trial, and its seed.
-pub fn arm_text(record: &TrialRecord) -> String {
-    let parts = record.parameters.iter().map(|(key, value)| format!("{key}={}", plain(value)));
-    parts.chain([format!("seed={}", record.seed)]).collect::<Vec<_>>().join(" ")
-}
-
 /// A metric with its name; shares in percent.
 pub fn metric_text(metric: &Metric, value: f64) -> String {
     let task = metric.task.as_deref().map_or_else(String::new, |task| format!("{task} "));
@@ -135,5 +137,32 @@ pub fn metric_text(metric: &Metric, value: f64) -> String {
         Score::Loss => format!("loss {value:.4}"),
         Score::Accuracy => format!("{task}accuracy {:.2} %", value * 100.0),
         Score::MacroF1 => format!("{task}macro-F1 {:.2} %", value * 100.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::fixtures::trial;
+    use super::*;
+
+    #[test]
+    fn a_start_is_told_in_a_line_that_can_be_read() {
+        let tasks: Vec<String> = (0..40).map(|number| format!("^task_{number}")).collect();
+        let record = |hash: &str, num_tasks: usize| {
+            let parameters = json!({"data.only": tasks[..num_tasks]}).as_object().unwrap().clone();
+            TrialRecord { parameters, ..TrialRecord::new(&trial(hash), None) }
+        };
+        let records = [record("a", 20), record("b", 40)];
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut talk = Talk::new(Box::new(file.reopen().unwrap()), false, false);
+        talk.learn(&records);
+        records.iter().for_each(|record| talk.started(record, None, "starts"));
+        let expected = "\
+demo-a starts: data.only=[\"^task_0\",\"^task_1\",+18] seed=1
+demo-b starts: data.only=[\"^task_0\",\"^task_1\",+38] seed=1
+";
+        assert_eq!(std::fs::read_to_string(file.path()).unwrap(), expected);
     }
 }

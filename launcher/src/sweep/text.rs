@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use cloze_recipes::study::Score;
+use serde_json::Value;
 
 use super::folder::SweepPlan;
-use super::graph::{Graph, parameters_text, plain};
+use super::graph::{Graph, Node};
 use super::lost::OutState;
 use super::record::{TrialRecord, TrialState};
+use super::short::ShortValues;
 use crate::words::counted;
 
 /// Characters of a hash that are shown.
@@ -19,10 +21,12 @@ pub fn preview_text(graph: &Graph, plan: &SweepPlan) -> String {
     let (stages, trials): (Vec<_>, Vec<_>) = graph.nodes.iter().partition(|node| !node.wanted);
     let mut rows = vec![["", "hash", "data", "after", "what"].map(str::to_owned)];
     let short = |hash: &str| hash.chars().take(HASH_CHARS).collect::<String>();
+    let short_values = ShortValues::of(graph.nodes.iter().flat_map(values));
     for node in stages.iter().chain(&trials) {
         let kind = if node.wanted { "trial" } else { "stage" };
         let after = node.parent.map_or_else(|| "-".to_owned(), |parent| short(&graph.nodes[parent].trial.hash));
-        rows.push([kind.to_owned(), short(&node.trial.hash), short(&node.trial.data_hash), after, parameters_text(&node.trial)]);
+        let what = short_values.point(values(node), node.trial.recipe.seed);
+        rows.push([kind.to_owned(), short(&node.trial.hash), short(&node.trial.data_hash), after, what]);
     }
     let mut text = table(&rows);
     let _ = writeln!(
@@ -38,6 +42,11 @@ pub fn preview_text(graph: &Graph, plan: &SweepPlan) -> String {
         }),
     );
     text
+}
+
+/// The swept keys of a trial and their values.
+fn values(node: &Node) -> impl Iterator<Item = (&String, &Value)> {
+    node.trial.parameters.iter().map(|(key, value)| (key, value))
 }
 
 /// The trials that the sweep asks for, and the earlier stages that are not done, as a table. Once nothing is left to do, a trial that
@@ -60,10 +69,12 @@ pub fn status_table(plan: &SweepPlan, records: &[TrialRecord], is_over: bool, ou
     header.extend(keys.iter().map(|key| (*key).clone()));
     header.extend(["seed", "state", "step"].map(str::to_owned));
     header.push(metric);
+    let short = ShortValues::of(shown.iter().flat_map(|record| &record.parameters));
     let mut rows = vec![header];
     for record in shown {
         let mut row = vec![record.name.clone()];
-        row.extend(keys.iter().map(|key| record.parameters.get(*key).filter(|_| record.wanted).map_or_else(|| "-".to_owned(), plain)));
+        let value = |key: &&String| record.parameters.get(*key).filter(|_| record.wanted).map(|value| short.text(key, value));
+        row.extend(keys.iter().map(|key| value(key).unwrap_or_else(|| "-".to_owned())));
         row.extend([
             record.seed.to_string(),
             outs.get(&record.hash).map_or_else(|| state_text(record.state, is_over), |out| out.name().to_owned()),
@@ -106,18 +117,45 @@ fn table<R: AsRef<[String]>>(rows: &[R]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use cloze_recipes::study::Metric;
+    use cloze_recipes::study::{Metric, Trial};
     use serde_json::json;
 
     use super::super::fixtures;
     use super::super::folder::PlannedTrial;
     use super::*;
+    use crate::sample::recipe;
+
+    fn trial_of(record: &TrialRecord) -> Trial {
+        let parameters = record.parameters.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+        Trial { parameters, recipe: recipe(), hash: record.hash.clone(), data_hash: "d".to_owned(), data_seed: 1, parent: None }
+    }
 
     fn plan() -> SweepPlan {
         let parameters = json!({"train.steps": 10}).as_object().unwrap().clone();
         let trial = |hash, seed| PlannedTrial { seed, parameters: parameters.clone(), ..fixtures::trial(hash) };
         let metric = Metric { task: Some("mmlu".to_owned()), score: Score::Accuracy };
         SweepPlan { metric, ..fixtures::plan(vec![fixtures::stage("aaaa"), trial("bbbb", 1), trial("cccc", 2)]) }
+    }
+
+    #[test]
+    fn long_values_do_not_make_long_rows() {
+        let plan = plan();
+        let tasks: Vec<String> = (0..40).map(|number| format!("^task_{number}")).collect();
+        let mut records: Vec<TrialRecord> = plan.trials.iter().map(|trial| TrialRecord::new(trial, None)).collect();
+        for (record, num_tasks) in records[1..].iter_mut().zip([20, 40]) {
+            record.parameters = json!({"data.only": tasks[..num_tasks]}).as_object().unwrap().clone();
+        }
+        let text = status_table(&plan, &records, true, &BTreeMap::new());
+        assert!(text.contains(r#"["^task_0","^task_1",+18]"#) && text.contains(r#"["^task_0","^task_1",+38]"#), "{text}");
+        let graph = Graph {
+            nodes: records[1..]
+                .iter()
+                .map(|record| Node { trial: trial_of(record), wanted: true, is_stage: false, parent: None })
+                .collect(),
+        };
+        let preview = preview_text(&graph, &plan);
+        assert!(preview.contains(r#"data.only=["^task_0","^task_1",+18] seed=1"#) && preview.contains(",+38]"), "{preview}");
+        assert!(text.lines().chain(preview.lines()).all(|line| line.chars().count() < 120), "{text}{preview}");
     }
 
     #[test]
