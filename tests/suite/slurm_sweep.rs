@@ -53,7 +53,7 @@ sweep: {seeds: [1, 2, 3, 4, 5, 6], concurrency: 4, pack: 2, metric: {score: loss
 
     let status = run_command(&mut cloze(&["sweep", "status", "studies/queued"])).expect_code(0).stdout;
     assert_eq!(status.lines().filter(|line| line.contains(" training ")).count(), 4, "{status}");
-    assert!(status.contains(" queued ") && status.contains("0 of 6 done, 4 out, 2 queued; no controller lives"), "{status}");
+    assert!(status.contains(" queued ") && status.contains("0 of 6 done, 4 running, 2 queued; no controller lives"), "{status}");
 
     // What keeps an array away from bad nodes reaches the element that waits, and SLURM complains of the others in these words.
     let job = queue.split('_').next().expect("an array");
@@ -73,7 +73,14 @@ sweep: {seeds: [1, 2, 3, 4, 5, 6], concurrency: 4, pack: 2, metric: {score: loss
 
     let node = queue.lines().find(|line| line.contains("RUNNING")).and_then(|line| line.split_whitespace().last()).unwrap().to_owned();
     cluster.kill_node(&node);
-    let outcome = run_command(&mut cloze(&["sweep", "resume", "studies/queued"])).expect_code(0);
+    let resumed = Process::start(&mut cloze(&["sweep", "resume", "studies/queued"]), "");
+    let status = || run_command(&mut cloze(&["sweep", "status", "studies/queued"])).expect_code(0).stdout;
+    wait_until("the trials of the lost node wait in the queue again", PATIENCE, || {
+        let text = status();
+        let are_told = text.contains(", 2 queued again; controlled by process ");
+        are_told && text.lines().filter(|line| line.contains(" queued again ")).count() == 2
+    });
+    let outcome = resumed.wait().expect_code(0);
     outcome.expect_words(&["6 trials of an earlier controller are out", "6 of 6 done"]);
     for (name, record) in records(&world, "queued") {
         assert_eq!((record["state"].as_str(), record["attempts"].as_u64()), (Some("done"), Some(1)), "{name}");

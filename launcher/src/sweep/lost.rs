@@ -1,5 +1,5 @@
-//! What has become of trials that are out, for whoever only looks while no controller lives: nobody takes their ends in, and their records
-//! stay as they were.
+//! What has become of trials that are out, for whoever only looks: whether they run or wait in a queue, which no record says, and, while no
+//! controller lives and takes their ends in, whether they are still there.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -28,6 +28,10 @@ const MAX_BATCHES: usize = 64;
 pub enum OutState {
     /// It waits in a queue, and nobody has begun to work on it.
     Queued,
+    /// It waits in a queue once more after somebody has worked on it, as after the loss of its node.
+    QueuedAgain,
+    /// The batch system runs its job.
+    Running,
     /// It has ended, and its outcome waits for a controller.
     Ended,
     /// Nobody works on it any more, as these words say, and it has no outcome.
@@ -35,13 +39,20 @@ pub enum OutState {
 }
 
 impl OutState {
-    /// It in a word.
+    /// It in a word or two.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Queued => "queued",
+            Self::QueuedAgain => "queued again",
+            Self::Running => "running",
             Self::Ended => "ended",
             Self::Gone(_) => "gone",
         }
+    }
+
+    /// Whether it waits in a queue, and goes on from its newest saved state.
+    pub fn waits(&self) -> bool {
+        matches!(self, Self::Queued | Self::QueuedAgain)
     }
 }
 
@@ -51,40 +62,72 @@ pub fn queued(folder: &StudyFolder, plan: &SweepPlan, records: &[TrialRecord]) -
     waiting.map(|record| (record.hash.clone(), OutState::Queued)).collect()
 }
 
-/// Adds what has become of the other trials that are out, where no controller lives. Returns why the batch system could not be asked.
+/// Adds what the batch system says of trials that are out, for whoever looks while a controller lives, which takes their ends in. Returns why
+/// the batch system could not be asked.
+pub fn add_told(folder: &StudyFolder, plan: &SweepPlan, records: &[TrialRecord], outs: &mut BTreeMap<String, OutState>) -> Option<Failure> {
+    let is_out = |record: &&TrialRecord| plan.has_queue() && record.state == TrialState::Training;
+    let open: Vec<Open<'_>> = records.iter().filter(is_out).filter_map(|record| Open::of(record, true)).collect();
+    add_words(folder, plan, &open, outs)
+}
+
+/// Adds what has become of the trials that are out, where no controller lives. Returns why the batch system could not be asked.
 pub fn add_lost(folder: &StudyFolder, plan: &SweepPlan, records: &[TrialRecord], outs: &mut BTreeMap<String, OutState>) -> Option<Failure> {
-    let mut open: Vec<(&TrialRecord, Place)> = Vec::new();
+    let mut open = Vec::new();
     for record in records.iter().filter(|record| record.state == TrialState::Training) {
         if folder.outcome_path(&record.hash, record.attempts).exists() {
             outs.insert(record.hash.clone(), OutState::Ended);
-        } else if let Some(place) = record.place.filter(|_| !is_worked_on(folder, record)) {
-            open.push((record, place));
+        } else {
+            open.extend(Open::of(record, is_worked_on(folder, record)));
         }
     }
+    if plan.has_queue() {
+        return add_words(folder, plan, &open, outs);
+    }
+    open.retain(|open| !open.is_held);
     if open.is_empty() {
         return None;
     }
     if let Some(site) = plan.site.as_ref().filter(|_| plan.hosts().is_some()) {
-        return match ask_hosts(folder, plan, site, open.iter().map(|(_, place)| place.batch).collect()) {
+        return match ask_hosts(folder, plan, site, open.iter().map(|open| open.place.batch).collect()) {
             Err(error) => Some(as_failure(&error)),
             Ok(Asked { ends, failure }) => {
-                outs.extend(open.iter().filter_map(|(record, place)| Some((record.hash.clone(), ends.get(&place.batch)?.clone()))));
+                outs.extend(open.iter().filter_map(|open| Some((open.hash.to_owned(), ends.get(&open.place.batch)?.clone()))));
                 failure
             }
         };
     }
-    if !plan.has_queue() {
-        let gone = || OutState::Gone("no process of this machine works on it".to_owned());
-        outs.extend(open.into_iter().map(|(record, _)| (record.hash.clone(), gone())));
+    let gone = || OutState::Gone("no process of this machine works on it".to_owned());
+    outs.extend(open.into_iter().map(|open| (open.hash.to_owned(), gone())));
+    None
+}
+
+/// A trial that is out and has told no outcome.
+struct Open<'a> {
+    hash: &'a str,
+    place: Place,
+    /// Whether somebody works on it, or sees to its end.
+    is_held: bool,
+}
+
+impl<'a> Open<'a> {
+    fn of(record: &'a TrialRecord, is_held: bool) -> Option<Self> {
+        Some(Self { hash: &record.hash, place: record.place?, is_held })
+    }
+}
+
+/// Adds what the batch system says of these trials.
+fn add_words(folder: &StudyFolder, plan: &SweepPlan, open: &[Open<'_>], outs: &mut BTreeMap<String, OutState>) -> Option<Failure> {
+    if open.is_empty() {
         return None;
     }
-    match jobs_of(folder, plan, open.iter().map(|(_, place)| place.batch).collect()) {
-        Err(failure) => Some(failure),
+    match jobs_of(folder, plan, open.iter().map(|open| open.place.batch).collect()) {
         Ok(jobs) => {
-            let gone = open.iter().filter_map(|(record, place)| Some((record.hash.clone(), OutState::Gone(jobs.end_of(*place)?))));
-            outs.extend(gone);
+            let told: Vec<_> =
+                open.iter().filter_map(|open| Some((open.hash.to_owned(), jobs.state_of(open, outs.get(open.hash))?))).collect();
+            outs.extend(told);
             None
         }
+        Err(failure) => Some(failure),
     }
 }
 
@@ -141,14 +184,25 @@ struct Jobs {
 }
 
 impl Jobs {
-    /// How the element of a trial has ended; `None` where it has not, or was not asked for.
-    fn end_of(&self, place: Place) -> Option<String> {
-        let Some(id) = self.ids.get(&place.batch)? else { return Some("the batch system knows no job of its batch".to_owned()) };
-        match told(*id, place.element, &self.states) {
-            Word::Ended(how) => Some(how),
-            Word::Goes => None,
-            Word::Nothing => Some(unknown(*id, place.element)),
+    /// How a trial is of which so much is known from files; `None` where that stays as it is.
+    fn state_of(&self, open: &Open<'_>, known: Option<&OutState>) -> Option<OutState> {
+        match self.word(open.place)? {
+            Word::Waits if known == Some(&OutState::Queued) => None,
+            Word::Waits => Some(OutState::QueuedAgain),
+            Word::Runs => Some(OutState::Running),
+            Word::Ended(how) => (!open.is_held).then_some(OutState::Gone(how)),
+            Word::Nothing => None,
         }
+    }
+
+    /// What is said of the element of a trial; `None` where it was not asked for.
+    fn word(&self, place: Place) -> Option<Word> {
+        let id = *self.ids.get(&place.batch)?;
+        let Some(id) = id else { return Some(Word::Ended("the batch system knows no job of its batch".to_owned())) };
+        Some(match told(id, place.element, &self.states) {
+            Word::Nothing => Word::Ended(unknown(id, place.element)),
+            word => word,
+        })
     }
 }
 
@@ -246,7 +300,8 @@ mod tests {
         let queue = r#"case "$*" in
 *--name=*-000001*) echo '77|cloze-demo-ab-k-000001';;
 *--name=*) ;;
-*) echo '77_0|RUNNING|0:10|1:00|n1|None'; echo '77_1|FAILED|0:10|1:00|n1|None';;
+*) echo '77_0|RUNNING|0:10|1:00|n1|None'; echo '77_1|FAILED|0:10|1:00|n1|None'
+   echo '77_3|PENDING|0:00|1:00||BeginTime';;
 esac"#;
         let (_programs, slurm) = cluster(&[("squeue", queue), ("sacct", "exit 1"), ("scontrol", "echo 'ClusterName = here'")]);
         let info = StudyInfo {
@@ -264,11 +319,22 @@ esac"#;
             created: 0.0,
         };
         let jobs = look(&slurm, &info, BTreeSet::from([1, 2])).unwrap();
-        let of = |batch, element| jobs.end_of(Place { batch, element });
-        assert_eq!(of(1, 0), None, "it runs");
-        assert_eq!(of(1, 1).as_deref(), Some("job 77_1: failed"));
-        assert_eq!(of(1, 2).as_deref(), Some("the batch system does not know job 77_2 any more"));
-        assert_eq!(of(2, 0).as_deref(), Some("the batch system knows no job of its batch"));
+        let of = |batch, element| jobs.word(Place { batch, element });
+        let ended = |how: &str| Some(Word::Ended(how.to_owned()));
+        assert_eq!((of(1, 0), of(1, 3)), (Some(Word::Runs), Some(Word::Waits)));
+        assert_eq!(of(1, 1), ended("job 77_1: failed"));
+        assert_eq!(of(1, 2), ended("the batch system does not know job 77_2 any more"));
+        assert_eq!(of(2, 0), ended("the batch system knows no job of its batch"));
+        assert_eq!(of(3, 0), None, "nobody has asked");
+        let state = |element, is_held, known: Option<OutState>| {
+            jobs.state_of(&Open { hash: "h", place: Place { batch: 1, element }, is_held }, known.as_ref())
+        };
+        assert_eq!(state(0, true, None), Some(OutState::Running));
+        assert_eq!(state(0, true, Some(OutState::Queued)), Some(OutState::Running), "it is made ready there");
+        assert_eq!(state(3, true, None), Some(OutState::QueuedAgain), "somebody has worked on it, and it waits once more");
+        assert_eq!(state(3, true, Some(OutState::Queued)), None, "it is queued, as its files say");
+        assert_eq!(state(1, true, None), None, "its controller takes that in");
+        assert_eq!(state(1, false, None), Some(OutState::Gone("job 77_1: failed".to_owned())));
         let elsewhere = StudyInfo { cluster: Some("there".to_owned()), ..info };
         assert!(look(&slurm, &elsewhere, BTreeSet::from([1])).unwrap_err().what.contains("another cluster"));
     }

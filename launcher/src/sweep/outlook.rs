@@ -18,6 +18,7 @@ use super::hosts::places_of_host;
 use super::lock::FileLock;
 use super::queue::{MAX_ELEMENTS, QueueOptions, elements_at_once, share_of};
 use super::record::{TrialRecord, TrialState};
+use super::work::run_facts;
 use crate::report::event_sample::{self, Sampling};
 use crate::slurm::Version;
 use crate::words::counted;
@@ -56,6 +57,17 @@ pub fn newest_step(run: &Path) -> u64 {
             0
         }
     }
+}
+
+/// Newest saved step of the run of a trial, from which its next job goes on; 0 where nothing is saved.
+pub fn saved_step(run: &Path) -> u64 {
+    run_facts(run).map_or_else(
+        |failure| {
+            tracing::warn!(%failure, "the step of a trial is the newest that its record knows");
+            0
+        },
+        |facts| facts.saved_step,
+    )
 }
 
 /// Whether a trial that is out only waits in a queue: nobody works on its attempt or has begun to, and it has no outcome that waits for the

@@ -307,7 +307,7 @@ impl Queue {
         };
         match told(id, out.place.element, states) {
             Word::Ended(how) => Some(how),
-            Word::Goes => None,
+            Word::Waits | Word::Runs => None,
             Word::Nothing => is_missed.then(|| unknown(id, out.place.element)),
         }
     }
@@ -405,8 +405,10 @@ impl fmt::Display for LeftBehind {
 pub(super) enum Word {
     /// It is over, in words.
     Ended(String),
-    /// It waits or runs.
-    Goes,
+    /// It waits, for the first time or again.
+    Waits,
+    /// It runs.
+    Runs,
     /// Nothing.
     Nothing,
 }
@@ -419,11 +421,17 @@ pub(super) fn told(array: JobId, element: u32, states: &BTreeMap<JobId, JobState
             Some(exit) => format!("job {id}: {}, {exit}", state.state),
             None => format!("job {id}: {}", state.state),
         }),
-        Some(_) => Word::Goes,
+        Some(state) => alive(state.state),
         // Elements that still wait are told of as a whole by some versions.
-        None if states.get(&array).is_some_and(|state| !state.state.is_end()) => Word::Goes,
-        None => Word::Nothing,
+        None => match states.get(&array) {
+            Some(state) if !state.state.is_end() => alive(state.state),
+            _ => Word::Nothing,
+        },
     }
+}
+
+fn alive(state: State) -> Word {
+    if matches!(state, State::Pending | State::Requeued | State::Configuring) { Word::Waits } else { Word::Runs }
 }
 
 /// How an element has ended of which the batch system says nothing.

@@ -114,8 +114,10 @@ pub fn counts_with_outs(records: &[TrialRecord], is_over: bool, outs: &BTreeMap<
     let known: Vec<&OutState> = records.iter().filter(|record| record.wanted).filter_map(|record| outs.get(&record.hash)).collect();
     let of = |name: &str| known.iter().filter(|out| out.name() == name).count();
     let others = [
+        (of("running"), "running"),
         (count(TrialState::Training).saturating_sub(known.len()), "out"),
         (of("queued"), "queued"),
+        (of("queued again"), "queued again"),
         (of("ended"), "ended"),
         (of("gone"), "gone"),
         (count(TrialState::StoppedEarly), paused),
@@ -146,6 +148,16 @@ mod tests {
 
     use super::super::fixtures::trial;
     use super::*;
+
+    #[test]
+    fn only_what_runs_is_counted_as_running() {
+        let out = |hash: &str| TrialRecord { state: TrialState::Training, ..TrialRecord::new(&trial(hash), None) };
+        let records = ["a", "b", "c", "d"].map(out);
+        assert_eq!(counts(&records, false), "0 of 4 done, 4 out");
+        let outs = [("a", OutState::Running), ("b", OutState::QueuedAgain), ("c", OutState::Queued)];
+        let outs = outs.map(|(hash, out)| (hash.to_owned(), out)).into();
+        assert_eq!(counts_with_outs(&records, false, &outs), "0 of 4 done, 1 running, 1 out, 1 queued, 1 queued again");
+    }
 
     #[test]
     fn a_start_is_told_in_a_line_that_can_be_read() {

@@ -77,7 +77,10 @@ pub fn status_table(plan: &SweepPlan, records: &[TrialRecord], is_over: bool, ou
         row.extend(keys.iter().map(|key| value(key).unwrap_or_else(|| "-".to_owned())));
         row.extend([
             record.seed.to_string(),
-            outs.get(&record.hash).map_or_else(|| state_text(record.state, is_over), |out| out.name().to_owned()),
+            match outs.get(&record.hash) {
+                None | Some(OutState::Running) => state_text(record.state, is_over),
+                Some(out) => out.name().to_owned(),
+            },
             record.step.to_string(),
         ]);
         row.push(record.metric.map_or_else(|| "-".to_owned(), |value| number(plan.metric.score, value)));
@@ -176,7 +179,8 @@ demo-cccc  10           2     waiting        0     -
         assert!(!table(&records, true).contains("demo-aaaa"));
         records[1].state = TrialState::Training;
         records[2].state = TrialState::Training;
-        let queued = status_table(&plan, &records, false, &BTreeMap::from([("cccc".to_owned(), OutState::Queued)]));
+        let outs = BTreeMap::from([("bbbb".to_owned(), OutState::Running), ("cccc".to_owned(), OutState::Queued)]);
+        let queued = status_table(&plan, &records, false, &outs);
         let states: Vec<&str> = queued.lines().skip(1).filter_map(|line| line.split_whitespace().nth(3)).collect();
         assert_eq!(states, ["training", "queued"], "{queued}");
     }

@@ -1,9 +1,9 @@
-//! `cloze sweep status`: how the trials of a study are, from its files; where no controller lives, also from whoever has their jobs.
+//! `cloze sweep status`: how the trials of a study are, from its files, and from the batch system or the hosts that have what is out.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -14,12 +14,11 @@ use cloze_launcher::sweep::folder::{PlannedTrial, StudyFolder, SweepPlan};
 use cloze_launcher::sweep::journal::read_records;
 use cloze_launcher::sweep::lease::LeaseState;
 use cloze_launcher::sweep::lock::{FileLock, last_holder};
-use cloze_launcher::sweep::lost::{OutState, add_lost, queued};
-use cloze_launcher::sweep::outlook::{is_over, newest_step};
+use cloze_launcher::sweep::lost::{OutState, add_lost, add_told, queued};
+use cloze_launcher::sweep::outlook::{is_over, newest_step, saved_step};
 use cloze_launcher::sweep::record::{TrialRecord, TrialState};
 use cloze_launcher::sweep::talk::counts_with_outs;
 use cloze_launcher::sweep::text::status_table;
-use cloze_recipes::failure::Failure;
 use serde::Serialize;
 use serde_json::json;
 
@@ -61,21 +60,21 @@ pub(super) fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Res
     let (info, plan, now) = (folder.info()?, folder.plan()?, now()?);
     let mut records = records(&folder, &plan)?;
     let is_over = is_over(now, &plan, &records);
-    // A record knows the newest saved step; what is out is further.
-    for record in records.iter_mut().filter(|record| record.state == TrialState::Training) {
-        record.step = record.step.max(newest_step(&folder.run_path(&record.name)));
-    }
     let control = Control::of(&folder, &plan, (&records, now))?;
     let mut outs = queued(&folder, &plan, &records);
-    let unasked = if control.may_live() { None } else { add_lost(&folder, &plan, &records, &mut outs) };
+    let add = if control.may_live() { add_told } else { add_lost };
+    let unasked = add(&folder, &plan, &records, &mut outs);
+    for record in records.iter_mut().filter(|record| record.state == TrialState::Training) {
+        record.step = record.step.max(step_of(&folder.run_path(&record.name), outs.get(&record.hash)));
+    }
     if arguments.json {
         let trials: Vec<_> = records.iter().map(|record| TrialRecord { evaluation: None, ..record.clone() }).collect();
-        let of = |name: &str| outs.iter().filter(|(_, out)| out.name() == name).map(|(hash, _)| hash).collect::<Vec<_>>();
+        let of = |is: fn(&OutState) -> bool| outs.iter().filter(|(_, out)| is(out)).map(|(hash, _)| hash).collect::<Vec<_>>();
         let gone: BTreeMap<&String, &String> =
             outs.iter().filter_map(|(hash, out)| if let OutState::Gone(how) = out { Some((hash, how)) } else { None }).collect();
         let text = json!({
             "name": info.name, "hash": info.hash, "controller": control.controller, "control": control, "over": is_over,
-            "queued": of("queued"), "ended": of("ended"), "gone": gone, "unasked": unasked, "trials": trials,
+            "running": of(|out| *out == OutState::Running), "queued": of(OutState::waits), "ended": of(|out| *out == OutState::Ended), "gone": gone, "unasked": unasked, "trials": trials,
         });
         serde_json::to_writer_pretty(&mut *stdout, &text).context("print the status")?;
         writeln!(stdout).context("print the status")?;
@@ -85,7 +84,11 @@ pub(super) fn status(arguments: &StatusArguments, stdout: &mut dyn Write) -> Res
     // Writing to a string cannot fail.
     let _ = writeln!(text, "{}; {}", counts_with_outs(&records, is_over, &outs), control.text(now));
     let whom = if plan.hosts().is_some() { "a host" } else { "the batch system" };
-    text += &lost_text(&folder, &records, &outs, unasked.as_ref().map(|failure| (whom, failure)));
+    let doubt = if control.may_live() { "only wait in the queue" } else { "be gone" };
+    if let Some(failure) = unasked {
+        let _ = writeln!(text, "what is out may {doubt}: {whom} could not be asked ({})", failure.what);
+    }
+    text += &lost_text(&folder, &records, &outs);
     stdout.write_all(text.as_bytes()).context("print the status")?;
     Ok(ExitCode::SUCCESS)
 }
@@ -97,17 +100,14 @@ pub(super) fn records(folder: &StudyFolder, plan: &SweepPlan) -> Result<Vec<Tria
     Ok(plan.trials.iter().map(of).collect())
 }
 
-/// What is to be said of trials that are gone, and of a batch system or a host that could not be asked.
-fn lost_text(
-    folder: &StudyFolder,
-    records: &[TrialRecord],
-    outs: &BTreeMap<String, OutState>,
-    unasked: Option<(&str, &Failure)>,
-) -> String {
+/// Step of a trial that is out. Its record knows the newest saved one; what runs is further, and what waits goes on from what is saved.
+fn step_of(run: &Path, out: Option<&OutState>) -> u64 {
+    if out.is_some_and(OutState::waits) { saved_step(run) } else { newest_step(run) }
+}
+
+/// What is to be said of trials that are gone, and of those whose outcomes wait.
+fn lost_text(folder: &StudyFolder, records: &[TrialRecord], outs: &BTreeMap<String, OutState>) -> String {
     let mut lines = Vec::new();
-    if let Some((whom, failure)) = unasked {
-        lines.push(format!("what is out may be gone: {whom} could not be asked ({})", failure.what));
-    }
     let gone = records.iter().filter_map(|record| match outs.get(&record.hash) {
         Some(OutState::Gone(how)) => Some(format!("{} is gone: {how}", record.name)),
         _ => None,
