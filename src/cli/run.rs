@@ -13,6 +13,7 @@ use cloze_data::dataset::Dataset;
 use cloze_data::prepare::check_prepared;
 use cloze_data::store;
 use cloze_data::tokenizer::Tokenizer;
+use cloze_launcher::sweep::folder::StudyFolder;
 use cloze_launcher::view::EventLog;
 use cloze_launcher::{
     Drill, LaunchOptions, LaunchPlan, NewRun, RunEnd, RunFolder, TerminalStyle, last_local_workers, last_workers, launch_on_hosts,
@@ -223,7 +224,7 @@ fn go(run: RunFolder, plan: LaunchPlan, hosts: Option<&Hosts>, quiet: bool) -> R
         None if elsewhere => format!(" --workers {} --local {}", plan.workers, plan.local_workers),
         _ => format!(" --workers {}", plan.workers),
     };
-    let again = format!("cloze resume {}{again}", run_path.display());
+    let again = going_on(&run_path, &again);
     let others = hosts.map(|hosts| hosts.plan(&run_path)).transpose()?.unwrap_or_default();
     let options = LaunchOptions { run, plan, output: Box::new(std::io::stderr()), style: terminal_style(quiet) };
     let end = launch_on_hosts(options, others)?.end;
@@ -237,7 +238,7 @@ fn go(run: RunFolder, plan: LaunchPlan, hosts: Option<&Hosts>, quiet: bool) -> R
             Ok(ExitCode::SUCCESS)
         }
         RunEnd::Stopped { step } if until_step.is_some_and(|until_step| step >= until_step) => {
-            write_last_line(&mut std::io::stderr(), &format!("run folder: {shown}\nstep {step} is saved; go on with: {again}"))?;
+            write_last_line(&mut std::io::stderr(), &format!("run folder: {shown}\nstep {step} is saved; {again}"))?;
             Ok(ExitCode::SUCCESS)
         }
         RunEnd::Stopped { step } => {
@@ -247,9 +248,19 @@ fn go(run: RunFolder, plan: LaunchPlan, hosts: Option<&Hosts>, quiet: bool) -> R
                 format!("stopped; step {step} is saved")
             };
             let failure = Failure::new(FailureKind::Interrupted, what).at(&shown);
-            Err(failure.hint(format!("go on with: {again}")).into())
+            Err(failure.hint(again).into())
         }
         RunEnd::Failed(failure) => Err(failure.into()),
+    }
+}
+
+/// What goes on with a run that was left, itself with these arguments where it is no trial.
+fn going_on(run: &Path, arguments: &str) -> String {
+    match StudyFolder::of_run(run) {
+        None => format!("go on with: cloze resume {}{arguments}", run.display()),
+        Some(study) => {
+            format!("its sweep goes on with it; where no controller lives any more, by: cloze sweep resume {}", study.root().display())
+        }
     }
 }
 
@@ -331,6 +342,19 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    #[test]
+    fn a_trial_is_gone_on_with_by_its_sweep() {
+        let root = tempfile::tempdir().unwrap();
+        let (study, run) = (root.path().display(), root.path().join("runs/demo-a"));
+        let alone = format!("go on with: cloze resume {} --workers 2", run.display());
+        assert_eq!(going_on(&run, " --workers 2"), alone, "no study is there");
+        std::fs::write(root.path().join("sweep.json"), "{}").unwrap();
+        let swept = format!("its sweep goes on with it; where no controller lives any more, by: cloze sweep resume {study}");
+        assert_eq!(going_on(&run, " --workers 2"), swept);
+        let elsewhere = root.path().join("other/demo-a");
+        assert!(going_on(&elsewhere, "").starts_with("go on with: cloze resume "), "only a study's own runs are its trials");
     }
 
     #[test]

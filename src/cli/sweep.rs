@@ -387,7 +387,7 @@ fn work(arguments: &WorkArguments) -> Result<ExitCode> {
         Some(element) => element,
         None => cloze_launcher::slurm::array_element()?,
     };
-    work_on(&WorkOptions {
+    let told = work_on(&WorkOptions {
         folder: arguments.folder.clone(),
         batch: arguments.batch,
         element,
@@ -398,5 +398,9 @@ fn work(arguments: &WorkArguments) -> Result<ExitCode> {
         host: arguments.host.clone(),
         is_checked: arguments.checked,
     })?;
+    for name in told {
+        let line = format!("nothing is left to do here: the outcome of {name} is told already, and the sweep goes on with it");
+        write_last_line(&mut std::io::stderr(), &line)?;
+    }
     Ok(ExitCode::SUCCESS)
 }

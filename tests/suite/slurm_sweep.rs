@@ -92,6 +92,36 @@ sweep: {seeds: [1, 2, 3, 4, 5, 6], concurrency: 4, pack: 2, metric: {score: loss
     assert!(jobs().is_empty(), "{}", jobs());
 }
 
+/// SLURM starts the element again, and by then the sweep has its outcome and goes on with the trial in another job.
+#[test]
+fn an_element_that_is_requeued_leaves_its_trial_to_the_sweep() {
+    let options = SlurmOptions { num_nodes: 1, gpus_per_node: 0, ..SlurmOptions::default() };
+    let Some(cluster) = SlurmCluster::start("a requeued element of a sweep", options) else { return };
+    let world = World::with_corpus(2000);
+    let recipe = RECIPE_TEXT.replace("name: small", "name: again").replace("steps: 40", "steps: 400");
+    let around = "\
+resources: {nodes: 1, workers_per_node: 1, cpus_per_worker: 2, time_limit_minutes: 10}
+sweep: {seeds: [1], metric: {score: loss}}
+";
+    world.write("again.yaml", recipe + around);
+    world.write("cluster.yaml", "version: 1\nname: tests\nkind: slurm\nslurm: {partition: main, poll_s: 1}\n");
+    let arguments = ["sweep", "run", "again.yaml", "--cluster", "cluster.yaml"];
+    let process = Process::start(&mut world.command_by(cluster.command(crate::sandbox::CLOZE), &arguments), "");
+    let done = || records(&world, "again").keys().map(|name| steps(&world, "again", name).len()).max().unwrap_or(0);
+    wait_until("the trial trains", PATIENCE, || done() >= 40);
+    let job: u64 = cluster.run("squeue", &["--noheader", "--format=%A"]).expect_code(0).stdout.trim().parse().expect("one job");
+    cluster.run("scontrol", &["requeue", &format!("{job}_0")]).expect_code(0);
+    process.wait().expect_code(0).expect_words(&["was stopped at step", "1 of 1 done"]);
+    let log = || String::from_utf8(world.read(&format!("studies/again/jobs/job-{job}_0.log"))).expect("a log is text");
+    wait_until("the element has begun again", PATIENCE, || log().contains("nothing is left to do here: the outcome of again-"));
+    let text = log();
+    assert!(text.matches("error: stopped").count() == 1 && !text.contains("cloze resume"), "{text}");
+    wait_until("it ends well", PATIENCE, || {
+        let told = cluster.run("scontrol", &["-o", "show", "job", &format!("{job}_0")]).expect_code(0).stdout;
+        told.contains("JobState=COMPLETED") && told.contains("Restarts=1") && told.contains("ExitCode=0:0")
+    });
+}
+
 /// Hosts of the workers of a trial.
 fn hosts(world: &World, study: &str, name: &str) -> BTreeSet<String> {
     let joined = world.run(&format!("studies/{study}/runs/{name}")).events_named("worker_joined");

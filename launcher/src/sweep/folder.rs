@@ -265,6 +265,13 @@ impl StudyFolder {
         if root.join("study.json").is_file() { Ok(Self { root }) } else { Err(no_study(folder)) }
     }
 
+    /// The study that a run belongs to; `None` for a run of its own.
+    pub fn of_run(run: &Path) -> Option<Self> {
+        let runs = run.parent().filter(|runs| runs.ends_with("runs"))?;
+        let root = runs.parent()?;
+        root.join("sweep.json").is_file().then(|| Self { root: root.to_owned() })
+    }
+
     /// The folder itself.
     pub fn root(&self) -> &Path {
         &self.root

@@ -74,23 +74,24 @@ pub struct WorkOptions {
     pub is_checked: bool,
 }
 
-/// Works on one element; the failure is that of the first trial that has one, and a stop that was asked for. Outcomes are in the study
-/// folder either way. Of a batch that was given up nothing is done.
-pub fn work(options: &WorkOptions) -> anyhow::Result<()> {
+/// Works on one element; the failure is that of the first attempt made here that has one, and a stop that was asked for. Outcomes are in the
+/// study folder either way. Of a batch that was given up nothing is done. Returns the trials whose outcomes an earlier process has told, as
+/// one does that a batch system starts again.
+pub fn work(options: &WorkOptions) -> anyhow::Result<Vec<String>> {
     let folder = StudyFolder::find(&options.folder)?;
     let plan = folder.plan()?;
     let batch = Batch::read(&folder, options.batch)?;
     let assignments = batch.element(options.element)?;
     if folder.given_up_path(options.batch).exists() {
         tracing::warn!(batch = options.batch, "there is nothing to do: `cloze sweep cancel --mark-only` has given the batch up");
-        return Ok(());
+        return Ok(Vec::new());
     }
     let signals = Signals::listen().context("listen to signals")?;
     let stop = StopLevel::default();
     let entry = Entry::new(&folder, &plan, options)?;
     if matches!(entry, Entry::Taken) {
         tracing::warn!(batch = options.batch, "there is nothing to do: another process has the batch, or its controller has taken it back");
-        return Ok(());
+        return Ok(Vec::new());
     }
     let entrance = entrance(&folder, &plan)?;
     // A stop that is asked for meanwhile waits until it is over; no trial begins then.
@@ -98,7 +99,7 @@ pub fn work(options: &WorkOptions) -> anyhow::Result<()> {
     let workshop =
         Workshop { folder: &folder, plan: &plan, options, stop: &stop, entry: &entry, entrance: &entrance, unfit: unfit.as_ref() };
     heed(&signals, &stop);
-    let results: Vec<anyhow::Result<Outcome>> = thread::scope(|scope| {
+    let results: Vec<anyhow::Result<Attempted>> = thread::scope(|scope| {
         let of = assignments.len() as u32;
         let attempts: Vec<_> = (0_u32..)
             .zip(assignments)
@@ -116,10 +117,15 @@ pub fn work(options: &WorkOptions) -> anyhow::Result<()> {
             .map(|attempt| attempt.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread of the work panicked"))))
             .collect()
     });
-    let outcomes: Vec<Outcome> = results.into_iter().collect::<anyhow::Result<_>>()?;
-    match outcomes.into_iter().find_map(|outcome| outcome.failure) {
-        None => Ok(()),
-        Some(failure) => Err(failure.into()),
+    Ok(told_before(results.into_iter().collect::<anyhow::Result<_>>()?)?)
+}
+
+/// The trials whose outcomes were told before; the first failure of the others. A failure that was told is the sweep's to answer.
+fn told_before(attempted: Vec<Attempted>) -> Result<Vec<String>, Failure> {
+    let (new, told): (Vec<Attempted>, Vec<Attempted>) = attempted.into_iter().partition(|attempted| attempted.is_new);
+    match new.into_iter().find_map(|attempted| attempted.outcome.failure) {
+        None => Ok(told.into_iter().map(|attempted| attempted.name).collect()),
+        Some(failure) => Err(failure),
     }
 }
 
@@ -169,6 +175,15 @@ struct Attempt<'a> {
     part: Part,
 }
 
+/// An attempt with its outcome.
+struct Attempted {
+    /// Name of the trial.
+    name: String,
+    outcome: Outcome,
+    /// Whether it was made by this process; otherwise its outcome was there.
+    is_new: bool,
+}
+
 /// What a trial has come to.
 struct Product {
     end: End,
@@ -178,7 +193,7 @@ struct Product {
 
 impl Workshop<'_> {
     /// Makes an attempt, unless its outcome is there, and writes the outcome.
-    fn attempt(self, assignment: &Assignment, part: Part) -> anyhow::Result<Outcome> {
+    fn attempt(self, assignment: &Assignment, part: Part) -> anyhow::Result<Attempted> {
         let Assignment { trial, attempt, until_step } = assignment;
         let planned = self.plan.trials.iter().find(|planned| planned.hash == *trial).ok_or_else(|| {
             Failure::new(FailureKind::Mismatch, "the batch names a trial that the study does not have")
@@ -188,7 +203,7 @@ impl Workshop<'_> {
         // Nobody else works on it, such as the same element on a node that is being given up.
         let _lock = wait_for_lock(&self.folder.trial_lock_path(trial), "works on this trial", TRIAL_LOCK_WAIT_S, self.stop)?;
         if let Some(outcome) = Outcome::read(self.folder, trial, *attempt)? {
-            return Ok(outcome);
+            return Ok(Attempted { name: planned.name.clone(), outcome, is_new: false });
         }
         let recipe = cloze_recipes::load(&self.folder.recipe_path(trial), &[])?;
         let attempt_of = Attempt { shop: self, trial: planned, recipe, until_step: *until_step, part };
@@ -218,7 +233,7 @@ impl Workshop<'_> {
             }
         };
         outcome.write(self.folder)?;
-        Ok(outcome)
+        Ok(Attempted { name: planned.name.clone(), outcome, is_new: true })
     }
 
     /// Ends and forgets what an attempt has left behind, as far as this element answers for it.
@@ -410,7 +425,31 @@ fn forget(run_path: &Path) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::super::fixtures::{plan, site};
+    use super::super::steps::interrupted;
     use super::*;
+
+    fn attempted(name: &str, failure: Option<Failure>, is_new: bool) -> Attempted {
+        let outcome = Outcome {
+            trial: name.to_owned(),
+            attempt: 1,
+            end: if failure.is_some() { End::FailedInTraining } else { End::Done },
+            step: 144,
+            metric: None,
+            evaluation: None,
+            failure,
+            bad_nodes: Vec::new(),
+            host: "n1".to_owned(),
+            finished: 0.0,
+        };
+        Attempted { name: name.to_owned(), outcome, is_new }
+    }
+
+    #[test]
+    fn an_element_that_begins_again_fails_only_with_what_it_does_itself() {
+        let stopped = |is_new| attempted("stopped", Some(interrupted()), is_new);
+        assert_eq!(told_before(vec![stopped(false), attempted("done", None, true)]), Ok(vec!["stopped".to_owned()]));
+        assert_eq!(told_before(vec![attempted("done", None, false), stopped(true)]), Err(interrupted()));
+    }
 
     #[test]
     fn only_what_has_surely_ended_is_forgotten() {
