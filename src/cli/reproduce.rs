@@ -62,6 +62,7 @@ pub fn reproduce(arguments: &ReproduceArguments, stdout: &mut dyn Write) -> Resu
     let driven = run_study(&study, &folder, site, wish)?;
     driven.check()?;
     report_study(&driven.folder, stdout)?;
+    driven.warn()?;
     driven.check_trials()?;
     Ok(ExitCode::SUCCESS)
 }

@@ -24,6 +24,7 @@ use cloze_launcher::sweep::open::OpenStudy;
 use cloze_launcher::sweep::outlook::{first_jobs_text, hosts_text};
 use cloze_launcher::sweep::queue::{Queue, QueueOptions};
 use cloze_launcher::sweep::record::{TrialRecord, TrialState};
+use cloze_launcher::sweep::same_data::same_data_texts;
 use cloze_launcher::sweep::share::Part;
 use cloze_launcher::sweep::talk::{Talk, counts};
 use cloze_launcher::sweep::text::{preview_text, status_table};
@@ -199,6 +200,10 @@ pub fn sweep(command: &SweepCommand, stdout: &mut dyn Write) -> Result<ExitCode>
         SweepCommand::Report(arguments) => {
             let folder = StudyFolder::find(&arguments.folder)?;
             report_study(folder.root(), stdout)?;
+            // What is left of a study is reported as well.
+            if folder.plan_path().is_file() {
+                tell_same_data(&folder, &status::records(&folder, &folder.plan()?)?)?;
+            }
             Ok(ExitCode::SUCCESS)
         }
         SweepCommand::Work(arguments) => work(arguments),
@@ -315,11 +320,22 @@ fn finish(driven: &Driven, stdout: &mut dyn Write) -> Result<ExitCode> {
     write!(stdout, "{table}").context("print the table")?;
     let shown = driven.folder.display();
     write_last_line(&mut std::io::stderr(), &format!("{}; study folder: {shown}", counts(&driven.end.records, true)))?;
+    driven.warn()?;
     driven.check_trials()?;
     Ok(ExitCode::SUCCESS)
 }
 
+/// Warns of trials that cannot differ, as nobody knew before their data was prepared.
+fn tell_same_data(folder: &StudyFolder, records: &[TrialRecord]) -> Result<()> {
+    same_data_texts(folder, records).iter().try_for_each(|text| write_last_line(&mut std::io::stderr(), &format!("warning: {text}")))
+}
+
 impl Driven {
+    /// Warns of what the outcome is to be read with.
+    pub(super) fn warn(&self) -> Result<()> {
+        tell_same_data(&StudyFolder::new(self.folder.clone()), &self.end.records)
+    }
+
     /// Fails with kind `Interrupted` where somebody asked for an end.
     pub(super) fn check(&self) -> Result<(), Failure> {
         if !self.end.is_interrupted {
