@@ -424,6 +424,21 @@ fn what_cannot_begin_starts_nothing() {
 }
 
 #[test]
+fn points_whose_data_turns_out_to_be_the_same_are_named() {
+    let world = World::with_corpus(500);
+    // No task has the second name.
+    let around = "sweep: {grid: {data.only: [['.'], ['.', '^nothing$']]}, concurrency: 2, metric: {score: loss}}\n";
+    let study = Study::new(&world, "same", around);
+    let warning = "warning: these have the same data, sample for sample, so that it makes no difference between them: \
+        data.only=[\".\"]; data.only=[\".\",\"^nothing$\"]\n";
+    for command in [["sweep", "run", &study.recipe()], ["sweep", "report", &study.folder()]] {
+        let told = world.done(&command).stderr;
+        assert_eq!(told.matches(warning).count(), 1, "{told}");
+    }
+    assert_eq!(study.states(), ["done", "done"]);
+}
+
+#[test]
 fn a_cluster_file_is_checked_before_a_study_is_made_and_can_be_changed() {
     let world = World::with_corpus(500);
     let study = Study::new(&world, "queued", "");
