@@ -19,8 +19,10 @@ Real sets that are missing are stood in for by the nearest ones that are there, 
 the same kind, so that one toy profile fits both. Every such choice stands in this file.
 """
 
+import contextlib
 import csv
 import gzip
+import io
 import json
 import pathlib
 import re
@@ -209,7 +211,7 @@ def generated(corpus, output):
     for file in sorted((corpus / "train").glob("*.jsonl.gz")) or missing(corpus / "train" / "*.jsonl.gz"):
         part = [json.loads(line) for line in gzip.open(file, "rt", encoding="utf-8")]
         train += part
-        with gzip.open(output / "flan" / file.name, "wt", encoding="utf-8") as out:
+        with compressed(output / "flan" / file.name) as out:
             out.writelines(json.dumps({**row, "task_name": f"{STANDS_FOR[row['task_name']]}-{row['task_name']}"}) + "\n" for row in part)
     choices = [choice(row) for row in rows(corpus / "eval" / "choice.jsonl")]
     path = output / "mmlu" / "choice.csv"
@@ -307,12 +309,20 @@ MORE = {
 
 def more_instructions(output):
     """Fine-tuning rows as instructions: FLAN's own are too few and too many-sided for a model that starts from scratch."""
-    with gzip.open(output / "flan" / "more.jsonl.gz", "wt", encoding="utf-8") as out:
+    with compressed(output / "flan" / "more.jsonl.gz") as out:
         for name, (task, template, words) in MORE.items():
             for row in rows(output / "finetune" / name / "train.jsonl")[:MORE_ROWS]:
                 record = {"inputs": template.format(row["inputs"].strip()), "targets": words[LETTERS.index(row["targets"])],
                           "task_source": "Toy", "task_name": f"{task}_more", "template_type": "zs_more"}
                 out.write(json.dumps(record) + "\n")
+
+
+@contextlib.contextmanager
+def compressed(path):
+    """A text file whose bytes do not tell when it was written: samples are drawn by the hash of their file."""
+    with path.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as packed:
+        with io.TextIOWrapper(packed, encoding="utf-8") as out:
+            yield out
 
 
 def pair(inputs, targets):
