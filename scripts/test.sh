@@ -11,7 +11,8 @@ cargo clippy --release --locked --workspace --all-targets -- -D warnings
 step 'tests'
 CLOZE_TEST_TOOLS="$(bash scripts/test-tools.sh)"
 export CLOZE_TEST_TOOLS
-cargo test --release --locked --workspace
+# More threads than cores: most tests wait, for processes, timeouts and daemons.
+cargo test --release --locked --workspace -- --test-threads="$(($(nproc) + 1))"
 step 'documentation'
 RUSTDOCFLAGS='-D warnings' cargo doc --release --locked --workspace --no-deps --document-private-items --quiet
 step 'all checks passed'
