@@ -24,6 +24,7 @@ use crate::drill::Drills;
 use crate::model::folder;
 use crate::model::modernbert::Placement;
 use crate::optim::schedule::Schedule;
+use crate::sharding::layout::SharePlace;
 use crate::step::{Asks, State, Trainer};
 use crate::torch::cuda;
 use crate::train::{SavePoint, Watcher, train};
@@ -78,7 +79,8 @@ fn trainer<'a>(recipe: &'a Recipe, tokenizer: &Tokenizer, device: Device, total_
     let placement = Placement { device, trainable: true, bfloat16 };
     let config = folder::config_of(&recipe.model, tokenizer)?;
     let ring = ring_of_one(recipe)?;
-    let mut state = State::new(&recipe.train, config, placement, &ring)?;
+    let alone = SharePlace { rank: 0, world_size: 1, replica_distance: 0 };
+    let mut state = State::new(&recipe.train, config, placement, alone)?;
     state.model.parameters_mut().initialise(recipe.seed);
     state.model.parameters_mut().refresh();
     let schedule = Schedule::new(&recipe.train.schedule, recipe.train.learning_rate, total_steps);

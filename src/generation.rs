@@ -9,7 +9,7 @@ use cloze_cluster::client::Client;
 use cloze_cluster::protocol::{Phase, StateSource, Unreported, WorkerMessage};
 use cloze_data::batch::{BatchSpec, total_steps};
 use cloze_data::mask::TokenFacts;
-use cloze_recipes::recipe::Shard;
+use cloze_recipes::recipe::{Shard, TrainRecipe};
 use tch::Device;
 
 use crate::batch_feed::{BatchFeed, FeedPlan};
@@ -19,7 +19,9 @@ use crate::collective::nccl::{Nccl, NcclOptions};
 use crate::collective::{AbortHandle, Collective, is_leader};
 use crate::drill::Drills;
 use crate::optim::schedule::Schedule;
-use crate::restore::{Held, Restored, restore};
+use crate::restore::{Held, Possession, Restored, restore};
+use crate::sharding::layout::SharePlace;
+use crate::sharding::survivors::replica_distance;
 use crate::step::Trainer;
 use crate::train::{EndReason, SavePoint, TrainEnd, Watcher as _, train};
 use crate::watcher::{GenerationFacts, RunWatcher};
@@ -72,12 +74,17 @@ pub fn run(worker: &Arc<Worker>, assignment: Assignment, belongings: &mut Belong
     };
     worker.client.progress(facts.generation, belongings.held.steps_done().unwrap_or(0), Phase::Building);
     let (source, members, saves_only) = (assignment.source.clone(), assignment.members.clone(), assignment.saves_only);
-    let collective = connect(worker, assignment)?;
+    let place = share_place(worker, &assignment);
+    let mut collective = connect(worker, assignment)?;
     watch_for_abort(&worker.client, facts.generation, &facts.interrupt, collective.abort_handle());
     // A snapshot of the old generation may still read the buffers that a restore overwrites.
     belongings.checkpointer.wait_for_copy();
-    let (state, mut steps_done) = belongings.held.take(worker, collective.as_ref())?;
     let schedule = Schedule::new(&worker.recipe.train.schedule, worker.recipe.train.learning_rate, facts.total_steps);
+    let is_of_shares = matches!(source, StateSource::Shares { .. });
+    if let StateSource::Shares { step, world_size } = source {
+        belongings.held.level((step, world_size as usize), &schedule, collective.as_mut())?;
+    }
+    let (state, mut steps_done) = belongings.held.take(worker, place, is_of_shares)?;
     let mut trainer = Trainer::new(&worker.recipe, state, schedule, collective)?;
     let result = restore_and_train(
         worker,
@@ -116,7 +123,8 @@ fn restore_and_train(
     let (generation, total_steps) = (facts.generation, facts.total_steps);
     let started = Instant::now();
     worker.client.progress(generation, origin.steps_done.unwrap_or(0), Phase::Restoring);
-    let restored = restore(worker, trainer, &origin.source, origin.steps_done)?;
+    let possession = Possession { steps_done: &mut *origin.steps_done, held: &mut belongings.held };
+    let restored = restore(worker, trainer, &origin.source, possession)?;
     let mut steps_done = restored.steps_done;
     belongings.checkpointer.set_newest_known_step(restored.newest_known_step);
     if is_leader(trainer.collective.as_ref()) {
@@ -135,7 +143,7 @@ fn restore_and_train(
     *origin.steps_done = if loses_state(result.as_ref()) { None } else { Some(steps_done) };
     let end = result?;
     // Nobody reports the run as finished before everybody is past the last collective and the last checkpoint is written.
-    if end.reason != EndReason::Regrouped || worker.recipe.train.shard != Shard::None {
+    if end.reason != EndReason::Regrouped || must_save_to_regroup(&worker.recipe.train) {
         watcher.finish(trainer.collective.as_mut())?;
     }
     trainer.collective.barrier()?;
@@ -156,6 +164,18 @@ fn save_only(trainer: &mut Trainer, watcher: &mut RunWatcher, steps_done: u64, t
 fn loses_state(result: Result<&TrainEnd, &anyhow::Error>) -> bool {
     let error = result.err().and_then(|error| error.downcast_ref::<crate::train::NotFinite>());
     error.is_some_and(|error| !error.state_is_whole)
+}
+
+/// Whether the state is saved before the workers regroup: one that is lost meanwhile would take its share with it.
+pub fn must_save_to_regroup(train: &TrainRecipe) -> bool {
+    train.shard != Shard::None && !train.replicate_shards
+}
+
+/// Which share this worker has in a generation, and of whose it keeps a replica.
+fn share_place(worker: &Worker, assignment: &Assignment) -> SharePlace {
+    let (rank, world_size) = (assignment.rank, assignment.peers.len());
+    let replica_distance = if worker.recipe.train.replicate_shards { replica_distance(&assignment.peers) } else { 0 };
+    SharePlace { rank, world_size, replica_distance }
 }
 
 fn connect(worker: &Worker, assignment: Assignment) -> Result<Box<dyn Collective>> {

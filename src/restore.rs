@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use cloze_cluster::protocol::{Share, StateSource};
-use cloze_recipes::recipe::{Precision, Shard};
+use cloze_recipes::recipe::Precision;
 use tch::Device;
 
 use crate::checkpoint::{CheckpointState, Loaded, NamedTensorOwned};
@@ -14,49 +14,88 @@ use crate::generation::keep_alive_interval;
 use crate::model::config::Config;
 use crate::model::folder;
 use crate::model::modernbert::{ModernBert, Placement};
+use crate::optim::schedule::Schedule;
+use crate::sharding::layout::SharePlace;
+use crate::sharding::survivors::{self, Brought, Mine, Shares};
 use crate::step::{State, Trainer};
 use crate::watcher::state_of;
 use crate::worker::Worker;
 
-/// The state that a worker keeps from one generation to the next.
+/// What a worker keeps from one generation to the next.
 #[derive(Default)]
-pub struct Held(Option<(State, u64)>);
+pub struct Held(Option<Kept>);
+
+struct Kept {
+    what: KeptState,
+    steps_done: u64,
+}
+
+enum KeptState {
+    /// A state, or a share of one, as training needs it.
+    State(Box<State>),
+    /// Shares among other workers, which are to be shared out anew.
+    Shares(Shares),
+}
 
 impl Held {
     /// Steps done of the state; `None` where there is none.
     pub fn steps_done(&self) -> Option<u64> {
-        self.0.as_ref().map(|(_, steps_done)| *steps_done)
+        self.0.as_ref().map(|kept| kept.steps_done)
     }
 
     /// Which part of the state it is; `None` where it is the whole, or none.
     pub fn share(&self) -> Option<Share> {
-        self.0.as_ref().and_then(|(state, _)| share_of(state))
+        let Kept { what, steps_done } = self.0.as_ref()?;
+        let (place, next_is_summed) = match what {
+            KeptState::State(state) => (state.place()?, survivors::next_is_summed(state, *steps_done)),
+            KeptState::Shares(shares) => (shares.place(), false),
+        };
+        let replica_of = place.replica_of().map(|rank| rank as u32);
+        Some(Share { rank: place.rank as u32, world_size: place.world_size as u32, replica_of, next_is_summed })
     }
 
     /// Keeps a state.
     pub fn put(&mut self, state: State, steps_done: u64) {
-        self.0 = Some((state, steps_done));
+        self.0 = Some(Kept { what: KeptState::State(Box::new(state)), steps_done });
     }
 
-    /// The state and its steps, or an empty one that is still to be filled.
-    pub fn take(&mut self, worker: &Worker, collective: &dyn Collective) -> Result<(State, Option<u64>)> {
-        let place = Share { rank: collective.rank() as u32, world_size: collective.world_size() as u32 };
-        // A share of another place is of no use, and gives its memory back before this one's is taken.
-        if let Some((state, steps_done)) = self.0.take().filter(|(state, _)| share_of(state).is_none_or(|share| share == place)) {
-            return Ok((state, Some(steps_done)));
+    /// Before the shares of several workers become a state: takes a step that only others have taken. `division` is the step, and the ranks that
+    /// shared it out. All workers call this.
+    pub fn level(&mut self, division: (u64, usize), schedule: &Schedule, collective: &mut dyn Collective) -> Result<()> {
+        let brought = match &mut self.0 {
+            None => Brought::Nothing,
+            Some(Kept { what: KeptState::State(state), steps_done }) => Brought::State(state, steps_done),
+            Some(Kept { what: KeptState::Shares(shares), .. }) => Brought::Shares(shares),
+        };
+        survivors::level(brought, division, |steps_done| schedule.learning_rate(steps_done), collective)
+    }
+
+    /// The state and its steps, or an empty one that is still to be filled. Shares of another division stay here while they `may_be_needed`.
+    pub fn take(&mut self, worker: &Worker, place: SharePlace, may_be_needed: bool) -> Result<(State, Option<u64>)> {
+        match self.0.take() {
+            Some(Kept { what: KeptState::State(state), steps_done }) if state.place().is_none_or(|own| own == place) => {
+                return Ok((*state, Some(steps_done)));
+            }
+            // Their memory beyond the shares is given back before this one's is taken.
+            Some(Kept { what: KeptState::State(state), steps_done }) if may_be_needed => {
+                self.0 = Some(Kept { what: KeptState::Shares(Shares::out_of(*state)?), steps_done });
+            }
+            Some(kept @ Kept { what: KeptState::Shares(_), .. }) if may_be_needed => self.0 = Some(kept),
+            _ => {}
         }
         let recipe = &worker.recipe;
         let placement = Placement { device: worker.device, trainable: true, bfloat16: recipe.train.precision == Precision::Bfloat16 };
         let config = folder::config_of(&recipe.model, &worker.tokenizer)?;
-        Ok((State::new(&recipe.train, config, placement, collective)?, None))
+        Ok((State::new(&recipe.train, config, placement, place)?, None))
     }
-}
 
-/// Which part of the state this is, where it is shared out.
-fn share_of(state: &State) -> Option<Share> {
-    let parameters = state.model.parameters();
-    let (rank, world_size) = parameters.layout().rank_of();
-    (parameters.shard() != Shard::None).then_some(Share { rank: rank as u32, world_size: world_size as u32 })
+    /// Shares of another division, with their steps done.
+    fn shares(&self) -> Option<(&Shares, u64)> {
+        match &self.0 {
+            Some(Kept { what: KeptState::Shares(shares), steps_done }) => Some((shares, *steps_done)),
+            _ => None,
+        }
+    }
 }
 
 /// What a restore came to.
@@ -82,17 +121,27 @@ impl Restored {
     }
 }
 
-/// Brings all workers to one state. `held` is the steps of the state in this worker's memory; it is `None` while that is not whole.
-pub fn restore(worker: &Arc<Worker>, trainer: &mut Trainer, source: &StateSource, held: &mut Option<u64>) -> Result<Restored> {
+/// What a worker has when a restore begins.
+pub struct Possession<'a> {
+    /// Steps of the state that its trainer has; `None` while that is not whole.
+    pub steps_done: &'a mut Option<u64>,
+    /// What it has beside that. It is given up when the restore has succeeded.
+    pub held: &'a mut Held,
+}
+
+/// Brings all workers to one state.
+pub fn restore(worker: &Arc<Worker>, trainer: &mut Trainer, source: &StateSource, possession: Possession) -> Result<Restored> {
+    let Possession { steps_done, held } = possession;
     let restored = match source {
-        StateSource::Peer { rank, step } => from_memory(trainer, *rank as usize, *step, held)?,
-        StateSource::Shares { step } => match from_shares(trainer, *step, *held)? {
+        StateSource::Peer { rank, step } => from_memory(trainer, *rank as usize, *step, steps_done)?,
+        StateSource::Shares { step, world_size } => match from_shares(trainer, (*step, *world_size as usize), held.shares(), steps_done)? {
             Some(restored) => restored,
-            None => from_checkpoint(worker, trainer, held)?,
+            None => from_checkpoint(worker, trainer, steps_done)?,
         },
-        StateSource::Checkpoint => from_checkpoint(worker, trainer, held)?,
+        StateSource::Checkpoint => from_checkpoint(worker, trainer, steps_done)?,
     };
-    *held = Some(restored.steps_done);
+    *steps_done = Some(restored.steps_done);
+    held.0 = None;
     Ok(restored)
 }
 
@@ -116,12 +165,25 @@ fn from_memory(trainer: &mut Trainer, rank: usize, step: u64, held: &mut Option<
     Ok(restored)
 }
 
-/// Each worker has its share already; `None`, for all of them, where one lacks it all the same.
-fn from_shares(trainer: &mut Trainer, step: u64, held: Option<u64>) -> Result<Option<Restored>> {
-    let mut missing = [f32::from(u8::from(held != Some(step)))];
-    trainer.collective.all_reduce_sum(&mut missing)?;
-    let restored = Restored { steps_done: step, source: "memory".to_owned(), skipped: Vec::new(), newest_known_step: step, peer: None };
-    Ok((missing[0] == 0.0).then_some(restored))
+/// Each worker gets its share from those who have it; `None`, for all of them, where one is nowhere all the same.
+fn from_shares(
+    trainer: &mut Trainer,
+    division: (u64, usize),
+    held: Option<(&Shares, u64)>,
+    steps_done: &mut Option<u64>,
+) -> Result<Option<Restored>> {
+    let (step, old_world_size) = division;
+    let mine = Mine::of(division, *steps_done, held, trainer.collective.world_size());
+    if !matches!(mine, Mine::All) {
+        *steps_done = None;
+    }
+    let lost = trainer.deal(mine, old_world_size)?;
+    if !lost.is_empty() {
+        tracing::warn!(step, old_world_size, ranks = ?lost, "shares of the state are lost after all; a checkpoint is read instead");
+        return Ok(None);
+    }
+    trainer.optimizer.set_steps_done(step);
+    Ok(Some(Restored { steps_done: step, source: "memory".to_owned(), skipped: Vec::new(), newest_known_step: step, peer: None }))
 }
 
 /// The leader reads the newest good checkpoint, or makes first values, and sends them to the others.

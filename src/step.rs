@@ -16,7 +16,9 @@ use crate::optim::adamw::{AdamW, LossSums};
 use crate::optim::schedule::Schedule;
 use crate::sharding::buckets::BUCKET_FLOATS_MIN;
 use crate::sharding::exchange::Exchange;
+use crate::sharding::layout::SharePlace;
 use crate::sharding::pass::{Buffers, Overlap, pass};
+use crate::sharding::survivors::{self, Mine, Summed};
 use crate::sharding::{state, update};
 use crate::torch::memory::{self, Readback};
 
@@ -39,21 +41,29 @@ pub struct State {
     pub model: ModernBert,
     /// Moments and number of steps.
     pub optimizer: AdamW,
+    /// What the gradients hold, where the state is shared out.
+    pub summed: Option<Summed>,
 }
 
 impl State {
     /// A zeroed state for this worker's place among the others.
-    pub fn new(recipe: &TrainRecipe, config: Config, placement: Placement, collective: &dyn Collective) -> Result<Self> {
-        let (rank, world_size) = (collective.rank(), collective.world_size());
-        let division = Division { shard: recipe.shard, rank, world_size, bucket_floats_min: BUCKET_FLOATS_MIN };
+    pub fn new(recipe: &TrainRecipe, config: Config, placement: Placement, place: SharePlace) -> Result<Self> {
+        let SharePlace { rank, world_size, replica_distance } = place;
+        let division = Division { shard: recipe.shard, rank, world_size, replica_distance, bucket_floats_min: BUCKET_FLOATS_MIN };
         Self::divided(recipe, config, placement, &division)
+    }
+
+    /// Which part of the state this is; `None` where every worker holds the whole.
+    pub fn place(&self) -> Option<SharePlace> {
+        let parameters = self.model.parameters();
+        (parameters.shard() != Shard::None).then(|| SharePlace::of(parameters.layout(), parameters.replica()))
     }
 
     /// As [`State::new`], with buckets of another size.
     pub fn divided(recipe: &TrainRecipe, config: Config, placement: Placement, division: &Division) -> Result<Self> {
         let model = ModernBert::divided(config, placement, division)?;
         let optimizer = AdamW::new(model.parameters(), recipe.into());
-        Ok(Self { model, optimizer })
+        Ok(Self { model, optimizer, summed: None })
     }
 }
 
@@ -78,6 +88,7 @@ pub struct Trainer<'a> {
 pub struct Sharding {
     buffers: Buffers,
     is_whole: bool,
+    summed: Option<Summed>,
     steps_taken: u64,
     overlap: Overlap,
 }
@@ -85,7 +96,7 @@ pub struct Sharding {
 impl<'a> Trainer<'a> {
     /// Brings a state and the other workers together. A state that is shared out must have been made for the same place in the world.
     pub fn new(recipe: &'a Recipe, state: State, schedule: Schedule, collective: Box<dyn Collective>) -> Result<Self> {
-        let State { model, optimizer } = state;
+        let State { model, optimizer, summed } = state;
         let parameters = model.parameters();
         let place = (collective.rank(), collective.world_size());
         let made_for = parameters.layout().rank_of();
@@ -97,15 +108,16 @@ impl<'a> Trainer<'a> {
             place.0,
             place.1
         );
-        let sharding = Sharding { buffers: Buffers::new(parameters)?, is_whole: true, steps_taken: 0, overlap: Overlap::default() };
+        let buffers = Buffers::new(parameters)?;
+        let sharding = Sharding { buffers, is_whole: true, summed, steps_taken: 0, overlap: Overlap::default() };
         Ok(Self { collective, recipe, model, optimizer, schedule, sharding })
     }
 
     /// The state, for the next generation.
     pub fn into_state(self) -> State {
-        let Self { collective, model, optimizer, .. } = self;
+        let Self { collective, model, optimizer, sharding, .. } = self;
         drop(collective);
-        State { model, optimizer }
+        State { model, optimizer, summed: sharding.summed }
     }
 
     /// What this worker writes into a checkpoint; the parts of all workers together are the state.
@@ -116,11 +128,27 @@ impl<'a> Trainer<'a> {
     /// Gives the state to all workers, which all call this: from the root's checkpoint, or from its memory.
     pub fn distribute(&mut self, loaded: Option<&Loaded>, root: usize) -> Result<()> {
         // A root that gives its own state changes nothing of it.
-        let changes = self.collective.rank() != root || loaded.is_some();
-        self.sharding.is_whole &= !changes;
+        if self.collective.rank() != root || loaded.is_some() {
+            self.sharding.is_whole = false;
+            self.sharding.summed = None;
+        }
         state::distribute(self.model.parameters_mut(), &self.optimizer, self.collective.as_mut(), loaded, root)?;
         self.sharding.is_whole = true;
         Ok(())
+    }
+
+    /// Gives every worker its shares of a state that `old_world_size` ranks have shared out, from what the workers hold; all of them call this.
+    /// Returns the old ranks whose shares are lost, on all of them, and has then changed nothing.
+    pub fn deal(&mut self, mine: Mine, old_world_size: usize) -> Result<Vec<usize>> {
+        // Who has all changes nothing of it.
+        if !matches!(mine, Mine::All) {
+            self.sharding.is_whole = false;
+            self.sharding.summed = None;
+        }
+        let parameters = self.model.parameters_mut();
+        let lost = survivors::deal(parameters, &self.optimizer, self.collective.as_mut(), mine, old_world_size)?;
+        self.sharding.is_whole = true;
+        Ok(lost)
     }
 
     /// Says how much of the exchange the passes have hidden, where that was measured.
@@ -132,7 +160,8 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Whether parameters and moments belong to one step. They do not after an error in the midst of an update or of [`Trainer::distribute`].
+    /// Whether parameters and moments belong to one step. They do not after an error in the midst of an update, of
+    /// [`Trainer::distribute`] or of [`Trainer::deal`].
     pub fn state_is_whole(&self) -> bool {
         self.sharding.is_whole
     }
@@ -157,6 +186,8 @@ pub struct StepOutcome {
     pub numbers: Readback,
     /// What the workers agreed on.
     pub agreed: Asks,
+    /// Whether all workers have the new values, where each updates a share of them. The step is done in any case.
+    pub spread: Result<()>,
     /// This worker's own sum of losses, a scalar on the device.
     pub local_loss: Tensor,
 }
@@ -186,13 +217,13 @@ pub fn train_step(
         None => sums.asks()?,
     };
     let learning_rate = trainer.schedule.learning_rate(batch.step);
-    let norm = update_state(trainer, &sums, learning_rate, before_update)?;
+    let Updated { norm, spread } = update_state(trainer, &sums, (batch.step, learning_rate), before_update)?;
     trainer.sharding.steps_taken += 1;
     if trainer.sharding.steps_taken == STEPS_BEFORE_MEMORY_REPORT {
         tracing::info!(bytes = memory::peak_allocated(), steps = STEPS_BEFORE_MEMORY_REPORT, "most host memory of tensors at a time");
     }
     let numbers = tch::no_grad(|| Tensor::f_cat(&[extras.narrow(0, 0, EXTRA_LABELS + 1), norm.view([1])], 0))?;
-    Ok(StepOutcome { numbers: Readback::start(&numbers)?, agreed, local_loss })
+    Ok(StepOutcome { numbers: Readback::start(&numbers)?, agreed, spread, local_loss })
 }
 
 /// What the workers know of each other before the step.
@@ -240,8 +271,9 @@ impl Asks {
 }
 
 /// Zeroes gradients and extras; returns the extras.
-fn zero_gradients(trainer: &Trainer) -> Result<Tensor> {
+fn zero_gradients(trainer: &mut Trainer) -> Result<Tensor> {
     let _guard = tch::no_grad_guard();
+    trainer.sharding.summed = None;
     let parameters = trainer.model.parameters();
     drop(parameters.gradients()?.shallow_clone().f_zero_()?);
     parameters.extras()
@@ -293,12 +325,13 @@ impl Sums<'_> {
         let numbers = Vec::<f32>::try_from(self.extras)?;
         Ok(Asks::from_sums(&numbers[EXTRA_STOP as usize..=EXTRA_SAVE as usize]))
     }
+}
 
-    fn loss_sums(&self) -> Result<LossSums> {
-        let _guard = tch::no_grad_guard();
-        let scalar = |place| -> Result<Tensor> { Ok(self.extras.f_narrow(0, place, 1)?.f_squeeze()?) };
-        Ok(LossSums { loss: scalar(EXTRA_LOSS)?, denominator: scalar(EXTRA_DENOMINATOR)? })
-    }
+/// Loss and denominator out of the summed numbers behind the gradients.
+pub fn loss_sums(extras: &Tensor) -> Result<LossSums> {
+    let _guard = tch::no_grad_guard();
+    let scalar = |place| -> Result<Tensor> { Ok(extras.f_narrow(0, place, 1)?.f_squeeze()?) };
+    Ok(LossSums { loss: scalar(EXTRA_LOSS)?, denominator: scalar(EXTRA_DENOMINATOR)? })
 }
 
 /// Runs all packs and sums gradients and extras over the workers.
@@ -326,18 +359,41 @@ fn run_passes(trainer: &mut Trainer, packs: &[Pack], num_rounds: usize, sums: &S
     exchange.sum_extras()
 }
 
-/// Updates parameters and moments, or leaves them as they are where loss or norm is not finite; returns the norm before clipping.
-fn update_state(trainer: &mut Trainer, sums: &Sums, learning_rate: f64, before_update: &mut dyn FnMut() -> Result<()>) -> Result<Tensor> {
+/// What an update came to.
+struct Updated {
+    /// Norm of the gradients before clipping.
+    norm: Tensor,
+    /// Whether the others' new values arrived.
+    spread: Result<()>,
+}
+
+/// Updates parameters and moments, or leaves them as they are where loss or norm is not finite.
+///
+/// Where they are shared out, the norm comes last of what the workers exchange before it: who has it knows that all others have everything else.
+fn update_state(
+    trainer: &mut Trainer,
+    sums: &Sums,
+    (steps_done, learning_rate): (u64, f64),
+    before_update: &mut dyn FnMut() -> Result<()>,
+) -> Result<Updated> {
     let Trainer { model, optimizer, collective, sharding, .. } = trainer;
     let parameters = model.parameters_mut();
-    let parts = update::parts(parameters)?;
+    let mut parts = update::parts(parameters)?;
+    update::gather_replica_sums(parameters, collective.as_mut())?;
+    if parameters.shard() != Shard::None {
+        sharding.summed = Some(Summed { steps_done, norm: None });
+    }
     let norm = update::gradient_norm(parameters, &parts, collective.as_mut())?;
-    let verdict = optimizer.judge(&norm, &sums.loss_sums()?)?;
+    let verdict = optimizer.judge(&norm, &loss_sums(sums.extras)?)?;
     before_update()?;
+    parts.append(&mut update::replica_parts(parameters)?);
     sharding.is_whole = false;
     optimizer.update(&parts, &verdict, learning_rate)?;
-    update::spread_values(parameters, collective.as_mut())?;
-    parameters.refresh();
     sharding.is_whole = true;
-    Ok(verdict.norm)
+    if let Some(summed) = &mut sharding.summed {
+        summed.norm = Some(norm);
+    }
+    let spread = update::spread_values(parameters, collective.as_mut());
+    parameters.refresh();
+    Ok(Updated { norm: verdict.norm, spread })
 }

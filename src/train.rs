@@ -28,7 +28,7 @@ pub trait Watcher {
     fn before_update(&mut self) -> Result<()>;
     /// A step's numbers have arrived, and they are finite: the batch counts.
     fn step_done(&mut self, batch: &StepBatch, report: &StepReport) -> Result<()>;
-    /// Whether a new generation can only go on from a checkpoint, because no worker holds the whole state.
+    /// Whether the state is saved before another generation goes on, because it would be lost with one worker.
     fn must_save_to_regroup(&self) -> bool;
     /// Whether a checkpoint is due after `steps_done` steps; the same on all workers.
     fn save_due(&self, steps_done: u64) -> bool;
@@ -139,12 +139,13 @@ fn take_steps(
         let asks = watcher.asks(*position.steps_done);
         drills.perform(&mut batch)?;
         trainer.collective.set_step(batch.step + 1);
-        let StepOutcome { numbers, agreed, local_loss } = train_step(trainer, &batch, asks, &mut || watcher.before_update())?;
+        let StepOutcome { numbers, agreed, spread, local_loss } = train_step(trainer, &batch, asks, &mut || watcher.before_update())?;
         // On a GPU the numbers of a step are read when the next one is queued, so that the device never waits for the host.
         *position.steps_done = batch.step + 1;
         report(position, watcher)?;
         let partial = partial_report(trainer, &batch, std::mem::replace(&mut clock, Instant::now()).elapsed().as_secs_f64());
         position.pending = Some(PendingReport { numbers, local_loss, partial, batch });
+        spread?;
         let steps_done = *position.steps_done;
         let is_last = steps_done == feed.total_steps();
         let is_left = is_last || agreed.stop || (agreed.regroup && watcher.must_save_to_regroup());

@@ -16,7 +16,7 @@ use crate::batch_feed::StepBatch;
 use crate::checkpoint::CheckpointState;
 use crate::checkpointer::{Checkpointer, SaveOrder};
 use crate::collective::{Collective, is_leader, leader_work};
-use crate::generation::keep_alive_interval;
+use crate::generation::{keep_alive_interval, must_save_to_regroup};
 use crate::model::folder;
 use crate::step::{Asks, Trainer};
 use crate::train::{SavePoint, Watcher};
@@ -186,7 +186,7 @@ impl Watcher for RunWatcher<'_> {
     }
 
     fn must_save_to_regroup(&self) -> bool {
-        self.worker.recipe.train.shard != Shard::None
+        must_save_to_regroup(&self.worker.recipe.train)
     }
 
     fn save_due(&self, steps_done: u64) -> bool {

@@ -18,7 +18,7 @@ pub use self::frame::{
 use crate::secret::Secret;
 
 /// Version of the messages; both sides must speak the same one.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// The build that the coordinator and its workers must share; all crates of the workspace have one version.
 pub fn build_name() -> String {
@@ -308,10 +308,12 @@ pub enum StateSource {
         /// Steps done of its state.
         step: u64,
     },
-    /// The memory of all members: each keeps the share that it has, which is the one of its rank.
+    /// The memory of all members: each gives what it holds of a state that so many ranks have shared out.
     Shares {
-        /// Steps done of the state.
+        /// Steps done of the state. A member that is one behind takes the step with the sums that it has.
         step: u64,
+        /// Number of ranks that shared the state out; not that of the members where it is to be shared out anew.
+        world_size: u32,
     },
 }
 
@@ -322,6 +324,11 @@ pub struct Share {
     pub rank: u32,
     /// Number of ranks that share the state out.
     pub world_size: u32,
+    /// The rank of whose share it holds a replica too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replica_of: Option<u32>,
+    /// Whether the summed gradients of the next step are there, so that it can be taken without the other ranks.
+    pub next_is_summed: bool,
 }
 
 /// What a worker does at the moment.

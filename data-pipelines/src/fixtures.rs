@@ -209,6 +209,7 @@ fn train() -> TrainRecipe {
         threads: 1,
         log_every_steps: 1,
         shard: Shard::None,
+        replicate_shards: false,
         audit_samples: false,
         deterministic: false,
     }

@@ -148,6 +148,7 @@ fn train() -> TrainRecipe {
         threads: 1,
         log_every_steps: 10,
         shard: Shard::None,
+        replicate_shards: false,
         audit_samples: false,
         deterministic: false,
     }

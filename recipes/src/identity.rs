@@ -6,12 +6,12 @@ use crate::raw::{CheckpointRaw, ClusterRaw, defaults};
 use crate::recipe::{CheckpointRecipe, Recipe, TrainRecipe};
 
 /// The keys that say how a run is operated and not what it computes, as messages name them.
-pub const OPERATIONAL_KEYS: &str =
-    "`cluster`, `checkpoint` but for its place, `train.shard`, `train.threads`, `train.log_every_steps`, `train.audit_samples`";
+pub const OPERATIONAL_KEYS: &str = "`cluster`, `checkpoint` but for its place, `train.shard`, `train.replicate_shards`, `train.threads`, `train.log_every_steps`, \
+     `train.audit_samples`";
 
 /// Whether a key, or all keys below it, say how a run is operated. Of `checkpoint` as a whole that cannot be told by its name.
 pub fn is_operational(key: &str) -> bool {
-    const TRAIN: [&str; 4] = ["train.shard", "train.threads", "train.log_every_steps", "train.audit_samples"];
+    const TRAIN: [&str; 5] = ["train.shard", "train.replicate_shards", "train.threads", "train.log_every_steps", "train.audit_samples"];
     let (section, rest) = key.split_once('.').unwrap_or((key, ""));
     let is_place = ["url", "options"].contains(&rest.split('.').next().unwrap_or_default());
     section == "cluster" || (section == "checkpoint" && !is_place) || TRAIN.contains(&key)
@@ -56,6 +56,7 @@ impl Recipe {
         };
         let train = TrainRecipe {
             shard: defaults::shard(),
+            replicate_shards: false,
             threads: 0,
             log_every_steps: defaults::log_every_steps(),
             audit_samples: false,

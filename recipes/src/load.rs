@@ -302,6 +302,11 @@ evaluation: []
             assert_ne!(changed.full_hash(), plain.full_hash(), "{key}");
             assert!(crate::is_operational(key), "{key}");
         }
+        // There are no shards to replicate without one of the others.
+        let replicated = of(&["train.shard=optimizer".to_owned(), "train.replicate_shards=true".to_owned()]);
+        assert_eq!(replicated.hash(), plain.hash());
+        assert_ne!(replicated.full_hash(), of(&["train.shard=optimizer".to_owned()]).full_hash());
+        assert!(crate::is_operational("train.replicate_shards"));
         // Its checkpoints are not to be found elsewhere.
         for place in ["checkpoint.url=/other", "checkpoint.options={endpoint: e}"] {
             assert_ne!(of(&[place.to_owned()]).hash(), plain.hash(), "{place}");

@@ -300,6 +300,9 @@ pub struct TrainRaw {
     /// What the workers divide among themselves instead of each holding a copy; each level includes the ones before.
     #[serde(default = "defaults::shard")]
     pub shard: Shard,
+    /// With `shard`: each worker also keeps a replica of another one's share, so that a lost worker takes nothing with it.
+    #[serde(default)]
+    pub replicate_shards: bool,
     /// Every worker writes down which samples it trained on in which step, in `audit/` of the run folder.
     #[serde(default)]
     pub audit_samples: bool,

@@ -215,6 +215,9 @@ pub struct TrainRecipe {
     pub log_every_steps: u64,
     /// What the workers divide among themselves instead of each holding a copy (`ZeRO`).
     pub shard: Shard,
+    /// Each worker also keeps a replica of another one's share. Left out of the rendered recipe where it is off.
+    #[serde(skip_serializing_if = "is_off")]
+    pub replicate_shards: bool,
     /// Every worker writes down which samples it trained on in which step, in `audit/` of the run folder.
     pub audit_samples: bool,
     /// GPUs compute with kernels that give the same bits every time. Left out of the rendered recipe where it is off.

@@ -69,6 +69,12 @@ pub trait Collective: Send {
     /// Fills `data` on every rank with the shares of all ranks, each at its place. Fails as [`Collective::all_reduce_sum`] does.
     fn all_gather(&mut self, data: &mut [f32]) -> Result<(), CollectiveError>;
 
+    /// Brings the share of the rank `distance` places before this one, round the world, to its place in `data`; every rank gives its own.
+    ///
+    /// `distance` is below the world size and the same on all ranks. Returns that place; what lies outside the two shares is unspecified
+    /// afterwards. Fails as [`Collective::all_reduce_sum`] does.
+    fn gather_share(&mut self, data: &mut [f32], distance: usize) -> Result<Range<usize>, CollectiveError>;
+
     /// Replaces `data` on every rank by that of rank `root`. Fails as [`Collective::all_reduce_sum`] does.
     fn broadcast(&mut self, data: &mut [u8], root: usize) -> Result<(), CollectiveError>;
 
@@ -104,6 +110,12 @@ pub trait Collective: Send {
     /// Queues [`Collective::all_gather`] as [`Collective::all_reduce_sum_on_device`] does.
     fn all_gather_on_device(&mut self, data: DeviceFloats) -> Result<(), CollectiveError> {
         Err(self.error(Operation::AllGather, CollectiveCause::HostOnly { address: data.address }))
+    }
+
+    /// Queues [`Collective::gather_share`] as [`Collective::all_reduce_sum_on_device`] does.
+    fn gather_share_on_device(&mut self, data: DeviceFloats, distance: usize) -> Result<Range<usize>, CollectiveError> {
+        let _ = distance;
+        Err(self.error(Operation::GatherShare, CollectiveCause::HostOnly { address: data.address }))
     }
 
     /// Waits until every queued operation is done, and lets the compute stream go on behind them.
@@ -145,11 +157,14 @@ pub enum Operation {
     ReduceScatter,
     /// [`Collective::all_gather`].
     AllGather,
+    /// [`Collective::gather_share`].
+    GatherShare,
 }
 
 impl Operation {
     /// All of them, for whoever reads a number from the wire.
-    pub const ALL: [Self; 6] = [Self::Connect, Self::AllReduce, Self::Broadcast, Self::Barrier, Self::ReduceScatter, Self::AllGather];
+    pub const ALL: [Self; 7] =
+        [Self::Connect, Self::AllReduce, Self::Broadcast, Self::Barrier, Self::ReduceScatter, Self::AllGather, Self::GatherShare];
 }
 
 impl fmt::Display for Operation {
@@ -161,6 +176,7 @@ impl fmt::Display for Operation {
             Self::Barrier => "pass the barrier",
             Self::ReduceScatter => "reduce-scatter",
             Self::AllGather => "all-gather",
+            Self::GatherShare => "gather a share",
         })
     }
 }

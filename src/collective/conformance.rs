@@ -8,15 +8,21 @@ use std::thread;
 use std::time::Duration;
 
 use super::api::{Collective, CollectiveCause, CollectiveError, Operation};
-use super::layout::share_of;
+use super::layout::{share_before, share_of};
 
 const WORLD_SIZES: [usize; 4] = [1, 2, 3, 5];
 /// Timeout of groups in which nobody is late: far longer than a test takes on a busy machine.
 const AMPLE: Duration = Duration::from_mins(1);
 /// Timeout of groups in which somebody is late; the group must have formed within it.
 const SHORT_MS: u64 = 1000;
-const OPERATIONS: [Operation; 5] =
-    [Operation::AllReduce, Operation::ReduceScatter, Operation::AllGather, Operation::Broadcast, Operation::Barrier];
+const OPERATIONS: [Operation; 6] = [
+    Operation::AllReduce,
+    Operation::ReduceScatter,
+    Operation::AllGather,
+    Operation::GatherShare,
+    Operation::Broadcast,
+    Operation::Barrier,
+];
 
 /// Checks a transport; `make` forms a new group of the given size and timeout and returns its members by rank.
 pub fn conformance(make: impl Fn(usize, Duration) -> Vec<Box<dyn Collective>>) {
@@ -26,6 +32,7 @@ pub fn conformance(make: impl Fn(usize, Duration) -> Vec<Box<dyn Collective>>) {
         on_all(&mut make(world_size, AMPLE), broadcasts_reach_everyone);
         on_all(&mut make(world_size, AMPLE), waits_are_observed);
         a_root_outside_the_world_is_refused(&mut make(world_size, AMPLE));
+        a_share_from_beyond_the_world_is_refused(&mut make(world_size, AMPLE));
         nobody_passes_a_barrier_early(&mut make(world_size, AMPLE));
         let first = bits_of_sums(&mut make(world_size, AMPLE));
         assert_eq!(first, bits_of_sums(&mut make(world_size, AMPLE)), "a second run differs");
@@ -89,7 +96,7 @@ pub fn sums_are_right(member: &mut dyn Collective) {
     }
 }
 
-/// One member's part in the check of reduce-scatter and all-gather.
+/// One member's part in the check of reduce-scatter, all-gather and the gathering of one share.
 pub fn shares_are_right(member: &mut dyn Collective) {
     let (rank, world_size) = (member.rank(), member.world_size());
     for len in lengths(world_size) {
@@ -101,9 +108,18 @@ pub fn shares_are_right(member: &mut dyn Collective) {
 
         // Nothing but the own share may be used.
         let mut gathered = vec![f32::NAN; len];
-        gathered[share.clone()].copy_from_slice(&data[share]);
+        gathered[share.clone()].copy_from_slice(&data[share.clone()]);
         member.all_gather(&mut gathered).unwrap();
         assert_same(&gathered, &expected, 0..len);
+
+        for distance in 0..world_size {
+            let mut passed = vec![f32::NAN; len];
+            passed[share.clone()].copy_from_slice(&data[share.clone()]);
+            let other = member.gather_share(&mut passed, distance).unwrap();
+            assert_eq!(other, share_before(len, world_size, rank, distance));
+            assert_same(&passed, &expected, other);
+            assert_same(&passed, &expected, share.clone());
+        }
     }
 }
 
@@ -138,6 +154,7 @@ fn perform(member: &mut dyn Collective, operation: Operation, len: usize) -> Res
         Operation::AllReduce => member.all_reduce_sum(&mut data),
         Operation::ReduceScatter => member.reduce_scatter_sum(&mut data).map(|_| ()),
         Operation::AllGather => member.all_gather(&mut data),
+        Operation::GatherShare => member.gather_share(&mut data, root.min(1)).map(|_| ()),
         Operation::Broadcast => member.broadcast(&mut vec![0; len], root),
         Operation::Barrier => member.barrier(),
     }
@@ -167,6 +184,12 @@ fn bits_of_sums(group: &mut [Box<dyn Collective>]) -> Vec<u32> {
 fn a_root_outside_the_world_is_refused(group: &mut [Box<dyn Collective>]) {
     let world_size = group.len();
     let results = on_all(group, |member| member.broadcast(&mut [0], world_size));
+    assert!(results.iter().all(Result::is_err));
+}
+
+fn a_share_from_beyond_the_world_is_refused(group: &mut [Box<dyn Collective>]) {
+    let world_size = group.len();
+    let results = on_all(group, |member| member.gather_share(&mut [0.0], world_size));
     assert!(results.iter().all(Result::is_err));
 }
 

@@ -68,6 +68,11 @@ impl Turn {
         Self { layout: Layout::by_share(len, world_size), start: rank, num_adding_steps: 0, num_steps: world_size - 1 }
     }
 
+    /// Everybody's share goes `distance` ranks on; those of the ranks in between arrive too.
+    pub fn gather_share(len: usize, world_size: usize, rank: usize, distance: usize) -> Self {
+        Self { num_steps: distance, ..Self::all_gather(len, world_size, rank) }
+    }
+
     /// What the rank sends and receives.
     pub fn course(&self, header: Header) -> Course<impl Iterator<Item = Receive>> {
         let windows = 0..self.layout.num_windows().min(PIPELINE_DEPTH_WINDOWS);
@@ -141,7 +146,9 @@ mod tests {
         for (world_size, len) in [(2, 7), (2, 1_000_003), (3, 1), (3, 100_003), (5, 1_000_003)] {
             for rank in 0..world_size {
                 let next = (rank + 1) % world_size;
-                for make in [Turn::all_reduce, Turn::reduce_scatter, Turn::all_gather] {
+                let gather_one = |len, world_size, rank| Turn::gather_share(len, world_size, rank, 1);
+                let gather_last = |len, world_size, rank| Turn::gather_share(len, world_size, rank, world_size - 1);
+                for make in [Turn::all_reduce, Turn::reduce_scatter, Turn::all_gather, gather_one, gather_last] {
                     let header = header(Operation::AllReduce, 0, len);
                     let (mine, theirs) = (make(len, world_size, rank), make(len, world_size, next));
                     assert_eq!(sent(mine.course(header)), received(theirs.course(header)), "world {world_size}, length {len}, rank {rank}");

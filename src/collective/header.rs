@@ -12,7 +12,7 @@ pub const HEADER_BYTES: usize = 4 + 4 + 8 + 8;
 pub struct Header {
     /// Which operation.
     pub operation: Operation,
-    /// The rank that a broadcast starts from; 0 elsewhere.
+    /// The rank that a broadcast starts from, or how far a share travels; 0 elsewhere.
     pub root: usize,
     /// How many operations the ring has done before.
     pub sequence: u64,

@@ -74,6 +74,11 @@ pub fn share_of(len: usize, world_size: usize, rank: usize) -> Range<usize> {
     part_of(0..len, rank, world_size)
 }
 
+/// The share of the rank `distance` places before `rank`, round the world; `distance` is at most the world size.
+pub fn share_before(len: usize, world_size: usize, rank: usize, distance: usize) -> Range<usize> {
+    share_of(len, world_size, (rank + world_size - distance) % world_size)
+}
+
 /// Part `part` of a range that is cut into `num_parts` nearly equal parts.
 fn part_of(range: Range<usize>, part: usize, num_parts: usize) -> Range<usize> {
     range.start + share(range.len(), part, num_parts)..range.start + share(range.len(), part + 1, num_parts)

@@ -16,7 +16,7 @@ use super::api::{AbortHandle, Collective, CollectiveCause, CollectiveError, Oper
 use super::course::{Turn, relay};
 use super::handshake::{Attempt, Fault, Identity, Neighbours, join_ring};
 use super::header::Header;
-use super::layout::share_of;
+use super::layout::{share_before, share_of};
 use super::link::{Link, State};
 
 /// What a rank needs to take its place in a ring.
@@ -80,7 +80,7 @@ impl Ring {
         let result = match (self.state.fault(), &mut self.link) {
             (Some(fault), _) => Err(fault),
             (None, _) if header.root >= self.identity.world_size => {
-                let text = format!("the root {} is not below the world size {}", header.root, self.identity.world_size);
+                let text = format!("the root or distance {} is not below the world size {}", header.root, self.identity.world_size);
                 Err((None, CollectiveCause::Mismatch(text)))
             }
             (None, None) => {
@@ -141,6 +141,19 @@ impl Collective for Ring {
             let turn = Turn::all_gather(data.len(), identity.world_size, identity.rank);
             link.run(turn.course(header), data.as_mut_bytes())
         })
+    }
+
+    fn gather_share(&mut self, data: &mut [f32], distance: usize) -> Result<Range<usize>, CollectiveError> {
+        let header = self.header(Operation::GatherShare, distance, data.len());
+        self.run(header, |link, identity| {
+            // A share that goes nowhere is there already.
+            if distance == 0 {
+                return Ok(());
+            }
+            let turn = Turn::gather_share(data.len(), identity.world_size, identity.rank, distance);
+            link.run(turn.course(header), data.as_mut_bytes())
+        })?;
+        Ok(share_before(data.len(), self.identity.world_size, self.identity.rank, distance))
     }
 
     fn broadcast(&mut self, data: &mut [u8], root: usize) -> Result<(), CollectiveError> {

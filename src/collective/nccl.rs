@@ -14,6 +14,7 @@ mod functions;
 mod library;
 
 use std::collections::VecDeque;
+use std::ffi::c_int;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -24,7 +25,7 @@ use device::{DeviceContext, Event};
 use library::{Call, Communicator, Status, UNIQUE_ID_BYTES, libraries, unique_id};
 
 use super::api::{AbortHandle, Collective, CollectiveCause, CollectiveError, DeviceFloats, Operation, WaitObserver, Waiting};
-use super::layout::share_of;
+use super::layout::{share_before, share_of};
 use super::local::Ring;
 
 /// Pause between two looks at NCCL or an event while a caller waits. Neither offers a wait with a limit, and a step should not wait long for its end.
@@ -168,6 +169,10 @@ impl Collective for Nccl {
         self.on_host(Operation::AllGather, |ring| ring.all_gather(data))
     }
 
+    fn gather_share(&mut self, data: &mut [f32], distance: usize) -> Result<Range<usize>, CollectiveError> {
+        self.on_host(Operation::GatherShare, |ring| ring.gather_share(data, distance))
+    }
+
     fn broadcast(&mut self, data: &mut [u8], root: usize) -> Result<(), CollectiveError> {
         self.on_host(Operation::Broadcast, |ring| ring.broadcast(data, root))
     }
@@ -222,6 +227,20 @@ impl Collective for Nccl {
             }
             call.in_one((0..world_size).map(|root| share_of(data.len, world_size, root)), Call::broadcast)
         })
+    }
+
+    fn gather_share_on_device(&mut self, data: DeviceFloats, distance: usize) -> Result<Range<usize>, CollectiveError> {
+        let (rank, world_size) = (self.rank(), self.world_size());
+        if distance >= world_size {
+            let text = format!("the distance {distance} is not below the world size {world_size}");
+            return Err(self.failed(Operation::GatherShare, CollectiveCause::Mismatch(text)));
+        }
+        let (own, other) = (share_of(data.len, world_size, rank), share_before(data.len, world_size, rank, distance));
+        let (to, from) = ((rank + distance) % world_size, (rank + world_size - distance) % world_size);
+        if distance > 0 {
+            self.queue(Operation::GatherShare, data, |call| call.pass_on((own.clone(), to as c_int), (other.clone(), from as c_int)))?;
+        }
+        Ok(other)
     }
 
     fn join_device(&mut self) -> Result<(), CollectiveError> {

@@ -70,13 +70,15 @@ pub struct Division {
     pub rank: usize,
     /// All workers.
     pub world_size: usize,
+    /// How many ranks before this one is the one whose share is replicated here, round the world; 0 for none.
+    pub replica_distance: usize,
     /// Smallest bucket of the exchange.
     pub bucket_floats_min: usize,
 }
 
 impl Division {
     /// One worker that holds everything.
-    pub const WHOLE: Self = Self { shard: Shard::None, rank: 0, world_size: 1, bucket_floats_min: BUCKET_FLOATS_MIN };
+    pub const WHOLE: Self = Self { shard: Shard::None, rank: 0, world_size: 1, replica_distance: 0, bucket_floats_min: BUCKET_FLOATS_MIN };
 }
 
 /// All parameters of a model, or one worker's shard of them.
@@ -88,6 +90,7 @@ pub struct FlatParameters {
     shard: Shard,
     buckets: Buckets,
     layout: ShardLayout,
+    replica: Option<ShardLayout>,
     values: Tensor,
     compute: Option<Tensor>,
     gradients: Option<Tensor>,
@@ -103,6 +106,9 @@ impl FlatParameters {
         let shard = division.shard;
         let (rank, world_size) = if shard == Shard::None { (0, 1) } else { (division.rank, division.world_size) };
         let layout = ShardLayout::new(buckets.segments(), rank, world_size);
+        let replica_of = (rank + world_size - division.replica_distance % world_size) % world_size;
+        let replica = (replica_of != rank).then(|| layout.behind(buckets.segments(), replica_of));
+        let shard_floats = (layout.num_floats() + replica.as_ref().map_or(0, ShardLayout::num_floats)) as i64;
         let pieces = |kind| {
             let ranges: Vec<_> = buckets.segments().iter().map(|segment| segment.range.clone()).collect();
             Pieces::new(&ranges, &shapes(&entries), (kind, placement.device))
@@ -110,13 +116,26 @@ impl FlatParameters {
         let kind = if placement.bfloat16 { Kind::BFloat16 } else { Kind::Float };
         let value_pieces = if shard == Shard::Parameters { Some(pieces(kind)?) } else { None };
         let gradient_pieces = if placement.trainable && shard >= Shard::Gradients { Some(pieces(Kind::Float)?) } else { None };
-        let held = |is_shared_out: bool| if is_shared_out { layout.num_floats() as i64 } else { length };
+        let held = |is_shared_out: bool| if is_shared_out { shard_floats } else { length };
         let float = (Kind::Float, placement.device);
         let values = Tensor::f_zeros([held(value_pieces.is_some())], float)?;
         let gradients =
             if placement.trainable { Some(Tensor::f_zeros([held(gradient_pieces.is_some()) + NUM_EXTRAS], float)?) } else { None };
         let compute = if placement.bfloat16 && value_pieces.is_none() { Some(values.f_to_kind(Kind::BFloat16)?) } else { None };
-        Ok(Self { entries, length, decayed_length, shard, buckets, layout, values, compute, gradients, value_pieces, gradient_pieces })
+        Ok(Self {
+            entries,
+            length,
+            decayed_length,
+            shard,
+            buckets,
+            layout,
+            replica,
+            values,
+            compute,
+            gradients,
+            value_pieces,
+            gradient_pieces,
+        })
     }
 
     /// Draws first values; the same seed gives the same model everywhere.
@@ -193,6 +212,21 @@ impl FlatParameters {
     /// This worker's shares of the flat buffer; all of it where nothing is shared out.
     pub fn layout(&self) -> &ShardLayout {
         &self.layout
+    }
+
+    /// Another worker's shares, where a replica of them is kept: where they lie behind this worker's own.
+    pub fn replica(&self) -> Option<&ShardLayout> {
+        self.replica.as_ref()
+    }
+
+    /// All shares that this worker keeps.
+    pub fn layouts(&self) -> impl Iterator<Item = &ShardLayout> {
+        [&self.layout].into_iter().chain(&self.replica)
+    }
+
+    /// Floats S of this worker's shard, a replica included.
+    pub fn shard_floats(&self) -> usize {
+        self.layouts().map(ShardLayout::num_floats).sum()
     }
 
     /// All values `[P]`; this worker's shard `[S]` where parameters are shared out.

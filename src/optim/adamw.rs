@@ -76,7 +76,7 @@ impl AdamW {
     pub fn new(parameters: &FlatParameters, settings: Settings) -> Self {
         let length = match parameters.shard() {
             Shard::None => parameters.length(),
-            _ => parameters.layout().num_floats() as i64,
+            _ => parameters.shard_floats() as i64,
         };
         let float = (Kind::Float, parameters.values().device());
         let zeros = || Tensor::zeros([length], float);

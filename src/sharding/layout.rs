@@ -1,17 +1,20 @@
 //! Which part of the flat buffers belongs to which rank: its share of every segment, so that each segment can be exchanged by itself.
 //!
-//! A rank keeps its shares one behind the other, in the order of the segments, in a shard. What has weight decay comes first there too.
+//! A rank keeps its shares one behind the other, in the order of the segments, in a shard. What has weight decay comes first there too. Where it
+//! keeps a replica of another rank's shares, they follow behind its own in the same way.
 
 use std::ops::Range;
 
 use super::buckets::Segment;
 use crate::collective::share_of;
 
-/// One rank's shares.
-#[derive(Debug)]
+/// One rank's shares, and where they lie in the shard of the rank that keeps them.
+#[derive(Clone, Debug)]
 pub struct ShardLayout {
     rank: usize,
     world_size: usize,
+    /// The first float that is theirs.
+    start: usize,
     parts: Vec<ShardPart>,
 }
 
@@ -46,7 +49,16 @@ impl ShardPart {
 impl ShardLayout {
     /// The shares of `rank` (below `world_size`).
     pub fn new(segments: &[Segment], rank: usize, world_size: usize) -> Self {
-        let mut end = 0;
+        Self::at(0, segments, (rank, world_size))
+    }
+
+    /// The shares of another rank of the same world, behind these.
+    pub fn behind(&self, segments: &[Segment], rank: usize) -> Self {
+        Self::at(self.start + self.num_floats(), segments, (rank, self.world_size))
+    }
+
+    fn at(start: usize, segments: &[Segment], (rank, world_size): (usize, usize)) -> Self {
+        let mut end = start;
         let parts = segments.iter().map(|Segment { range, is_decayed }| {
             let share = share_of(range.len(), world_size, rank);
             let start = end;
@@ -55,7 +67,7 @@ impl ShardLayout {
             ShardPart { segment: range.clone(), share, place: start..end, is_decayed: *is_decayed }
         });
         let parts = parts.collect();
-        Self { rank, world_size, parts }
+        Self { rank, world_size, start, parts }
     }
 
     /// Whose shares these are, and among how many.
@@ -68,14 +80,45 @@ impl ShardLayout {
         &self.parts
     }
 
-    /// Floats of the shard.
+    /// Floats of these shares.
     pub fn num_floats(&self) -> usize {
-        self.parts.last().map_or(0, |part| part.place.end)
+        self.end() - self.start
     }
 
-    /// Floats at the start of the shard that have weight decay.
-    pub fn num_decayed(&self) -> usize {
-        self.parts.iter().filter(|part| part.is_decayed).map(|part| part.place.end).max().unwrap_or(0)
+    /// Places in the shard: of what has weight decay, and of the rest behind it.
+    pub fn places(&self) -> (Range<usize>, Range<usize>) {
+        let decayed_end = self.parts.iter().filter(|part| part.is_decayed).map(|part| part.place.end).max().unwrap_or(self.start);
+        (self.start..decayed_end, decayed_end..self.end())
+    }
+
+    fn end(&self) -> usize {
+        self.parts.last().map_or(self.start, |part| part.place.end)
+    }
+}
+
+/// Whose share of the state a worker has, among how many, and of whose it has a replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharePlace {
+    /// This rank.
+    pub rank: usize,
+    /// All ranks.
+    pub world_size: usize,
+    /// How many ranks before this one the replica's owner is, round the world; 0 for none.
+    pub replica_distance: usize,
+}
+
+impl SharePlace {
+    /// That of these shares.
+    pub fn of(own: &ShardLayout, replica: Option<&ShardLayout>) -> Self {
+        let (rank, world_size) = own.rank_of();
+        let replica_distance = replica.map_or(0, |replica| (rank + world_size - replica.rank_of().0) % world_size);
+        Self { rank, world_size, replica_distance }
+    }
+
+    /// The rank of whose share there is a replica.
+    pub fn replica_of(self) -> Option<usize> {
+        let Self { rank, world_size, replica_distance } = self;
+        (replica_distance > 0).then(|| (rank + world_size - replica_distance) % world_size)
     }
 }
 
@@ -126,12 +169,22 @@ mod tests {
                     prop_assert_eq!(part.place.len(), part.share.len());
                     prop_assert!(part.share.len() <= part.segment.len().div_ceil(world_size));
                     prop_assert_eq!(part.in_segment().start + part.segment.start, part.share.start);
-                    prop_assert!(part.is_decayed || part.place.start >= layout.num_decayed());
-                    prop_assert!(!part.is_decayed || part.place.end <= layout.num_decayed());
+                    let (decayed, rest) = layout.places();
+                    prop_assert!(part.is_decayed || part.place.start >= rest.start);
+                    prop_assert!(!part.is_decayed || part.place.end <= decayed.end);
                     end = part.place.end;
                     owners[part.share.clone()].iter_mut().for_each(|count| *count += 1);
                 }
                 prop_assert_eq!(end, layout.num_floats());
+                // A replica is the same shares, moved.
+                let other = (rank + 1) % world_size;
+                let (replica, original) = (layout.behind(&segments, other), ShardLayout::new(&segments, other, world_size));
+                prop_assert_eq!(replica.num_floats(), original.num_floats());
+                for (part, original) in replica.parts().iter().zip(original.parts()) {
+                    prop_assert_eq!((&part.share, part.place.start), (&original.share, original.place.start + end));
+                }
+                let (decayed, rest) = replica.places();
+                prop_assert_eq!((decayed.start, decayed.end, rest.end), (end, rest.start, end + replica.num_floats()));
             }
             prop_assert!(owners.iter().all(|&count| count == 1));
         }

@@ -6,6 +6,7 @@ use cloze_recipes::raw::Preset;
 use cloze_recipes::recipe::{Recipe, Shard};
 use tch::Device;
 
+use super::layout::SharePlace;
 use super::tests::{on_all, recipe, rings};
 use crate::batch_feed::StepBatch;
 use crate::collective::Collective;
@@ -40,7 +41,10 @@ fn pack(case: Case) -> Pack {
 fn measured(case: Case, recipe: &Recipe, collective: Box<dyn Collective>) -> u64 {
     let account = ThreadAccount::open();
     let config = Config::new(&case.preset.shape(), case.vocab);
-    let state = State::new(&recipe.train, config, PLACEMENT, collective.as_ref()).unwrap();
+    let (rank, world_size) = (collective.rank(), collective.world_size());
+    let replica_distance = usize::from(recipe.train.replicate_shards && world_size > 1);
+    let place = SharePlace { rank, world_size, replica_distance };
+    let state = State::new(&recipe.train, config, PLACEMENT, place).unwrap();
     let schedule = Schedule::new(&recipe.train.schedule, recipe.train.learning_rate, 1);
     let mut trainer = Trainer::new(recipe, state, schedule, collective).unwrap();
     account.reset_peak();
@@ -52,15 +56,17 @@ fn measured(case: Case, recipe: &Recipe, collective: Box<dyn Collective>) -> u64
 }
 
 fn check(case: Case, world_size: usize) {
-    for shard in [Shard::None, Shard::Optimizer, Shard::Gradients, Shard::Parameters] {
+    let shards = [Shard::None, Shard::Optimizer, Shard::Gradients, Shard::Parameters];
+    for (shard, replicate_shards) in shards.into_iter().flat_map(|shard| [(shard, false), (shard, true)]) {
         let mut recipe = recipe(shard);
+        recipe.train.replicate_shards = replicate_shards && shard != Shard::None;
         recipe.train.micro_batch_tokens = case.tokens;
         let plan = memory(&case.preset.shape(), case.vocab as u64, &recipe.train, world_size as u32);
         for measured in on_all(rings(world_size), |collective| measured(case, &recipe, collective)) {
             let ratio = measured as f64 / plan.tensors() as f64;
             assert!(
                 (ratio - 1.0).abs() < TOLERANCE,
-                "{:?}, {shard:?}, world {world_size}: measured {measured}, planned {} as {:?}",
+                "{:?}, {shard:?}, replicas {replicate_shards}, world {world_size}: measured {measured}, planned {} as {:?}",
                 case.preset,
                 plan.tensors(),
                 plan.parts

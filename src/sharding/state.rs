@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use cloze_recipes::recipe::Shard;
 use tch::{Device, Kind, Tensor};
 
-use super::layout::deal;
+use super::layout::{ShardLayout, deal};
 use crate::checkpoint::{Loaded, NamedTensorOwned};
 use crate::collective::Collective;
 use crate::model::parameters::{Entry, FlatParameters};
@@ -15,7 +15,7 @@ use crate::optim::adamw::AdamW;
 use crate::torch::memory;
 
 /// Floats that travel at a time when one worker gives the state to all: 64 MiB, all that a worker needs beside its buffers.
-const CHUNK_FLOATS_MAX: usize = 16 << 20;
+pub(super) const CHUNK_FLOATS_MAX: usize = 16 << 20;
 
 /// In memory, four bytes are one number.
 const BYTES_PER_FLOAT: usize = 4;
@@ -45,15 +45,16 @@ pub struct SharePart {
 }
 
 /// One of the three buffers that are the state.
-struct Buffer<'a> {
+pub(super) struct Buffer<'a> {
     group: Group,
     prefix: &'static str,
-    flat: &'a Tensor,
+    pub(super) flat: &'a Tensor,
     /// Whether `flat` is this worker's shard.
-    is_shard: bool,
+    pub(super) is_shard: bool,
 }
 
-fn buffers<'a>(parameters: &'a FlatParameters, optimizer: &'a AdamW) -> [Buffer<'a>; 3] {
+/// The parameters' values, and the two moments.
+pub(super) fn buffers<'a>(parameters: &'a FlatParameters, optimizer: &'a AdamW) -> [Buffer<'a>; 3] {
     let moments_in_shard = parameters.shard() >= Shard::Optimizer;
     let values_in_shard = parameters.shard() == Shard::Parameters;
     let moment = |prefix, flat| Buffer { group: Group::Optimizer, prefix, flat, is_shard: moments_in_shard };
@@ -151,7 +152,7 @@ fn by_name<'a>(buffer: &Buffer, loaded: &'a Loaded) -> HashMap<&'a str, &'a Name
 }
 
 /// A range in pieces that travel at a time.
-fn chunks(range: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+pub(super) fn chunks(range: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
     let end = range.end;
     range.clone().step_by(CHUNK_FLOATS_MAX).map(move |start| start..end.min(start + CHUNK_FLOATS_MAX))
 }
@@ -170,7 +171,7 @@ fn fill(part: &mut Tensor, range: &Range<usize>, entries: &[Entry], source: &Has
 }
 
 /// Copies what this worker holds of a range of the flat buffer.
-fn keep(buffer: &Buffer, parameters: &FlatParameters, part: &Tensor, range: &Range<usize>) -> Result<()> {
+pub(super) fn keep(buffer: &Buffer, parameters: &FlatParameters, part: &Tensor, range: &Range<usize>) -> Result<()> {
     let copy = |flat: Range<usize>, place: Range<usize>| -> Result<()> {
         let source = part.f_narrow(0, (flat.start - range.start) as i64, flat.len() as i64)?;
         Ok(buffer.flat.f_narrow(0, place.start as i64, place.len() as i64)?.f_copy_(&source)?)
@@ -178,5 +179,6 @@ fn keep(buffer: &Buffer, parameters: &FlatParameters, part: &Tensor, range: &Ran
     if !buffer.is_shard {
         return copy(range.clone(), range.clone());
     }
-    parameters.layout().parts().iter().filter_map(|part| part.within(range)).try_for_each(|(flat, place)| copy(flat, place))
+    let parts = parameters.layouts().flat_map(ShardLayout::parts);
+    parts.filter_map(|part| part.within(range)).try_for_each(|(flat, place)| copy(flat, place))
 }

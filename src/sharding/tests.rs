@@ -27,7 +27,7 @@ use crate::step::{Asks, Group, SharePart, State, StepOutcome, Trainer, train_ste
 use crate::torch::memory;
 
 const VOCABULARY: i64 = 96;
-const STEPS: u64 = 10;
+pub(super) const STEPS: u64 = 10;
 const ALL: [Shard; 4] = [Shard::None, Shard::Optimizer, Shard::Gradients, Shard::Parameters];
 const RECIPE: &str = "version: 1
 name: shared-out
@@ -99,12 +99,19 @@ fn shape() -> ModelShape {
 
 const PLACEMENT: Placement = Placement { device: Device::Cpu, trainable: true, bfloat16: false };
 
-/// A trainer whose buckets hold about two thirds of a layer, so that they end in the midst of layers.
-fn trainer(recipe: &Recipe, collective: Box<dyn Collective>) -> Trainer<'_> {
-    let division =
-        Division { shard: recipe.train.shard, rank: collective.rank(), world_size: collective.world_size(), bucket_floats_min: 6000 };
+/// A state whose buckets hold about two thirds of a layer, so that they end in the midst of layers; replicas are those of the rank before.
+pub(super) fn empty_state(recipe: &Recipe, collective: &dyn Collective) -> State {
+    let (rank, world_size) = (collective.rank(), collective.world_size());
+    let replica_distance = usize::from(recipe.train.replicate_shards && world_size > 1);
+    let division = Division { shard: recipe.train.shard, rank, world_size, replica_distance, bucket_floats_min: 6000 };
     let state = State::divided(&recipe.train, Config::new(&shape(), VOCABULARY), PLACEMENT, &division).unwrap();
     assert!(state.model.parameters().buckets().num_buckets() > 4);
+    state
+}
+
+/// A trainer with an empty state.
+fn trainer(recipe: &Recipe, collective: Box<dyn Collective>) -> Trainer<'_> {
+    let state = empty_state(recipe, collective.as_ref());
     let schedule = Schedule::new(&recipe.train.schedule, recipe.train.learning_rate, STEPS);
     Trainer::new(recipe, state, schedule, collective).unwrap()
 }
@@ -139,7 +146,7 @@ fn first_state(seed: u64) -> Loaded {
 }
 
 /// A trainer that holds the first state.
-fn started(recipe: &Recipe, collective: Box<dyn Collective>) -> Trainer<'_> {
+pub(super) fn started(recipe: &Recipe, collective: Box<dyn Collective>) -> Trainer<'_> {
     let mut trainer = trainer(recipe, collective);
     let first = (trainer.collective.rank() == 0).then(|| first_state(7));
     trainer.distribute(first.as_ref(), 0).unwrap();
@@ -161,13 +168,13 @@ fn pack(number: u64) -> Pack {
 }
 
 /// One to five packs, dealt out in turn, so that workers have none, one or several.
-fn batch(step: u64, collective: &dyn Collective) -> StepBatch {
+pub(super) fn batch(step: u64, collective: &dyn Collective) -> StepBatch {
     let (rank, world_size) = (collective.rank() as u64, collective.world_size() as u64);
     let numbers = (0..=step % 5).filter(|number| number % world_size == rank);
     StepBatch { step, packs: numbers.map(|number| pack(10 * step + number)).collect(), global_examples: 3, global_tokens: 30 }
 }
 
-fn step(trainer: &mut Trainer, number: u64, asks: Asks) -> anyhow::Result<StepOutcome> {
+pub(super) fn step(trainer: &mut Trainer, number: u64, asks: Asks) -> anyhow::Result<StepOutcome> {
     let batch = batch(number, trainer.collective.as_ref());
     let mut updates = 0;
     let outcome = train_step(trainer, &batch, asks, &mut || {
@@ -179,28 +186,28 @@ fn step(trainer: &mut Trainer, number: u64, asks: Asks) -> anyhow::Result<StepOu
 }
 
 /// Mean loss and gradient norm of a step.
-fn figures(outcome: StepOutcome) -> [f64; 2] {
+pub(super) fn figures(outcome: StepOutcome) -> [f64; 2] {
     let numbers = outcome.numbers.finish().unwrap();
     [f64::from(numbers[0]) / f64::from(numbers[1]), f64::from(numbers[3])]
 }
 
 /// A part of the state as plain numbers: file, tensor, its shape, first element, elements.
-type PlainPart = (bool, String, Vec<usize>, usize, Vec<f32>);
+pub(super) type PlainPart = (bool, String, Vec<usize>, usize, Vec<f32>);
 
 /// Shape and elements of each tensor, by file and name.
-type WholeState = BTreeMap<(bool, String), (Vec<usize>, Vec<f32>)>;
+pub(super) type WholeState = BTreeMap<(bool, String), (Vec<usize>, Vec<f32>)>;
 
 fn plain(part: SharePart) -> PlainPart {
     let values = Vec::<f32>::try_from(&part.tensor).unwrap();
     (part.group == Group::Model, part.name, part.full_shape, part.start, values)
 }
 
-fn plain_share(trainer: &Trainer) -> Vec<PlainPart> {
+pub(super) fn plain_share(trainer: &Trainer) -> Vec<PlainPart> {
     trainer.share().unwrap().into_iter().map(plain).collect()
 }
 
 /// The whole state out of the parts of all ranks; every element must be there once.
-fn merged(shares: Vec<Vec<PlainPart>>) -> WholeState {
+pub(super) fn merged(shares: Vec<Vec<PlainPart>>) -> WholeState {
     let mut whole: BTreeMap<(bool, String), (Vec<usize>, Vec<Option<f32>>)> = BTreeMap::new();
     for (is_model, name, shape, start, values) in shares.into_iter().flatten() {
         let length = shape.iter().product();

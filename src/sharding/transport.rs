@@ -36,6 +36,14 @@ pub fn all_gather(collective: &mut dyn Collective, tensor: &Tensor) -> Result<()
     })
 }
 
+/// Brings the share of the rank `distance` places before this one to its place; what lies outside it and the own share is unspecified.
+pub fn gather_share(collective: &mut dyn Collective, tensor: &Tensor, distance: usize) -> Result<()> {
+    exchange(collective, tensor, |collective, data| match data {
+        Floats::Host(data) => collective.gather_share(data, distance).map(drop),
+        Floats::Device(data) => collective.gather_share_on_device(data, distance).map(drop),
+    })
+}
+
 /// Makes the results of queued operations usable; does nothing where none are queued.
 pub fn join(collective: &mut dyn Collective, device: Device) -> Result<()> {
     if is_queued(collective, device) {

@@ -40,6 +40,8 @@ pub struct ChaosOptions {
     faults: usize,
     seed: u64,
     has_network: bool,
+    /// What the workers share out, with replicas.
+    shard: Option<String>,
     report: Option<PathBuf>,
 }
 
@@ -51,6 +53,7 @@ impl ChaosOptions {
             faults: setting("CLOZE_CHAOS_FAULTS", SHORT_FAULTS),
             seed: setting("CLOZE_CHAOS_SEED", 1),
             has_network: setting("CLOZE_CHAOS_NETWORK", 0_u8) == 1,
+            shard: std::env::var("CLOZE_CHAOS_SHARD").ok().filter(|shard| !shard.is_empty()),
             report,
         }
     }
@@ -68,7 +71,8 @@ pub fn run(options: &ChaosOptions) {
         }
     }
     let steps = MORE_STEPS + STEPS_PER_FAULT * options.faults as u64;
-    let mut stage = set_up(SeaweedFs::start(&weed), network, steps);
+    let sharing = options.shard.as_ref().map_or_else(String::new, |shard| format!("  shard: {shard}\n  replicate_shards: true\n"));
+    let mut stage = set_up(SeaweedFs::start(&weed), network, &format!("train:\n  steps: {steps}\n  audit_samples: true\n{sharing}"));
     train_without_faults(&stage, steps);
     let means = Means { network: stage.network.is_some(), small_disk: stage.disk.is_some() };
     let mut measured = Vec::new();
@@ -104,8 +108,8 @@ fn setting<T: FromStr>(name: &str, default: T) -> T {
     text.parse().unwrap_or_else(|_| panic!("{name} is `{text}`, which is no number of its kind"))
 }
 
-/// The run's folder, recipes, bucket and disk; nothing is started yet.
-fn set_up(server: SeaweedFs, network: Option<Network>, steps: u64) -> Stage {
+/// The run's folder, recipes (`train` is their section), bucket and disk; nothing is started yet.
+fn set_up(server: SeaweedFs, network: Option<Network>, train: &str) -> Stage {
     let world = World::prepared();
     let disk = SmallDisk::mount(world.path("disk"), CACHE_SIZE);
     let mut cache = String::new();
@@ -118,7 +122,7 @@ fn set_up(server: SeaweedFs, network: Option<Network>, steps: u64) -> Stage {
     let proxy = FaultProxy::start(address, server.s3_port());
     let (url, bucket_options) = (SeaweedFs::url(CHECKPOINTS), SeaweedFs::options_through(&proxy));
     // The bounds are short, so that a fault costs seconds. What is a second too short on a loaded machine costs a restart, no more.
-    world.write("long.yaml", format!("version: 1\nextends: recipe.yaml\ntrain:\n  steps: {steps}\n  audit_samples: true\n"));
+    world.write("long.yaml", format!("version: 1\nextends: recipe.yaml\n{train}"));
     let recipe = format!(
         "version: 1\nextends: long.yaml\n\
          checkpoint:\n  url: {url}\n  options: {bucket_options}\n  every_steps: 20\n  upload_timeout_s: 30\n{cache}\

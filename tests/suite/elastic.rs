@@ -78,7 +78,7 @@ fn a_run_grows_when_a_worker_joins() {
 }
 
 #[test]
-fn a_run_whose_state_is_shared_out_grows_from_a_checkpoint_of_the_same_step() {
+fn a_run_whose_state_is_shared_out_saves_it_and_grows_from_memory() {
     let world = World::prepared();
     let settings = [
         "train.steps=1000000",
@@ -100,9 +100,33 @@ fn a_run_whose_state_is_shared_out_grows_from_a_checkpoint_of_the_same_step() {
     let (left, restored) = (run.events_named("generation_regrouped"), run.events_named("restored"));
     assert_eq!((left.len(), restored.len(), run.events_named("generation_aborted").len()), (1, 2, 0), "{left:?} {restored:?}");
     assert_eq!(restored[1]["step"], left[0]["step"], "{left:?} {restored:?}");
-    assert!(restored[1]["source"].as_str().is_some_and(|source| source.contains("/step-")), "{restored:?}");
+    assert_eq!(restored[1]["source"], "memory", "{restored:?}");
+    // One of the two might have been lost with its share.
+    let saved: Vec<u64> = run.events_named("checkpoint_saved").iter().map(|event| number(&event["step"])).collect();
+    assert!(saved.contains(&number(&left[0]["step"])), "{saved:?}");
     let steps: Vec<u64> = run.events_named("step").iter().map(|event| number(&event["step"])).collect();
     assert_eq!(steps, (1..=run.last_step()).collect::<Vec<u64>>(), "every step once");
+}
+
+#[test]
+fn a_run_with_replicas_goes_on_without_a_worker_and_reads_no_checkpoint() {
+    let world = World::prepared();
+    let whole = world.train("whole", &["--workers", "3", "--quiet"]);
+    let settings = [
+        "train.shard=parameters",
+        "train.replicate_shards=true",
+        "cluster.min_workers=2",
+        "cluster.max_restarts=0",
+        "cluster.replacement_wait_s=0",
+        "checkpoint.every_steps=1000000",
+    ];
+    let mut arguments = vec!["--workers", "3", "--quiet", "--kill-worker", "1@20"];
+    arguments.extend(settings.iter().flat_map(|setting| ["--set", setting]));
+    let run = world.train("run", &arguments);
+    assert_eq!(world_sizes(&run.events_named("generation_started")), [3, 2]);
+    let recovered = run.events_named("recovered");
+    assert_eq!((recovered.len(), &recovered[0]["steps_lost"], &recovered[0]["source"]), (1, &0.into(), &"memory".into()), "{recovered:?}");
+    expect_close(&run.losses(), &whole.losses(), RELATIVE_TOLERANCE);
 }
 
 #[test]

@@ -56,6 +56,32 @@ fn every_mode_computes_the_same_and_reads_the_others_checkpoints() {
     none_such.expect_words(&["train.shard", "everything"]);
 }
 
+#[test]
+fn a_share_that_is_lost_comes_from_its_replica() {
+    let world = World::prepared();
+    let settings =
+        |mode: &str| [format!("train.shard={mode}"), "train.replicate_shards=true".to_owned(), "checkpoint.every_steps=1000000".to_owned()];
+    // The first worker is the leader; and where two are lost one after the other, the second takes a replica with it that the first left behind.
+    let losses = [("optimizer", &["kill:0@17"][..]), ("gradients", &["kill:2@17"]), ("parameters", &["kill:1@12", "kill:2@25"])];
+    for (mode, drills) in losses {
+        let settings = settings(mode);
+        let common = ["--workers", "3", "--quiet", "--set", &settings[0], "--set", &settings[1], "--set", &settings[2]];
+        let plain = ["--workers", "3", "--quiet", "--set", &settings[0], "--set", &settings[2]];
+        let whole = world.train(&format!("whole-{mode}"), &plain);
+        let run = world.train(mode, &[&common[..], &drills.iter().flat_map(|drill| ["--drill", drill]).collect::<Vec<_>>()].concat());
+        let recovered = run.events_named("recovered");
+        assert_eq!(recovered.len(), drills.len(), "{mode}: {recovered:?}");
+        for recovery in &recovered {
+            assert_eq!((&recovery["source"], &recovery["steps_lost"]), (&"memory".into(), &0.into()), "{mode}: {recovery}");
+        }
+        run.expect_undisturbed(&whole, recovered.len());
+        let [found, expected] = [&run, &whole].map(|run| run.checkpoint_tensors(run.last_step()));
+        assert!(found == expected, "{mode}: the state at the end differs");
+    }
+    let refused = world.cloze(&["check", "recipe.yaml", "--set", "train.replicate_shards=true"]).expect_code(3);
+    refused.expect_words(&["train.replicate_shards", "shard: none"]);
+}
+
 /// Numbers of a run's generations.
 fn generations(run: &Run) -> Vec<u64> {
     run.events_named("generation_started").iter().map(|event| number(&event["generation"])).collect()

@@ -1,5 +1,6 @@
 //! Between generations: who is there, who is waited for, and when the next generation starts.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use cloze_recipes::failure::{Failure, FailureKind};
@@ -29,7 +30,7 @@ pub(super) fn decide(now: Duration, state: &State, (since, patient): (Duration, 
             Unsaved::Nothing => Decision::Finish { step: state.saved_step, stopped: true },
             Unsaved::NotKnown => Decision::Wait,
             Unsaved::Held { worker, step } => Decision::Start { members: vec![worker], source: StateSource::Peer { rank: 0, step } },
-            Unsaved::Shared { members, step } => Decision::Start { members, source: StateSource::Shares { step } },
+            Unsaved::Shared(shared) => Decision::Start { source: shared.source(), members: shared.holders },
         };
         return (decision, Reason::StopRequested { by: by.clone() });
     }
@@ -66,7 +67,22 @@ enum Unsaved {
     /// This worker holds the newest state.
     Held { worker: u32, step: u64 },
     /// These workers hold it together.
-    Shared { members: Vec<u32>, step: u64 },
+    Shared(SharedState),
+}
+
+/// A state that several workers hold together.
+struct SharedState {
+    step: u64,
+    /// Ranks that shared it out.
+    world_size: u32,
+    /// The slots of those who hold it.
+    holders: Vec<u32>,
+}
+
+impl SharedState {
+    fn source(&self) -> StateSource {
+        StateSource::Shares { step: self.step, world_size: self.world_size }
+    }
 }
 
 /// Looks for steps that are in memory only. Where the state is shared out, all shares must be there.
@@ -94,9 +110,8 @@ fn unsaved_shares(state: &State) -> Unsaved {
     if state.workers.iter().any(is_leaving) {
         return Unsaved::NotKnown;
     }
-    let members = count(state).present;
-    match shared_step(state, &members).filter(|&step| step > state.saved_step) {
-        Some(step) => Unsaved::Shared { members, step },
+    match shared_state(state, &count(state).present).filter(|shared| shared.step > state.saved_step) {
+        Some(shared) => Unsaved::Shared(shared),
         None => Unsaved::Nothing,
     }
 }
@@ -125,11 +140,11 @@ fn start(state: &State, members: Vec<u32>, limits: &Limits) -> Decision {
     Decision::Start { members, source }
 }
 
-/// The newest state in any member's memory, unless a checkpoint is newer. Where it is shared out, all shares of one step are needed.
+/// The newest state in any member's memory, unless a checkpoint is newer. Where it is shared out, all shares are needed.
 fn source(state: &State, members: &[u32], limits: &Limits) -> StateSource {
     if !limits.state_is_replicated {
-        let step = shared_step(state, members).filter(|&step| step >= state.saved_step);
-        return step.map_or(StateSource::Checkpoint, |step| StateSource::Shares { step });
+        let shared = shared_state(state, members).filter(|shared| shared.step >= state.saved_step);
+        return shared.map_or(StateSource::Checkpoint, |shared| shared.source());
     }
     let mut newest: Option<(u32, u64)> = None;
     for (rank, &slot) in (0_u32..).zip(members) {
@@ -146,17 +161,34 @@ fn source(state: &State, members: &[u32], limits: &Limits) -> StateSource {
     }
 }
 
-/// The step of which each member holds the share of its rank to be.
-fn shared_step(state: &State, members: &[u32]) -> Option<u64> {
-    let world_size = members.len() as u32;
-    let mut common = None;
-    for (rank, &slot) in (0_u32..).zip(members) {
-        let ready = state.present(slot)?.ready?;
-        if ready.share != Some(Share { rank, world_size }) || *common.get_or_insert(ready.state_step?) != ready.state_step? {
-            return None;
+/// The newest state of which the members hold every share, as its owner or as a replica.
+fn shared_state(state: &State, members: &[u32]) -> Option<SharedState> {
+    let held: Vec<(u32, u64, Share)> = members
+        .iter()
+        .filter_map(|&slot| Some((slot, state.present(slot)?.ready?)))
+        .filter_map(|(slot, ready)| Some((slot, ready.state_step?, ready.share?)))
+        .filter(|(_, _, share)| share.world_size as usize <= state.workers.len())
+        .collect();
+    let divisions: BTreeSet<(u64, u32)> = held.iter().map(|(_, step, share)| (*step, share.world_size)).collect();
+    divisions.into_iter().rev().find_map(|division| whole_of(division, &held))
+}
+
+/// The state of a step that so many ranks shared out, if all of it is there.
+///
+/// An update needs nothing of other ranks once the gradients are summed, and no rank makes it before all have begun to sum the norm, which comes
+/// last. So the shares are of one step, or of two; who is one behind has the sums of the other and follows.
+fn whole_of((step, world_size): (u64, u32), held: &[(u32, u64, Share)]) -> Option<SharedState> {
+    let mut is_held = vec![false; world_size as usize];
+    let mut holders = Vec::new();
+    for (slot, own_step, share) in held.iter().filter(|(_, _, share)| share.world_size == world_size) {
+        if *own_step == step || (own_step + 1 == step && share.next_is_summed) {
+            for rank in [Some(share.rank), share.replica_of].into_iter().flatten() {
+                *is_held.get_mut(rank as usize)? = true;
+            }
+            holders.push(*slot);
         }
     }
-    common
+    is_held.into_iter().all(|is_held| is_held).then_some(SharedState { step, world_size, holders })
 }
 
 fn join_timeout_failure(state: &State, missing: &[u32], limits: &Limits) -> Failure {

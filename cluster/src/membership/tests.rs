@@ -143,38 +143,76 @@ fn the_state_comes_from_the_newest_memory() {
 
 /// A worker whose memory has this rank's share, among so many, of the state of a step.
 fn sharing(step: u64, rank: u32, world_size: u32) -> Worker {
+    holding(step, Share { rank, world_size, replica_of: None, next_is_summed: false })
+}
+
+fn holding(step: u64, share: Share) -> Worker {
     let Worker::Present(mut presence) = ready(1.0, Some(step)) else { panic!("present") };
-    presence.ready = Some(Ready { state_step: Some(step), share: Some(Share { rank, world_size }) });
+    presence.ready = Some(Ready { state_step: Some(step), share: Some(share) });
     Worker::Present(presence)
 }
 
+/// As [`sharing`], with a replica of the share of the rank before.
+fn replicating(step: u64, rank: u32, world_size: u32) -> Worker {
+    let replica_of = Some((rank + world_size - 1) % world_size);
+    holding(step, Share { rank, world_size, replica_of, next_is_summed: false })
+}
+
 #[test]
-fn shares_are_the_state_where_all_of_one_step_are_there() {
+fn shares_are_the_state_where_all_of_them_are_there() {
     let both = |first: u64, second: u64| vec![sharing(first, 0, 2), sharing(second, 1, 2)];
+    let of = |step, world_size| StateSource::Shares { step, world_size };
+    let summed = |step, rank| holding(step, Share { rank, world_size: 2, replica_of: None, next_is_summed: true });
+    let new = || ready(1.0, None);
     let cases = [
-        ("all there", both(17, 17), 10, StateSource::Shares { step: 17 }),
-        ("as new as the checkpoint", both(17, 17), 17, StateSource::Shares { step: 17 }),
+        ("all there", both(17, 17), 10, of(17, 2)),
+        ("as new as the checkpoint", both(17, 17), 17, of(17, 2)),
         ("a checkpoint is newer", both(17, 17), 18, StateSource::Checkpoint),
         ("of two steps", both(17, 16), 10, StateSource::Checkpoint),
-        ("one is lost", vec![sharing(17, 0, 2), ready(1.0, None)], 10, StateSource::Checkpoint),
-        ("the other rank's", vec![sharing(17, 1, 2), sharing(17, 0, 2)], 10, StateSource::Checkpoint),
-        ("of another number", vec![sharing(17, 0, 3), sharing(17, 1, 3)], 10, StateSource::Checkpoint),
+        ("one can follow", vec![sharing(17, 0, 2), summed(16, 1)], 10, of(17, 2)),
+        ("both could go on", vec![summed(16, 0), summed(16, 1)], 10, of(16, 2)),
+        ("two behind", vec![sharing(17, 0, 2), summed(15, 1)], 10, StateSource::Checkpoint),
+        ("one is lost", vec![sharing(17, 0, 2), new()], 10, StateSource::Checkpoint),
+        ("one is lost, its replica is not", vec![replicating(17, 0, 2), new()], 10, of(17, 2)),
+        ("one of three is lost", vec![replicating(17, 0, 3), new(), replicating(17, 2, 3)], 10, of(17, 3)),
+        ("with its replica", vec![replicating(17, 0, 3), new(), new()], 10, StateSource::Checkpoint),
+        ("one less than before", vec![replicating(17, 0, 3), replicating(17, 1, 3)], 10, of(17, 3)),
+        ("one more than before", vec![sharing(17, 0, 2), sharing(17, 1, 2), new()], 10, of(17, 2)),
+        ("in another order", vec![sharing(17, 1, 2), sharing(17, 0, 2)], 10, of(17, 2)),
+        ("twice the same", vec![sharing(17, 0, 2), sharing(17, 0, 2)], 10, StateSource::Checkpoint),
+        ("of other numbers", vec![sharing(17, 0, 3), sharing(17, 1, 2), new()], 10, StateSource::Checkpoint),
+        ("of more than there ever were", vec![sharing(17, 0, 9), sharing(17, 1, 9)], 10, StateSource::Checkpoint),
+        ("beside a newer one that is not whole", vec![replicating(16, 0, 2), replicating(16, 1, 2), sharing(17, 0, 3)], 10, of(16, 2)),
+        ("beside another one of that step", vec![replicating(17, 0, 2), replicating(17, 1, 2), replicating(17, 1, 3)], 10, of(17, 2)),
         ("one holds the whole", vec![sharing(17, 0, 2), ready(1.0, Some(17))], 10, StateSource::Checkpoint),
     ];
     for (name, workers, saved_step, wanted) in cases {
-        let state = State { saved_step, ..gathering(0.0, workers) };
-        let decided = |state: &State| decide(at(1.0), state, &Limits { state_is_replicated: false, ..limits() }).0;
-        assert_eq!(decided(&state), start(&[0, 1], wanted.clone()), "{name}");
-        // A stop saves what no checkpoint has.
-        let stopped = State { stop: Some("SIGTERM".to_owned()), ..state };
+        let members: Vec<u32> = (0..workers.len() as u32).collect();
+        let missing = absence("x", false);
+        let padded = if name == "one less than before" { workers.into_iter().chain([missing]).collect() } else { workers };
+        let state = State { saved_step, ..gathering(0.0, padded) };
+        let limits = Limits { state_is_replicated: false, min_workers: Some(2), ..limits() };
+        assert_eq!(decide(at(1.0), &state, &limits).0, start(&members, wanted.clone()), "{name}");
+        // A stop saves what no checkpoint has, with those who have it.
+        let has_a_share = |slot: &u32| state.present(*slot).and_then(|presence| presence.ready).is_some_and(|ready| ready.share.is_some());
+        let holders: Vec<u32> = members.iter().copied().filter(has_a_share).collect();
+        let stopped = State { stop: Some("SIGTERM".to_owned()), ..state.clone() };
         let expected = match wanted {
-            StateSource::Shares { step } if step > saved_step => start(&[0, 1], StateSource::Shares { step }),
+            StateSource::Shares { step, .. } if step > saved_step && !name.starts_with("beside") => start(&holders, wanted),
+            StateSource::Shares { .. } if name.starts_with("beside") => start(&[0, 1], wanted),
             _ => Decision::Finish { step: saved_step, stopped: true },
         };
-        assert_eq!(decided(&stopped), expected, "{name}");
+        assert_eq!(decide(at(1.0), &stopped, &limits).0, expected, "{name}");
     }
+    let limits = Limits { state_is_replicated: false, ..limits() };
     let leaving = State { stop: Some("SIGTERM".to_owned()), ..gathering(0.0, vec![sharing(17, 0, 2), training(1.0)]) };
-    assert_eq!(decide(at(1.0), &leaving, &Limits { state_is_replicated: false, ..limits() }).0, Decision::Wait);
+    assert_eq!(decide(at(1.0), &leaving, &limits).0, Decision::Wait);
+    // Who prepares for its first generation is not waited for.
+    let Worker::Present(new) = ready(1.0, None) else { panic!("present") };
+    let preparing = Worker::Present(Presence { ready: None, generation: 0, ..new });
+    let workers = vec![replicating(17, 0, 3), preparing, replicating(17, 2, 3)];
+    let stopped = State { stop: Some("SIGTERM".to_owned()), ..gathering(0.0, workers) };
+    assert_eq!(decide(at(1.0), &stopped, &limits).0, start(&[0, 2], StateSource::Shares { step: 17, world_size: 3 }));
 }
 
 #[test]

@@ -148,7 +148,7 @@ async fn both_framings_are_the_same() {
 #[test]
 fn a_start_that_is_encoded_once_is_each_ranks_own() {
     let peers = ["127.0.0.1:1".to_owned(), "127.0.0.1:2".to_owned()];
-    for source in [StateSource::Checkpoint, StateSource::Peer { rank: 1, step: 17 }, StateSource::Shares { step: 17 }] {
+    for source in [StateSource::Checkpoint, StateSource::Peer { rank: 1, step: 17 }, StateSource::Shares { step: 17, world_size: 4 }] {
         let terms = StartTerms { until_step: Some(40), saves_only: true };
         let frames = StartFrames::new(4, (&[0, 2], &peers), &Secret::new("k"), &source, terms).unwrap();
         for wanted_rank in [0, 1, 12_345] {

@@ -105,6 +105,7 @@ pub(crate) fn train_recipe() -> TrainRecipe {
         threads: 0,
         log_every_steps: 1,
         shard: Shard::None,
+        replicate_shards: false,
         audit_samples: false,
         deterministic: false,
     }

@@ -121,6 +121,9 @@ fn help(facts: &PlanFacts, available: u64) -> String {
             options.push((format!("train.shard={word}"), needs(&TrainRecipe { shard, ..train.clone() })));
         }
     }
+    if train.replicate_shards {
+        options.push(("train.replicate_shards=false".to_owned(), needs(&TrainRecipe { replicate_shards: false, ..train.clone() })));
+    }
     let smallest = facts.recipe.data.max_length;
     let halves = std::iter::successors(Some(train.micro_batch_tokens / 2), |tokens| Some(tokens / 2));
     for micro_batch_tokens in halves.take_while(|tokens| *tokens >= smallest && *tokens > 0) {

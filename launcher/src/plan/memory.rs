@@ -62,6 +62,7 @@ pub fn memory(shape: &ModelShape, vocab: u64, train: &TrainRecipe, world_size: u
         ("parameters", FLOAT * state.values + half),
         ("gradients", FLOAT * (state.gradients + EXTRA_FLOATS)),
         ("optimizer moments", 2 * FLOAT * state.moments),
+        ("replica of a share", FLOAT * state.replica(train.replicate_shards)),
         ("buckets of the exchange", state.pieces(pass.number, fullest.extra_gradients)),
         ("activations", fullest.activations),
         (CHECKPOINT_COPY, 3 * FLOAT * state.all.div_ceil(state.world_size)),
@@ -155,6 +156,15 @@ impl StateFloats {
             first_bucket: buckets.first().copied().unwrap_or(0),
             largest_bucket: buckets.iter().copied().max().unwrap_or(0),
         }
+    }
+
+    /// Floats of the replica of another worker's share: what is shared out, as that worker holds it.
+    fn replica(&self, is_kept: bool) -> u64 {
+        if !is_kept || self.world_size == 1 {
+            return 0;
+        }
+        let of = |floats: u64, least: Shard| if self.shard >= least { floats } else { 0 };
+        of(self.values, Shard::Parameters) + of(self.gradients, Shard::Gradients) + 2 * of(self.moments, Shard::Optimizer)
     }
 
     /// Bytes of what comes and goes during a pass; values are of `number` bytes.

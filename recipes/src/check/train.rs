@@ -2,7 +2,7 @@
 
 use super::Context;
 use crate::raw::{ScheduleRaw, TrainRaw, defaults};
-use crate::recipe::{Device, Precision, ScheduleKind, ScheduleRecipe, TrainRecipe};
+use crate::recipe::{Device, Precision, ScheduleKind, ScheduleRecipe, Shard, TrainRecipe};
 
 pub(super) fn check(context: &mut Context<'_>, raw: &TrainRaw) -> TrainRecipe {
     match (raw.steps, raw.epochs) {
@@ -20,6 +20,13 @@ pub(super) fn check(context: &mut Context<'_>, raw: &TrainRaw) -> TrainRecipe {
     if raw.precision == Precision::Bfloat16 && raw.device == Device::Cpu {
         context.mismatch("train.precision", "`bfloat16` with `device: cpu`", "`float32` on a cpu, or `device: cuda`");
     }
+    if raw.replicate_shards && raw.shard == Shard::None {
+        context.mismatch(
+            "train.replicate_shards",
+            "`true` with `shard: none`",
+            "`false`, since every worker holds the whole state; or a shard",
+        );
+    }
     TrainRecipe {
         schedule: checked_schedule(context, &raw.schedule, raw.steps),
         steps: raw.steps,
@@ -36,6 +43,7 @@ pub(super) fn check(context: &mut Context<'_>, raw: &TrainRaw) -> TrainRecipe {
         threads: raw.threads,
         log_every_steps: raw.log_every_steps,
         shard: raw.shard,
+        replicate_shards: raw.replicate_shards,
         audit_samples: raw.audit_samples,
         deterministic: raw.deterministic,
     }

@@ -69,11 +69,15 @@ functions! {
         ncclGroupEnd() -> ncclResult_t;
         /// Opens a group of calls on the thread.
         ncclGroupStart() -> ncclResult_t;
+        /// Receive, count, type, peer: `count` values that the peer sends with `ncclSend`. Deadlocks outside a group where both wait.
+        ncclRecv(*mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, cudaStream_t) -> ncclResult_t;
         /// Send, receive, count, type, operation, root: `count` values of every rank reduced, for the root. Only its receiver is written.
         ncclReduce(*const c_void, *mut c_void, usize, ncclDataType_t, ncclRedOp_t, c_int, ncclComm_t, cudaStream_t) -> ncclResult_t;
         /// Send, receive, count, type, operation: every rank sends `count` times the ranks, and gets the `count` reduced values of its own
         /// part. In place where a rank receives into that part of what it sends.
         ncclReduceScatter(*const c_void, *mut c_void, usize, ncclDataType_t, ncclRedOp_t, ncclComm_t, cudaStream_t) -> ncclResult_t;
+        /// Send, count, type, peer: `count` values for a peer that calls `ncclRecv`.
+        ncclSend(*const c_void, usize, ncclDataType_t, c_int, ncclComm_t, cudaStream_t) -> ncclResult_t;
     }
 }
 

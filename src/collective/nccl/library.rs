@@ -145,6 +145,26 @@ impl Call<'_> {
         unsafe { (self.library.ncclBroadcast)(place, place, share.len(), Self::FLOAT, root, self.communicator, self.stream) }
     }
 
+    /// A share for one rank, and the share of another one; both go at the same time.
+    pub fn pass_on(&self, (own, to): (Range<usize>, c_int), (other, from): (Range<usize>, c_int)) -> Status {
+        let (sent, received) = (self.at(own.start), self.at(other.start));
+        // SAFETY: as for `in_one`; both shares lie inside the values.
+        let mut first = unsafe { (self.library.ncclGroupStart)() };
+        // Each rank knows the other one's length, so that an empty share is waited for by nobody.
+        if !own.is_empty() {
+            // SAFETY: as for `reduce_scatter`.
+            let status = unsafe { (self.library.ncclSend)(sent, own.len(), Self::FLOAT, to, self.communicator, self.stream) };
+            first = first_error(first, status);
+        }
+        if !other.is_empty() {
+            // SAFETY: as for `reduce_scatter`.
+            let status = unsafe { (self.library.ncclRecv)(received, other.len(), Self::FLOAT, from, self.communicator, self.stream) };
+            first = first_error(first, status);
+        }
+        // SAFETY: as above.
+        first_error(first, unsafe { (self.library.ncclGroupEnd)() })
+    }
+
     /// One call for each rank's share, which NCCL runs together; the first error of them.
     pub fn in_one(&self, shares: impl Iterator<Item = Range<usize>>, each: impl Fn(&Self, Range<usize>, c_int) -> Status) -> Status {
         // SAFETY: a group is opened and closed on the same thread, and nothing in between returns early.

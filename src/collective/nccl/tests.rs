@@ -112,6 +112,13 @@ fn works_on_device_memory(group: &mut Nccl) {
         group.all_gather_on_device(gathered.place).unwrap();
         group.join_device().unwrap();
         assert_same(&gathered.read(), &expected, 0..len);
+
+        let passed = DeviceValues::new(&own);
+        let other = group.gather_share_on_device(passed.place, 1).unwrap();
+        group.join_device().unwrap();
+        assert_eq!(other, share_before(len, world_size, rank, 1));
+        assert_same(&passed.read(), &expected, other);
+        assert_same(&passed.read(), &expected, share_of(len, world_size, rank));
     }
 }
 
