@@ -117,7 +117,7 @@ fn a_run_with_replicas_goes_on_without_a_worker_and_reads_no_checkpoint() {
         "train.replicate_shards=true",
         "cluster.min_workers=2",
         "cluster.max_restarts=0",
-        "cluster.replacement_wait_s=0",
+        "cluster.replacement_wait_s=30",
         "checkpoint.every_steps=1000000",
     ];
     let mut arguments = vec!["--workers", "3", "--quiet", "--kill-worker", "1@20"];
